@@ -1,0 +1,99 @@
+"""The Python API: this device's profile, put into effect on a model, an optimizer and a dataset."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autotune import backends, store
+from autotune.backends.base import Backend
+from autotune.profile import Profile
+from autotune.strategy import Strategy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autotune.apply import OptimizerFactory, Run
+    from autotune.data.batching import SequenceData
+    from autotune.workloads.base import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A strategy for this device, ready to apply."""
+
+    name: str
+    strategy: Strategy
+    profile: Profile | None
+    """The evidence; None where there is no profile and the strategy is the safe default."""
+    path: Path | None
+    """The profile's file."""
+    backend: Backend
+    data: Path | None = None
+    limit: int | None = None
+
+    @functools.cached_property
+    def workload(self) -> Workload:
+        """The workload that the strategy is for; reading and tokenizing its data may take seconds the first time."""
+        from autotune import workloads
+
+        module = workloads.get(self.name)
+        return module.open_workload(module.prepare(self.data, limit=self.limit, on_progress=lambda _: None))
+
+    def apply(
+        self,
+        model: nn.Module | None = None,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        dataset: SequenceData | None = None,
+        total_steps: int | None = None,
+        seed: int = 0,
+    ) -> Run:
+        """Model, optimizer, loader and ``step()`` ready to train; what is not given is the workload's own.
+
+        ``optimizer`` makes one from parameters: ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``; its
+        schedule is then yours. Raises AutotuneError where the model cannot take a knob.
+        """
+        from autotune.apply import apply
+
+        return apply(
+            self.strategy,
+            self.workload,
+            self.backend,
+            model=model,
+            optimizer=optimizer,
+            dataset=dataset,
+            total_steps=total_steps,
+            seed=seed,
+        )
+
+
+def load(name: str, *, profiles: Path | None = None, data: Path | None = None, limit: int | None = None) -> Tuned:
+    """This device's profile for a workload; safe defaults, with a warning, where there is none.
+
+    ``profiles`` is a folder to look in first, ``data`` and ``limit`` are as in ``autotune train``. Raises UsageError
+    for an unknown workload, AutotuneError for a broken profile.
+    """
+    from autotune import workloads
+
+    recipe = workloads.get(name).RECIPE
+    backend = backends.find()
+    found = store.find_profile(backend.device(), name, profiles)
+    if found is None:
+        warnings.warn(
+            f"no profile for {name} on this device, safe defaults are used; make one: autotune search --model {name}",
+            stacklevel=2,
+        )
+        strategy, profile, path = safe_defaults(recipe.global_batch), None, None
+    else:
+        profile, path = found
+        strategy = profile.strategy
+    return Tuned(name=name, strategy=strategy, profile=profile, path=path, backend=backend, data=data, limit=limit)
+
+
+def safe_defaults(global_batch: int) -> Strategy:
+    """What helps everywhere and risks nothing: torch's choice of attention kernel, padding to the longest."""
+    return Strategy(attention="sdpa", padding="longest", micro_batch=global_batch)

@@ -1,0 +1,80 @@
+"""The command line: one file per verb, loaded when it is called. Here are the entry point and the error handler.
+
+Exit status: 0 ok, 1 expected failure, 2 usage, 3 bug, 130 interrupted. Results go to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from autotune import __version__
+from autotune.errors import AutotuneError, nearest
+
+_VERBS = {
+    "probe": ("autotune.cli.probe", "What this device can do, each line verified by running it."),
+    "search": ("autotune.cli.search", "Search the fastest settings on this device and save them as a profile."),
+    "train": ("autotune.cli.train", "Train with this device's profile."),
+    "profiles": ("autotune.cli.profiles", "List, show, verify and export profiles."),
+}
+
+
+class _Verbs(click.Group):
+    """Verbs whose modules, and with them torch, are imported only when called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            raise click.UsageError(f"no command is called {cmd_name!r}{nearest(cmd_name, list(_VERBS))}")
+        command: click.Command = importlib.import_module(_VERBS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in _VERBS.items()])
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="autotune")
+def cli() -> None:
+    """The same training, faster: measures this device, searches the training settings that change speed and memory
+    but not the training, and saves the best as a profile."""
+
+
+def main() -> None:
+    """Runs the command line and exits with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; returns its exit status."""
+    try:
+        result = cli.main(arguments, prog_name="autotune", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return _say("interrupted", 130)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except click.ClickException as exc:
+        return _say(exc.format_message(), 2)
+    except AutotuneError as exc:
+        return _say(str(exc), exc.exit_code)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception:  # noqa: BLE001 - the one place where a bug is told from what the user can mend
+        import traceback
+
+        traceback.print_exc()
+        return _say("this is a bug in autotune; please report it with the lines above", 3)
+
+
+def _say(message: str, status: int) -> int:
+    click.echo(f"autotune: {' '.join(message.split())}", err=True)
+    return status

@@ -1,0 +1,80 @@
+"""Options that several verbs share, and the objects they turn into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from autotune.backends.base import Backend
+from autotune.errors import AutotuneError
+from autotune.workloads.base import Workload, WorkloadRef
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_option(function: F) -> F:
+    """--model"""
+    return click.option("--model", "name", required=True, metavar="NAME", help="The workload, e.g. imdb.")(function)
+
+
+def data_options(function: F) -> F:
+    """--data and --limit"""
+    function = click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        help="Reviews: an aclImdb folder, or JSON lines or CSV with text and label, plain, .gz or .xz. Default: "
+        "$AUTOTUNE_DATA, then Hugging Face datasets, then synthetic reviews.",
+    )(function)
+    return click.option(
+        "--limit", type=click.IntRange(min=1), metavar="N", help="At most N samples of each split, drawn at random."
+    )(function)
+
+
+def device_option(function: F) -> F:
+    """--device"""
+    return click.option(
+        "--device", "device_name", metavar="KIND", help="cuda, mps or cpu. Default: the first there is."
+    )(function)
+
+
+def profiles_option(function: F) -> F:
+    """--profiles"""
+    return click.option(
+        "--profiles",
+        type=click.Path(path_type=Path),
+        help="Folder of profiles. Default: $AUTOTUNE_PROFILES, ./profiles if it exists, the user data folder.",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """--json"""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
+
+
+def find_backend(device_name: str | None) -> Backend:
+    """The named backend, or the first that is available. Raises AutotuneError where it is not."""
+    from autotune import backends
+
+    if device_name is None:
+        return backends.find()
+    backend = backends.get(device_name)
+    reason = backend.unavailable()
+    if reason is not None:
+        raise AutotuneError(f"device {device_name} is not available: {reason}")
+    return backend
+
+
+def prepare(name: str, data: Path | None, limit: int | None) -> tuple[WorkloadRef, Workload]:
+    """The workload with its data ready, with progress and the data's notice on stderr."""
+    from autotune import workloads
+    from autotune.report.live import StageDisplay
+
+    module = workloads.get(name)
+    with StageDisplay() as display:
+        ref = module.prepare(data, limit=limit, on_progress=display.stage)
+    if ref.notice:
+        click.echo(ref.notice, err=True)
+    return ref, module.open_workload(ref)

@@ -1,0 +1,85 @@
+"""autotune profiles list|show|verify|export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from autotune.cli.options import device_option, find_backend, profiles_option
+from autotune.errors import AutotuneError
+
+
+@click.group("profiles")
+def command() -> None:
+    """List, show, verify and export profiles."""
+
+
+@command.command("list")
+@profiles_option
+@device_option
+def list_(profiles: Path | None, device_name: str | None) -> None:
+    """Every profile there is; * marks this device's."""
+    from autotune import store
+    from autotune.profile import read_profile
+    from autotune.report.terminal import profile_table, stdout
+
+    fingerprint = find_backend(device_name).device().fingerprint
+    rows = []
+    for path in store.all_profiles(profiles):
+        try:
+            profile = read_profile(path)
+        except AutotuneError as exc:
+            click.echo(f"autotune: {exc}", err=True)
+            continue
+        rows.append((path, profile, profile.device.fingerprint == fingerprint))
+    if not rows:
+        click.echo("no profiles; make one: autotune search --model imdb")
+        return
+    stdout().print(profile_table(rows))
+
+
+@command.command("show")
+@click.argument("path", type=click.Path(path_type=Path))
+def show(path: Path) -> None:
+    """What a profile sets, and the evidence for it."""
+    from autotune.profile import read_profile
+    from autotune.report.terminal import changed_knobs, interval_words, stdout
+    from autotune.units import format_bytes, format_duration, format_rate
+
+    profile = read_profile(path)
+    console, evidence = stdout(), profile.evidence
+    console.print(f"{profile.workload.name} on {profile.device.name} ({profile.device.architecture})", style="bold")
+    console.print(changed_knobs(profile.strategy, evidence.baseline_strategy))
+    for title, figures in (("baseline", evidence.baseline), ("best", evidence.best)):
+        console.print(
+            f"{title:8}  {format_rate(figures.samples_per_s)} samples/s, step {figures.step_ms:,.0f} ms, peak "
+            f"{format_bytes(figures.peak_memory_bytes)}, planned run {format_duration(figures.projected_s)}"
+        )
+    console.print(f"Speed-up {interval_words(evidence.speedup)}; {evidence.num_trials} trials, {profile.created}")
+
+
+@command.command("verify")
+@click.argument("path", type=click.Path(path_type=Path))
+def verify(path: Path) -> None:
+    """Whether a profile is well formed; exit status 1 with the key at fault where it is not."""
+    from autotune.profile import read_profile
+
+    profile = read_profile(path)
+    click.echo(f"{path}: ok, schema {profile.schema}, {profile.workload.name} on {profile.device.name}")
+
+
+@command.command("export")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="JSON in place of TOML.")
+def export(path: Path, as_json: bool) -> None:
+    """Prints a profile, checked, as TOML or JSON."""
+    import msgspec
+
+    from autotune.profile import format_profile, read_profile
+
+    profile = read_profile(path)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(profile), indent=2).decode())
+    else:
+        click.echo(format_profile(profile), nl=False)

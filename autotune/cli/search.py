@@ -1,0 +1,152 @@
+"""autotune search"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+import msgspec
+
+from autotune.cli.options import (
+    data_options,
+    device_option,
+    find_backend,
+    json_option,
+    model_option,
+    prepare,
+    profiles_option,
+)
+from autotune.units import parse_bytes, parse_duration
+
+if TYPE_CHECKING:
+    from autotune.backends.base import Device
+    from autotune.measurement import Trial
+    from autotune.search.objective import Objective
+    from autotune.search.study import Result
+    from autotune.workloads.base import Workload
+
+
+@click.command("search")
+@model_option
+@click.option("--budget", metavar="TIME", help="Wall time for the search: 90s, 5m, 1h. Default 5m without --trials.")
+@click.option("--trials", type=click.IntRange(min=1), metavar="N", help="Stop after N trials, the baseline counted.")
+@click.option(
+    "--objective",
+    type=click.Choice(["time", "memory"]),
+    default="time",
+    show_default=True,
+    help="Minimise the planned run's wall time, or peak memory.",
+)
+@click.option("--memory-budget", metavar="SIZE", help="Only settings that stay below this, e.g. 6GiB.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the planned run. Default: the recipe's.")
+@data_options
+@device_option
+@profiles_option
+@click.option("--refresh", is_flag=True, help="Probe the device again.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+def command(
+    name: str,
+    budget: str | None,
+    trials: int | None,
+    objective: str,
+    memory_budget: str | None,
+    epochs: int | None,
+    data: Path | None,
+    limit: int | None,
+    device_name: str | None,
+    profiles: Path | None,
+    refresh: bool,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Search the fastest settings for a workload on this device and save them as a profile.
+
+    Every trial runs the real training step in its own process. Ctrl-C keeps the best so far.
+    """
+    budget_s = parse_duration(budget) if budget else None if trials else 300.0
+    memory_budget_bytes = parse_bytes(memory_budget) if memory_budget else None
+
+    from autotune import store, workloads
+    from autotune.probe import probe
+    from autotune.profile import write_profile
+    from autotune.report.live import ProbeDisplay, SearchDisplay
+    from autotune.report.terminal import planned_words, search_summary, stdout
+    from autotune.search.study import Settings, profile_of, search
+
+    workloads.get(name)
+    backend = find_backend(device_name)
+    device = backend.device()
+    path = store.profile_path(device, name, profiles)
+    store.check_writable(path)
+    with store.device_lock(device):
+        ref, workload = prepare(name, data, limit)
+        with ProbeDisplay() as probing:
+            hardware = probe(
+                backend,
+                refresh=refresh,
+                cache_dir=store.cache_dir() / "probe",
+                on_capability=probing.on_capability,
+                on_start=probing.on_start,
+            )
+        settings = Settings(
+            objective=cast("Objective", objective),
+            budget_s=budget_s,
+            max_trials=trials,
+            memory_budget_bytes=memory_budget_bytes,
+            epochs=epochs,
+            seed=seed,
+        )
+        title = f"autotune search · {name} · {device.name}, {device.num_cores} cores"
+        with SearchDisplay(title, budget_s=budget_s, max_trials=trials) as display:
+            display.say(f"{title}: {workload.source}")
+            result = search(ref, workload, hardware, backend, settings, display)
+        display.console.print(f"Planned run: {planned_words(result.planned)}.", style="bright_black")
+        profile = profile_of(result, device, workload)
+        write_profile(profile, path)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(_report(result, device, workload, path)), indent=2).decode())
+    else:
+        stdout().print(search_summary(result, name, path))
+    return 130 if result.was_interrupted else 0
+
+
+def _report(result: Result, device: Device, workload: Workload, path: Path) -> dict[str, Any]:
+    return {
+        "device": {**msgspec.to_builtins(device), "fingerprint": device.fingerprint},
+        "workload": {
+            "name": workload.name,
+            "source": workload.source,
+            "global_batch": workload.recipe.global_batch,
+            "epochs": result.planned.epochs,
+            "num_train": result.planned.num_train,
+            "num_test": result.planned.num_test,
+        },
+        "objective": result.objective,
+        "baseline": _figures(result.baseline, result),
+        "best": _figures(result.best, result),
+        "speedup": result.speedup,
+        "was_raced": result.was_raced,
+        "was_interrupted": result.was_interrupted,
+        "trials": [
+            {
+                "number": trial.number,
+                "strategy": trial.strategy.to_dict(),
+                "outcome": trial.outcome,
+                "reason": trial.reason,
+                "samples_per_s": trial.samples_per_s,
+                "peak_memory_bytes": trial.measurement.peak_memory_bytes if trial.measurement else None,
+                "wall_s": trial.wall_s,
+            }
+            for trial in result.trials
+        ],
+        "search_s": result.search_s,
+        "profile_path": str(path),
+    }
+
+
+def _figures(trial: Trial, result: Result) -> dict[str, Any]:
+    from autotune.search.study import figures
+
+    return {"strategy": trial.strategy.to_dict(), **msgspec.to_builtins(figures(trial, result.planned))}

@@ -1,0 +1,148 @@
+"""Which samples form a batch, and how wide it is padded. An epoch is planned from lengths alone; no tensors here
+but in ``collate``.
+
+The optimizer's batches depend on the padding knob only (``buckets`` groups by length), never on how a global batch is
+cut into micro batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autotune.strategy import Padding
+
+WIDTH_MULTIPLE = 8
+"""Padded widths are rounded up to a multiple of this: kernels prefer it, and compiled graphs see fewer shapes."""
+BATCHES_PER_BUCKET_POOL = 50
+"""Samples are sorted by length within random pools of this many global batches, as in Hugging Face's group_by_length
+(transformers 4, trainer_pt_utils.get_length_grouped_indices)."""
+
+Indices = NDArray[np.int64]
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass: tensors for the model, targets for the loss, and what they count for."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    num_samples: int
+    num_tokens: int
+    """Real tokens, padding not counted."""
+
+
+class PlannedBatch(NamedTuple):
+    """One optimizer step: the samples of each micro batch and the width each is padded to."""
+
+    micro_batches: tuple[Indices, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that the device computes, padding included."""
+        return sum(len(indices) * width for indices, width in zip(self.micro_batches, self.widths, strict=True))
+
+    @property
+    def num_samples(self) -> int:
+        """Real samples."""
+        return sum(len(indices) for indices in self.micro_batches)
+
+
+class SequenceData(Protocol):
+    """Labelled token sequences of different lengths."""
+
+    @property
+    def lengths(self) -> Indices:
+        """Tokens in each sequence."""
+
+    @property
+    def labels(self) -> Indices:
+        """Class of each sequence."""
+
+    def ids(self, index: int) -> NDArray[np.uint16]:
+        """Token ids of one sequence."""
+
+
+class Part:
+    """Some of a set's sequences, drawn once and for all by a seed."""
+
+    def __init__(self, data: SequenceData, limit: int, seed: int = 0) -> None:
+        chosen = np.random.default_rng(seed).permutation(len(data.lengths))[:limit]
+        self._data = data
+        self._chosen = chosen
+        self.lengths: Indices = data.lengths[chosen]
+        self.labels: Indices = data.labels[chosen]
+
+    def ids(self, index: int) -> NDArray[np.uint16]:
+        """Token ids of one sequence."""
+        return self._data.ids(int(self._chosen[index]))
+
+
+def plan_epoch(
+    lengths: Indices, *, global_batch: int, micro_batch: int, padding: Padding, max_tokens: int, seed: int
+) -> list[PlannedBatch]:
+    """Every sample once, in batches whose order and (under ``buckets``) make-up depend on the seed.
+
+    The last batch may be short.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int64)
+    batches = _bucketed(order, lengths, global_batch, seed) if padding == "buckets" else _cut(order, global_batch)
+    return [_planned(batch, lengths, micro_batch, padding, max_tokens) for batch in batches]
+
+
+def plan_evaluation(lengths: Indices, *, micro_batch: int, padding: Padding, max_tokens: int) -> list[PlannedBatch]:
+    """Every sample once, one micro batch a step, sorted by length unless everything is padded to max."""
+    order = np.arange(len(lengths), dtype=np.int64)
+    if padding != "max":
+        order = order[np.argsort(-lengths, kind="stable")]
+    return [_planned(batch, lengths, micro_batch, padding, max_tokens) for batch in _cut(order, micro_batch)]
+
+
+def collate(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
+    """Padded ids and mask, both [B, width], and labels [B]. Padding has id 0 and mask false."""
+    lengths = data.lengths[indices]
+    ids = np.zeros((len(indices), width), dtype=np.int64)
+    for row, index in enumerate(indices):
+        ids[row, : lengths[row]] = data.ids(int(index))
+    mask = np.arange(width) < lengths[:, None]
+    return MicroBatch(
+        inputs={"ids_BT": torch.from_numpy(ids), "mask_BT": torch.from_numpy(mask)},
+        targets=torch.from_numpy(data.labels[indices].astype(np.int64)),
+        num_samples=len(indices),
+        num_tokens=int(lengths.sum()),
+    )
+
+
+def _planned(batch: Indices, lengths: Indices, micro_batch: int, padding: Padding, max_tokens: int) -> PlannedBatch:
+    if padding != "max":
+        batch = batch[np.argsort(-lengths[batch], kind="stable")]
+    micro_batches = tuple(_cut(batch, micro_batch))
+    if padding == "max":
+        return PlannedBatch(micro_batches, (max_tokens,) * len(micro_batches))
+    return PlannedBatch(micro_batches, tuple(_width(lengths[indices], max_tokens) for indices in micro_batches))
+
+
+def _bucketed(order: Indices, lengths: Indices, global_batch: int, seed: int) -> list[Indices]:
+    batches: list[Indices] = []
+    for pool in _cut(order, global_batch * BATCHES_PER_BUCKET_POOL):
+        batches += _cut(pool[np.argsort(-lengths[pool], kind="stable")], global_batch)
+    np.random.default_rng(seed + 1).shuffle(batches)
+    return batches
+
+
+def _cut(order: Indices, size: int) -> list[Indices]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _width(lengths: Indices, max_tokens: int) -> int:
+    return min(max_tokens, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+
+
+def total_padded_tokens(plan: Sequence[PlannedBatch]) -> int:
+    """Tokens computed in a whole epoch, padding included."""
+    return sum(batch.padded_tokens for batch in plan)

@@ -1,0 +1,85 @@
+"""What a trial found: how it ended and, where it ran, its figures. Records only; measuring is timing.py's."""
+
+from typing import Literal
+
+import msgspec
+
+from autotune.strategy import Strategy
+
+Outcome = Literal["ok", "pruned", "oom", "timeout", "crashed", "diverged", "invalid"]
+
+
+class Lap(msgspec.Struct, frozen=True, kw_only=True):
+    """Optimizer steps timed together, the device synchronised before and after.
+
+    One step where a step takes long; as many as fill a tenth of a second where steps are short.
+    """
+
+    seconds: float
+    """Wall time, loading and transfer included."""
+    wait_s: float
+    """The part of it that was spent waiting for the loader."""
+    num_steps: int
+    num_samples: int
+    num_tokens: int
+    """Real tokens, padding not counted."""
+    padded_tokens: int
+    """Tokens computed."""
+    losses: tuple[float, ...]
+    """Mean loss of each step."""
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How fast and how big one Strategy is on one Workload, projected from the timed steps to a whole epoch."""
+
+    samples_per_s: float
+    """Real samples trained per second, over an epoch with the workload's own lengths."""
+    tokens_per_s: float
+    """Real tokens per second, padding not counted."""
+    step_ms: float
+    """Mean optimizer step over an epoch, in milliseconds."""
+    eval_samples_per_s: float
+    """Samples evaluated per second."""
+    warm_up_s: float
+    """Seconds that the first steps took beyond what they take later: compilation, caches, autotuning."""
+    loader_wait: float
+    """Share of the step time spent waiting for data, 0 to 1."""
+    peak_memory_bytes: int
+    """Peak device memory of training and evaluation, the longest batch included."""
+
+    def run_s(self, *, num_train: int, num_test: int, epochs: int) -> float:
+        """Projected wall time of a run in seconds: warm-up once, then training and one evaluation an epoch."""
+        return self.warm_up_s + epochs * (num_train / self.samples_per_s + num_test / self.eval_samples_per_s)
+
+
+class Measurement(Rates, frozen=True, kw_only=True):
+    """A trial's figures with the samples they were made from."""
+
+    epoch_s: tuple[float, ...]
+    """Seconds of a training epoch as projected from each timed lap alone: how much the figures spread."""
+    losses: tuple[float, ...]
+    """Mean loss of each step, warm-up included."""
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One Strategy tried: its outcome is data, whatever happened."""
+
+    number: int
+    strategy: Strategy
+    outcome: Outcome
+    reason: str = ""
+    """Why the outcome is not ``ok``; what was special where it is."""
+    measurement: Measurement | None = None
+    """Present when the outcome is ok, and where a finished trial went over the memory budget."""
+    samples_per_s: float | None = None
+    """The measurement's; a rough estimate from the first steps where the trial was pruned."""
+    wall_s: float = 0.0
+    """What the trial cost the search."""
+
+
+class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A ratio with its 95 % bootstrap interval."""
+
+    ratio: float
+    low: float
+    high: float

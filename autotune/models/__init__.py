@@ -1,0 +1,1 @@
+"""The models of the built-in workloads, with every attention backend behind one switch."""

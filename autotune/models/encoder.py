@@ -1,0 +1,85 @@
+"""A pre-norm transformer encoder that classifies a text from the mean of its tokens.
+
+Shapes: B batch, T tokens, D model width, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from autotune.models.attention import SelfAttention
+from autotune.strategy import Checkpoint
+
+_EVERY: dict[Checkpoint, int] = {"every_4th": 4, "every_2nd": 2, "every_block": 1}
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a LayerNorm and added to the stream."""
+
+    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, num_heads)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Linear(ffn_width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
+        """The stream after this block, BTD."""
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), mask_B11T))
+        out_BTD: Tensor = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+        return out_BTD
+
+
+class EncoderClassifier(nn.Module):
+    """Token and learned position embeddings, pre-norm blocks, mean over the real tokens, a linear head.
+
+    With the default sizes it has 5,851,138 parameters. ``checkpointed`` says which blocks are recomputed in the
+    backward pass; it changes memory and time, not the result.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary_size: int = 10_000,
+        max_tokens: int = 512,
+        num_classes: int = 2,
+        width: int = 256,
+        num_layers: int = 4,
+        num_heads: int = 8,
+        ffn_width: int = 1024,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocabulary_size, width)
+        self.position_embedding = nn.Embedding(max_tokens, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, num_heads, ffn_width, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+        self.checkpointed: Checkpoint = "none"
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)  # GPT-2's initialisation (Radford et al. 2019)
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Logits BC for token ids BT; ``mask_BT`` is true at real tokens, false at padding."""
+        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_T))
+        mask_B11T = mask_BT[:, None, None, :]
+        for index, block in enumerate(self.blocks):
+            if self.training and is_checkpointed(index, self.checkpointed):
+                x_BTD = checkpoint(block, x_BTD, mask_B11T, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, mask_B11T)
+        x_BTD = self.norm(x_BTD)
+        weight_BT1 = mask_BT.unsqueeze(-1).to(x_BTD.dtype)
+        mean_BD = (x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
+        logits_BC: Tensor = self.head(mean_BD)
+        return logits_BC
+
+
+def is_checkpointed(block_index: int, granularity: Checkpoint) -> bool:
+    """Whether a block is recomputed: with ``every_2nd`` blocks 0, 2, 4 ... are."""
+    return granularity != "none" and block_index % _EVERY[granularity] == 0

@@ -1,0 +1,254 @@
+"""Live progress on stderr: redrawn in place on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from autotune.backends.base import Capability
+from autotune.measurement import Trial
+from autotune.report.terminal import (
+    capability_row,
+    describe,
+    epoch_table,
+    measured_words,
+    stderr,
+    trial_line,
+    trial_table,
+)
+from autotune.search.space import Space
+from autotune.strategy import Strategy
+from autotune.training import Epoch
+from autotune.trial import worker
+from autotune.units import format_duration, format_rate
+
+_LAST_TRIALS = 8
+_REFRESH_PER_S = 8
+
+
+class _Display:
+    """A rich Live where there is a terminal; nothing where there is none."""
+
+    def __init__(self) -> None:
+        self.console = stderr()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(
+                get_renderable=self.render,
+                console=self.console,
+                refresh_per_second=_REFRESH_PER_S,
+                transient=True,
+                redirect_stdout=False,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line for pipes and logs; a terminal sees the display instead."""
+        if self._live is None:
+            self.console.print(line, markup=False, soft_wrap=True)
+
+    def render(self) -> RenderableType:
+        """The display as it is now."""
+        raise NotImplementedError
+
+
+class StageDisplay(_Display):
+    """One line that says what is being prepared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spinner = Spinner("dots", "")
+
+    def stage(self, text: str) -> None:
+        """What is being done now."""
+        self._spinner.update(text=text)
+        self.say(text)
+
+    def render(self) -> RenderableType:
+        """A spinner and the stage."""
+        return self._spinner
+
+
+class ProbeDisplay(_Display):
+    """The capabilities as they are found."""
+
+    def __init__(self, num_rows: int = 12) -> None:
+        super().__init__()
+        self._rows: list[Capability] = []
+        self._num_rows = num_rows
+        self._current = "starting"
+        self._spinner = Spinner("dots", "")
+        self._start = time.monotonic()
+
+    def on_start(self, name: str) -> None:
+        """A check starts."""
+        self._current = name
+
+    def on_capability(self, capability: Capability) -> None:
+        """A check ended."""
+        self._rows.append(capability)
+        words = ", ".join(measured_words(capability.measured))
+        self.say(f"{'yes' if capability.value else 'no ':3} {capability.name}  {words or capability.reason}")
+
+    def render(self) -> RenderableType:
+        """The last results and the check under way."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        for capability in self._rows[-self._num_rows :]:
+            table.add_row(*capability_row(capability))
+        self._spinner.update(
+            text=f"probing {self._current}, {len(self._rows)} done, {time.monotonic() - self._start:.0f} s"
+        )
+        return Group(table, self._spinner)
+
+
+class SearchDisplay(_Display):
+    """The trial under way, the best so far, the time, the last trials."""
+
+    def __init__(self, title: str, *, budget_s: float | None, max_trials: int | None) -> None:
+        super().__init__()
+        self._title = title
+        self._budget_s, self._max_trials = budget_s, max_trials
+        self._start = time.monotonic()
+        self._trial_start = self._start
+        self._trials: list[Trial] = []
+        self._best: Trial | None = None
+        self._current = "starting"
+        self._doing = ""
+        self._space_words = ""
+
+    def on_space(self, space: Space) -> None:
+        """What will be searched."""
+        knobs = ", ".join(f"{knob} {len(values)}" for knob, values in space.values.items())
+        self._space_words = f"{space.size:,} settings ({knobs})"
+        self.say(f"searching {self._space_words}")
+
+    def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
+        """A trial starts."""
+        self._trial_start = time.monotonic()
+        self._current = f"trial {number}, {origin}: {describe(strategy)}"
+        self._doing = "starting"
+
+    def on_progress(self, progress: worker.Progress) -> None:
+        """The trial under way got on."""
+        self._doing = progress.stage
+        if progress.lap is not None:
+            self._doing = f"{progress.num_laps} laps, {format_rate(progress.samples_per_s)} samples/s"
+
+    def on_trial_end(self, trial: Trial, best: Trial | None) -> None:
+        """A trial ended."""
+        self._trials.append(trial)
+        self._best = best
+        self.say(trial_line(trial))
+
+    def on_race(self, done: int, of: int, num_entrants: int) -> None:
+        """A round of the finals ended."""
+        if done == 1:
+            self._trial_start = time.monotonic()
+        self._current = f"final: the best {num_entrants - 1} and the baseline in turns"
+        self._doing = f"round {done} of {of} done"
+        self.say(f"{self._current}, {self._doing}")
+
+    def render(self) -> RenderableType:
+        """The whole display."""
+        now = time.monotonic()
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        grid.add_row("now", Text(self._current))
+        grid.add_row("", Text(f"{self._doing}, {format_duration(now - self._trial_start)}", style="bright_black"))
+        grid.add_row("best", self._best_words())
+        grid.add_row("time", self._time_words(now - self._start))
+        parts: list[RenderableType] = [Text(self._title, style="bold"), Text(self._space_words, style="bright_black")]
+        parts += ["", grid]
+        if self._budget_s is not None:
+            parts.append(ProgressBar(total=self._budget_s, completed=min(now - self._start, self._budget_s)))
+        return Group(*parts, "", trial_table(list(reversed(self._trials[-_LAST_TRIALS:]))))
+
+    def _best_words(self) -> Text:
+        if self._best is None or not self._best.samples_per_s:
+            return Text("none yet", style="bright_black")
+        words = Text(f"{format_rate(self._best.samples_per_s)} samples/s", style="green")
+        reference = self._trials[0].samples_per_s
+        if reference:
+            words.append(f", {self._best.samples_per_s / reference:.2f}x the baseline")
+        return words.append(f"  trial {self._best.number}: {describe(self._best.strategy)}", style="default")
+
+    def _time_words(self, elapsed_s: float) -> Text:
+        words = Text(f"{format_duration(elapsed_s)} elapsed")
+        if self._budget_s is not None:
+            words.append(f", {format_duration(max(0.0, self._budget_s - elapsed_s))} left")
+        if self._max_trials is not None:
+            words.append(f", {len(self._trials)} of {self._max_trials} trials")
+        return words.append("  (Ctrl-C keeps the best so far)", style="bright_black")
+
+
+class TrainDisplay(_Display):
+    """The epochs done and the one under way."""
+
+    def __init__(self, title: str, *, num_steps: int, num_epochs: int) -> None:
+        super().__init__()
+        self._title = title
+        self._epochs: list[Epoch] = []
+        self._num_steps, self._num_epochs = num_steps, num_epochs
+        self._start = time.monotonic()
+        self._rate = ""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._progress.add_task(f"epoch 1/{num_epochs}", total=num_steps, rate="")
+
+    def on_step(self, epoch: int, step: int, num_samples: int) -> None:
+        """A step ended."""
+        if step == 1:
+            self._start = time.monotonic()
+            self._progress.reset(self._task, description=f"epoch {epoch}/{self._num_epochs}", rate="")
+        elapsed_s = time.monotonic() - self._start
+        rate = f"{format_rate(num_samples / elapsed_s)} samples/s" if elapsed_s > 1 else ""
+        self._progress.update(self._task, completed=step, rate=rate)
+        if step % max(1, self._num_steps // 5) == 0:
+            self.say(f"epoch {epoch}/{self._num_epochs}, step {step} of {self._num_steps} {rate}")
+
+    def on_evaluation(self, epoch: int) -> None:
+        """The epoch's evaluation starts."""
+        self._progress.update(self._task, description=f"epoch {epoch}/{self._num_epochs}, evaluating", rate="")
+
+    def on_epoch(self, epoch: Epoch) -> None:
+        """An epoch ended."""
+        self._epochs.append(epoch)
+        self.say(
+            f"epoch {epoch.epoch}/{self._num_epochs} done: train loss {epoch.train_loss:.4f}, test loss "
+            f"{epoch.test_loss:.4f}, accuracy {epoch.test_accuracy:.2%}, {format_rate(epoch.samples_per_s)} samples/s"
+        )
+
+    def render(self) -> RenderableType:
+        """The epochs so far and the bar."""
+        parts: list[RenderableType] = [Text(self._title, style="bold")]
+        if self._epochs:
+            parts.append(epoch_table(self._epochs))
+        return Group(*parts, self._progress)

@@ -1,0 +1,305 @@
+"""Tables and words for the terminal, shared by the verbs. Live displays are in live.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autotune.backends.base import Capability, Device
+from autotune.measurement import Interval, Trial
+from autotune.probe import Hardware
+from autotune.profile import Profile
+from autotune.search.objective import PlannedRun
+from autotune.search.study import Result
+from autotune.strategy import Strategy, baseline
+from autotune.training import Epoch
+from autotune.units import format_bytes, format_duration, format_rate
+
+_STYLE = {
+    "ok": "green",
+    "pruned": "bright_black",
+    "oom": "red",
+    "timeout": "yellow",
+    "crashed": "red",
+    "diverged": "red",
+    "invalid": "yellow",
+}
+_UNITS = {
+    "gflop_per_s": "{:,.0f} GFLOP/s",
+    "gib_per_s": "{:.1f} GiB/s",
+    "forward_ms": "forward {:.2f} ms",
+    "backward_ms": "backward {:.2f} ms",
+    "step_ms": "step {:.2f} ms",
+    "first_call_s": "first call {:.1f} s",
+}
+
+
+def stdout() -> Console:
+    """Where results go. Without a terminal the width is the text's own, so that nothing is cut in a pipe."""
+    return _console(stderr=False)
+
+
+def stderr() -> Console:
+    """Where progress goes."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+
+
+def describe(strategy: Strategy) -> str:
+    """The knobs that differ from the plain baseline, in a line: ``bf16 · sdpa_flash · 8x4 · buckets``."""
+    plain = baseline(strategy.global_batch)
+    if strategy == plain:
+        return "plain baseline"
+    words = [
+        strategy.precision,
+        strategy.attention,
+        f"{strategy.micro_batch}x{strategy.accumulation}",
+        strategy.padding,
+    ]
+    if strategy.checkpoint != "none":
+        words.append(f"ckpt {strategy.checkpoint}")
+    if strategy.compile != "none":
+        words.append("compile" if strategy.compile == "default" else f"compile {strategy.compile}")
+    if strategy.workers:
+        words.append(f"{strategy.workers} worker{'s' if strategy.workers > 1 else ''}")
+    return " · ".join(words)
+
+
+def device_lines(device: Device) -> Table:
+    """What the device is, a line a fact."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("device", f"{device.name} ({device.kind})")
+    table.add_row("architecture", device.architecture)
+    memory = f"{format_bytes(device.memory_total_bytes)}, {format_bytes(device.memory_free_bytes)} free"
+    if device.memory_limit_bytes is not None:
+        memory += f" (cgroup limit {format_bytes(device.memory_limit_bytes)})"
+    table.add_row("memory", memory)
+    table.add_row("CPU cores", str(device.num_cores))
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in device.versions.items()))
+    table.add_row("fingerprint", device.fingerprint)
+    return table
+
+
+def capability_table(capabilities: tuple[Capability, ...]) -> Table:
+    """Every capability with its verdict, figures and reason."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("capability", no_wrap=True)
+    table.add_column("use", no_wrap=True)
+    table.add_column("measured, or why not", overflow="fold")
+    for capability in capabilities:
+        table.add_row(*capability_row(capability))
+    return table
+
+
+def capability_row(capability: Capability) -> tuple[str, Text, str]:
+    """Name, verdict and figures of one capability."""
+    verdict = Text("yes", style="green") if capability.value else Text("no", style="yellow")
+    figures = ", ".join(measured_words(capability.measured))
+    if capability.reason == "ok":
+        return capability.name, verdict, figures
+    return capability.name, verdict, f"{capability.reason}" + (f" ({figures})" if figures else "")
+
+
+def measured_words(measured: dict[str, float]) -> list[str]:
+    """Figures with their units, in words."""
+    return [
+        _UNITS[key].format(value) if key in _UNITS else f"{key.replace('_', ' ')} {value:.3g}"
+        for key, value in measured.items()
+    ]
+
+
+def probe_report(hardware: Hardware) -> RenderableType:
+    """The whole probe."""
+    num_usable = sum(capability.value for capability in hardware.capabilities)
+    tail = Text(
+        f"{num_usable} of {len(hardware.capabilities)} capabilities usable; probed in "
+        f"{format_duration(hardware.probe_s)} at {hardware.probed_at}",
+        style="bright_black",
+    )
+    return Group(device_lines(hardware.device), "", capability_table(hardware.capabilities), "", tail)
+
+
+def trial_row(trial: Trial) -> tuple[str, Text, str, str, Text]:
+    """Number, outcome, samples/s, memory and the setting with the reason below it."""
+    setting = Text(describe(trial.strategy))
+    if trial.reason:
+        setting.append(f"  {trial.reason}", style="bright_black")
+    rate = format_rate(trial.samples_per_s) if trial.samples_per_s else ""
+    if trial.outcome == "pruned" and rate:
+        rate = f"~{rate}"
+    memory = format_bytes(trial.measurement.peak_memory_bytes) if trial.measurement else ""
+    return str(trial.number), Text(trial.outcome, style=_STYLE[trial.outcome]), rate, memory, setting
+
+
+def trial_table(trials: list[Trial]) -> Table:
+    """Trials, a row each; the setting takes the width that is left."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=False)
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    table.add_column("samples/s", justify="right", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
+    table.add_column("setting", overflow="ellipsis", no_wrap=True)
+    for trial in trials:
+        table.add_row(*trial_row(trial))
+    return table
+
+
+def trial_line(trial: Trial) -> str:
+    """One finished trial as a plain line, for logs and pipes."""
+    number, outcome, rate, memory, setting = trial_row(trial)
+    figures = ", ".join(part for part in (f"{rate} samples/s" if rate else "", memory) if part)
+    return f"trial {number:>2}  {outcome.plain:8} {setting.plain}" + (f"  [{figures}]" if figures else "")
+
+
+def search_summary(result: Result, name: str, path: Path) -> RenderableType:
+    """Baseline beside best, what changed, and what to do with it."""
+    base, best = result.baseline.measurement, result.best.measurement
+    assert base is not None
+    assert best is not None
+    planned = result.planned
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    for title in ("baseline", "best", ""):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    faster = f"{result.speedup.ratio:.2f}x faster"
+    table.add_row(
+        "samples/s", format_rate(base.samples_per_s), format_rate(best.samples_per_s), Text(faster, style="bold green")
+    )
+    table.add_row(
+        "step", f"{base.step_ms:,.0f} ms", f"{best.step_ms:,.0f} ms", planned_step(best.step_ms, base.step_ms)
+    )
+    table.add_row(
+        "peak memory",
+        format_bytes(base.peak_memory_bytes),
+        format_bytes(best.peak_memory_bytes),
+        _change(base.peak_memory_bytes, best.peak_memory_bytes, "less memory", "more memory"),
+    )
+    table.add_row("waiting for data", f"{base.loader_wait:.1%}", f"{best.loader_wait:.1%}", "")
+    table.add_row("warm-up", format_duration(base.warm_up_s), format_duration(best.warm_up_s), "")
+    base_s, best_s = planned.projected_s(base), planned.projected_s(best)
+    epochs = f"{planned.epochs} epoch{'s' if planned.epochs != 1 else ''}"
+    table.add_row(
+        f"projected, {epochs}",
+        format_duration(base_s),
+        format_duration(best_s),
+        f"saves {format_duration(base_s - best_s)}" if base_s > best_s else "",
+    )
+    return Group(
+        table,
+        "",
+        Text(_confidence(result), style="bright_black"),
+        "",
+        changed_knobs(result.best.strategy, result.baseline.strategy),
+        "",
+        Text.assemble("Saved ", (str(path), "bold"), ". To use it:"),
+        "",
+        Text(f"    autotune train --model {name}", style="cyan"),
+        Text(""),
+        Text("    import autotune", style="cyan"),
+        Text(f'    run = autotune.load("{name}").apply()', style="cyan"),
+        Text("    for batch in run.loader: loss = run.step(batch)", style="cyan"),
+    )
+
+
+def planned_step(best_ms: float, base_ms: float) -> str:
+    """How many steps of the best fit into one of the baseline, where they do."""
+    return "" if best_ms >= base_ms else f"{base_ms / best_ms:.1f} steps in the time of one"
+
+
+def changed_knobs(best: Strategy, base: Strategy) -> RenderableType:
+    """Every knob that the best sets differently."""
+    changed = best.changed(base)
+    if not changed:
+        return Text("The plain baseline is the best of what was tried.")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    for knob, (now, before) in changed.items():
+        table.add_row(knob, Text.assemble((f"{before} -> ", "bright_black"), str(now)))
+    return table
+
+
+def interval_words(interval: Interval) -> str:
+    """``7.9x (95 % interval 7.7 to 8.1)``."""
+    return f"{interval.ratio:.2f}x (95 % interval {interval.low:.2f} to {interval.high:.2f})"
+
+
+def _confidence(result: Result) -> str:
+    outcomes: dict[str, int] = {}
+    for trial in result.trials:
+        outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
+    counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    how = "measured in turns with the baseline" if result.was_raced else "from separate trials, not measured in turns"
+    base, best = result.baseline.measurement, result.best.measurement
+    assert base is not None
+    assert best is not None
+    gained_s = result.planned.projected_s(base) - result.planned.projected_s(best)
+    epochs_to_pay = result.search_s / (gained_s / result.planned.epochs) if gained_s > 0 else math.inf
+    pays = f"; pays for itself after {epochs_to_pay:.1f} epochs" if epochs_to_pay < result.planned.epochs else ""
+    return (
+        f"Speed-up {interval_words(result.speedup)}, {how}. {len(result.trials)} trials ({counts}) in "
+        f"{format_duration(result.search_s)}{pays}."
+    )
+
+
+def _change(before: float, after: float, less: str, more: str) -> str:
+    if abs(after / before - 1) < 0.005:
+        return "the same"
+    return f"{1 - after / before:.0%} {less}" if after < before else f"{after / before - 1:.0%} {more}"
+
+
+def epoch_table(epochs: list[Epoch]) -> Table:
+    """The training's record, a row an epoch."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("epoch", "train loss", "test loss", "accuracy", "train", "evaluation", "samples/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for epoch in epochs:
+        table.add_row(*epoch_row(epoch))
+    return table
+
+
+def epoch_row(epoch: Epoch) -> tuple[str, ...]:
+    """One epoch's cells."""
+    return (
+        str(epoch.epoch),
+        f"{epoch.train_loss:.4f}",
+        f"{epoch.test_loss:.4f}",
+        f"{epoch.test_accuracy:.2%}",
+        format_duration(epoch.train_s),
+        format_duration(epoch.eval_s),
+        format_rate(epoch.samples_per_s),
+    )
+
+
+def profile_table(rows: list[tuple[Path, Profile, bool]]) -> Table:
+    """Profiles, a row each; ``is_own`` marks this device's."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("workload", no_wrap=True)
+    table.add_column("speed-up", justify="right", no_wrap=True)
+    table.add_column("samples/s", justify="right", no_wrap=True)
+    table.add_column("device and file", overflow="fold")
+    for path, profile, is_own in rows:
+        table.add_row(
+            Text("*" if is_own else "", style="green"),
+            profile.workload.name,
+            f"{profile.evidence.speedup.ratio:.2f}x",
+            format_rate(profile.evidence.best.samples_per_s),
+            f"{profile.device.name}\n{path}",
+        )
+    return table
+
+
+def planned_words(planned: PlannedRun) -> str:
+    """``5 epochs of 25,000 reviews, each with an evaluation of 25,000``."""
+    epochs = f"{planned.epochs} epoch{'s' if planned.epochs != 1 else ''}"
+    return f"{epochs} of {planned.num_train:,} samples, each followed by an evaluation of {planned.num_test:,}"

@@ -1,0 +1,1 @@
+"""The search: what may be tried, in which order, and which setting won."""

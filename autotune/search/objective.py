@@ -1,0 +1,54 @@
+"""What a search minimises, and when a trial has no hope of winning any more."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from autotune.measurement import Rates, Trial
+from autotune.trial.worker import Progress
+
+Objective = Literal["time", "memory"]
+
+HOPELESS_AT_ONCE = 2.0
+"""After its second lap a trial so many times slower than the best is given up."""
+HOPELESS = 1.3
+"""After its third. Neighbouring laps differ by a few per cent, machines drift by ten: 1.3 is beyond both."""
+
+
+class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """The training that a search prepares: what projections are for."""
+
+    num_train: int
+    num_test: int
+    epochs: int
+
+    def projected_s(self, rates: Rates) -> float:
+        """Wall time of the planned run at these rates, in seconds."""
+        return rates.run_s(num_train=self.num_train, num_test=self.num_test, epochs=self.epochs)
+
+
+def loss_of(trial: Trial, objective: Objective, planned: PlannedRun) -> float | None:
+    """What the objective minimises: seconds of the planned run, or bytes. None where the trial gives no figure.
+
+    A pruned trial's seconds are an estimate from its first steps, good enough to steer by.
+    """
+    if trial.outcome == "ok" and trial.measurement is not None:
+        if objective == "memory":
+            return float(trial.measurement.peak_memory_bytes)
+        return planned.projected_s(trial.measurement)
+    if trial.outcome == "pruned" and trial.samples_per_s and objective == "time":
+        return planned.epochs * planned.num_train / trial.samples_per_s
+    return None
+
+
+def hopeless(progress: Progress, best_samples_per_s: float, is_compiled: bool) -> str | None:
+    """The reason to give a trial up; None while it may still win. Compiled settings get two more laps to compile in."""
+    laps = progress.num_laps - (2 if is_compiled else 0)
+    if laps < 2 or not progress.samples_per_s:
+        return None
+    behind = best_samples_per_s / progress.samples_per_s
+    if behind >= (HOPELESS_AT_ONCE if laps == 2 else HOPELESS):
+        return f"{behind:.1f}x slower than the best after {progress.num_laps} laps"
+    return None

@@ -1,0 +1,90 @@
+"""Which strategy to try next: Optuna's study, told about every trial, kept from asking twice for the same."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import TYPE_CHECKING
+
+from autotune.search.space import Space
+from autotune.strategy import Strategy
+
+if TYPE_CHECKING:
+    import optuna
+
+_STARTUP_TRIALS = 8
+"""Trials before the Parzen estimators take over; the queue (baseline, guess and its neighbours) fills them."""
+_TRIES = 40
+
+
+class Sampler:
+    """Proposes strategies; ``tell`` must follow every ``ask``."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        self._space = space
+        self._random = random.Random(seed)
+        self._study = optuna.create_study(
+            sampler=optuna.samplers.TPESampler(multivariate=True, n_startup_trials=_STARTUP_TRIALS, seed=seed)
+        )
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            knob: optuna.distributions.CategoricalDistribution(values) for knob, values in space.values.items()
+        }
+        self._seen: set[Strategy] = set()
+        self._queue: list[Strategy] = []
+        self._asked: optuna.trial.Trial | None = None
+
+    def enqueue(self, strategy: Strategy) -> None:
+        """Has this strategy asked for before Optuna chooses again, unless it was tried already."""
+        self._queue.append(strategy)
+
+    def ask(self, near: Strategy | None = None) -> Strategy | None:
+        """A strategy not asked for before; None when all there are have been.
+
+        Where Optuna only repeats itself, an untried neighbour of ``near`` comes instead, then anything untried.
+        """
+        import optuna
+
+        while self._queue:
+            strategy = self._queue.pop(0)
+            if strategy not in self._seen:
+                return self._take(strategy)
+        for _ in range(_TRIES):
+            trial = self._study.ask(self._distributions)
+            strategy = self._space.strategy(trial.params)
+            if strategy not in self._seen and self._space.refusal(strategy) is None:
+                self._seen.add(strategy)
+                self._asked = trial
+                return strategy
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        candidates = [] if near is None else self._space.neighbours(near)
+        untried = [strategy for strategy in candidates if strategy not in self._seen] or self._untried()
+        return self._take(self._random.choice(untried)) if untried else None
+
+    def tell(self, loss: float | None) -> None:
+        """The last asked strategy's loss; None for one that cannot be used."""
+        import optuna
+
+        assert self._asked is not None
+        if loss is None:
+            self._study.tell(self._asked, state=optuna.trial.TrialState.PRUNED)
+        else:
+            self._study.tell(self._asked, loss)
+        self._asked = None
+
+    def _take(self, strategy: Strategy) -> Strategy:
+        self._study.enqueue_trial(self._space.params(strategy))
+        self._asked = self._study.ask(self._distributions)
+        self._seen.add(strategy)
+        return strategy
+
+    def _untried(self) -> list[Strategy]:
+        import itertools
+
+        knobs, values = zip(*self._space.values.items(), strict=True)
+        combinations = itertools.product(*values)
+        everything = (self._space.strategy(dict(zip(knobs, chosen, strict=True))) for chosen in combinations)
+        return [s for s in everything if s not in self._seen and self._space.refusal(s) is None]

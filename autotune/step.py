@@ -1,0 +1,88 @@
+"""One optimizer step: the same code in a trial, in ``autotune train`` and in the user's own loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotune.data.batching import MicroBatch
+from autotune.strategy import Strategy
+
+_AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Step:
+    """A callable that trains on one global batch: forward and backward of every micro batch, then the update."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        strategy: Strategy,
+        device: torch.device,
+        clip_norm: float | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.grad_norm: Tensor | None = None
+        """L2 norm of the last step's gradients before clipping."""
+        self._loss = loss
+        self._clip_norm = clip_norm
+        self._device = device
+        self._dtype = _AUTOCAST_DTYPE.get(strategy.precision)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=strategy.precision == "fp16")
+        self._uses_cuda_graphs = device.type == "cuda" and strategy.compile in ("reduce-overhead", "max-autotune")
+
+    def __call__(self, batch: Sequence[MicroBatch]) -> Tensor:
+        """Mean loss over the global batch before the update: a detached scalar on the device, not waited for."""
+        num_samples = sum(micro.num_samples for micro in batch)
+        total = torch.zeros((), device=self._device)
+        for micro in batch:
+            micro = self._on_device(micro)
+            if self._uses_cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            with self._autocast():
+                output = self.model(**micro.inputs)
+            loss = self._loss(output, micro.targets) / num_samples
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self._update()
+        return total
+
+    def forward_only(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Output and targets of one micro batch without gradients, in the same precision; never compiled, because a
+        second graph for the few evaluation batches costs more than it gives. The caller sets eval mode."""
+        micro = self._on_device(micro)
+        with torch.no_grad(), self._autocast():
+            return self.model.forward(**micro.inputs), micro.targets
+
+    def _update(self) -> None:
+        self._scaler.unscale_(self.optimizer)
+        if self._clip_norm is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 0.0
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        is_skipped = self._scaler.is_enabled() and self._scaler.get_scale() < scale
+        if self.scheduler is not None and not is_skipped:
+            self.scheduler.step()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
+
+    def _on_device(self, micro: MicroBatch) -> MicroBatch:
+        if self._device.type == "cpu":
+            return micro
+        inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in micro.inputs.items()}
+        return micro._replace(inputs=inputs, targets=micro.targets.to(self._device, non_blocking=True))

@@ -1,0 +1,113 @@
+"""Where profiles and caches lie, and which of them is this device's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import platformdirs
+
+from autotune.backends.base import Device
+from autotune.errors import AutotuneError
+from autotune.profile import Profile, read_profile
+
+
+def cache_dir() -> Path:
+    """Probe results, tokenized data, compiled code; ``AUTOTUNE_CACHE`` moves it."""
+    return Path(os.environ.get("AUTOTUNE_CACHE") or platformdirs.user_cache_dir("autotune"))
+
+
+def shipped_dir() -> Path:
+    """The profiles that come with autotune."""
+    return Path(__file__).parent / "profiles"
+
+
+def stores(profiles: Path | None = None) -> list[Path]:
+    """The folders that profiles are looked for in, first to last; they are saved in the first but the shipped."""
+    folders = []
+    if profiles is not None:
+        folders.append(profiles)
+    if os.environ.get("AUTOTUNE_PROFILES"):
+        folders.append(Path(os.environ["AUTOTUNE_PROFILES"]))
+    if Path("profiles").is_dir():
+        folders.append(Path("profiles"))
+    folders.append(Path(platformdirs.user_data_dir("autotune")) / "profiles")
+    return [*folders, shipped_dir()]
+
+
+def folder_name(device: Device) -> str:
+    """``cpu-intel-xeon-2-cores-1f2e3d4c5b6a``: for people, and unique by the fingerprint at its end."""
+    words = re.sub(r"\((r|tm|c)\)|\bcpu\b|\bprocessor\b|@.*", " ", device.name.lower())
+    cores = [f"{device.num_cores}-cores"] if device.kind == "cpu" else []
+    parts = [device.kind, *re.findall(r"[a-z0-9]+", words), *cores, device.fingerprint]
+    return "-".join(parts)
+
+
+def profile_path(device: Device, workload: str, profiles: Path | None = None) -> Path:
+    """Where a search saves this device's profile."""
+    return stores(profiles)[0] / folder_name(device) / f"{workload}.toml"
+
+
+def find_profile(device: Device, workload: str, profiles: Path | None = None) -> tuple[Profile, Path] | None:
+    """This device's profile from the first store that has one. Raises AutotuneError when that one is broken."""
+    for store in stores(profiles):
+        for path in sorted(store.glob(f"*-{device.fingerprint}/{workload}.toml")):
+            return read_for(path, device, workload), path
+    return None
+
+
+def all_profiles(profiles: Path | None = None) -> list[Path]:
+    """Every profile file of every store, in reading order, each once."""
+    paths = [path.resolve() for store in stores(profiles) for path in sorted(store.glob("*/*.toml"))]
+    return list(dict.fromkeys(paths))
+
+
+def read_for(path: Path, device: Device, workload: str) -> Profile:
+    """A profile for this device and workload. Raises AutotuneError when it is for others."""
+    profile = read_profile(path)
+    if profile.device.fingerprint != device.fingerprint:
+        raise AutotuneError(
+            f"profile {path} is for another device ({profile.device.name}, {profile.device.fingerprint}; this is "
+            f"{device.name}, {device.fingerprint}); search here: autotune search --model {workload}"
+        )
+    if profile.workload.name != workload:
+        raise AutotuneError(f"profile {path} is for the workload {profile.workload.name}, not for {workload}")
+    return profile
+
+
+def check_writable(path: Path, option: str = "--profiles") -> None:
+    """Raises AutotuneError when a file could not be written at ``path``; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="."):
+            pass
+    except OSError as exc:
+        raise AutotuneError(
+            f"nothing can be saved in {path.parent}: {exc.strerror or exc}; name another place with {option}"
+        ) from exc
+
+
+@contextlib.contextmanager
+def device_lock(device: Device) -> Iterator[None]:
+    """Held while a search measures: two at once on one device would spoil each other's timings.
+
+    Raises AutotuneError when another process holds it; a lock whose holder died is free.
+    """
+    folder = cache_dir() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / f"{device.fingerprint}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise AutotuneError(
+            "another search is measuring on this device, and two at once would spoil each other's timings; wait for it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

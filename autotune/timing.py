@@ -1,0 +1,159 @@
+"""Times the real step of a real run, on batches that stand for a whole epoch.
+
+The epoch is planned as training would plan it; its batches are ordered by the tokens they compute, and visited in a
+low-discrepancy order, so that any few consecutive ones cover the workload's lengths. The first is the longest: it
+settles the allocator and makes the peak memory the worst case. Rates are corrected from the visited batches to the
+epoch by the ratio of their computed tokens (the ratio estimator, Cochran 1977, ch. 6).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+
+from autotune.apply import Run
+from autotune.data.batching import PlannedBatch, total_padded_tokens
+from autotune.measurement import Lap, Measurement
+
+LAP_S = 0.1
+"""Steps shorter than this are timed several at a time, so that synchronising does not slow what is measured."""
+STEADY = 1.25
+"""A first lap belongs to the warm-up while it costs this much more per computed token than the median lap after it."""
+_MAX_STREAM = 200_000
+
+
+class Timer:
+    """Times one run; laps accumulate over calls, so that rivals can be timed in turns."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
+        self._order = [len(self._plan) - 1, *_low_discrepancy(len(self._plan))]
+        self._visited = self._visit()
+        self._batches = run.loader.over([self._plan[index] for index in islice(cycle(self._order), _MAX_STREAM)])
+        self._eval_seconds = 0.0
+        self._eval_padded_tokens = 0
+        self.laps: list[Lap] = []
+
+    def lap(self) -> Lap:
+        """Times the next steps. Raises whatever the run raises."""
+        run, synchronize = self._run, self._run.backend.synchronize
+        losses: list[torch.Tensor] = []
+        planned: list[PlannedBatch] = []
+        num_samples = num_tokens = 0
+        wait_s = 0.0
+        gc_was_enabled = gc.isenabled()
+        gc.disable()
+        synchronize()
+        start = now = time.perf_counter()
+        try:
+            while now - start < LAP_S:
+                batch = next(self._batches)
+                wait_s += time.perf_counter() - now
+                losses.append(run.step(batch))
+                planned.append(next(self._visited))
+                num_samples += sum(micro.num_samples for micro in batch)
+                num_tokens += sum(micro.num_tokens for micro in batch)
+                now = time.perf_counter()
+            synchronize()
+            seconds = time.perf_counter() - start
+        finally:
+            if gc_was_enabled:
+                gc.enable()
+        lap = Lap(
+            seconds=seconds,
+            wait_s=wait_s,
+            num_steps=len(losses),
+            num_samples=num_samples,
+            num_tokens=num_tokens,
+            padded_tokens=total_padded_tokens(planned),
+            losses=tuple(torch.stack(losses).float().tolist()),
+        )
+        self.laps.append(lap)
+        return lap
+
+    def evaluate(self, num_batches: int) -> None:
+        """Times an evaluation of some batches that cover the test set's lengths."""
+        plan = sorted(self._run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
+        if not plan:
+            return
+        part = [plan[index] for index in islice(_low_discrepancy(len(plan)), min(num_batches, len(plan)))]
+        self._run.backend.synchronize()
+        start = time.perf_counter()
+        self._run.evaluate(part)
+        self._run.backend.synchronize()
+        self._eval_seconds += time.perf_counter() - start
+        self._eval_padded_tokens += total_padded_tokens(part)
+
+    def epoch_s(self, laps: list[Lap]) -> float:
+        """Seconds of a whole training epoch at the rate of some laps."""
+        rate = sum(lap.seconds for lap in laps) / sum(lap.padded_tokens for lap in laps)
+        return rate * total_padded_tokens(self._plan)
+
+    def samples_per_s(self) -> float:
+        """Real samples per second by what has been timed so far."""
+        return sum(batch.num_samples for batch in self._plan) / self.epoch_s(steady(self.laps)[1])
+
+    def measurement(self) -> Measurement:
+        """The figures of all laps so far. Needs at least one lap."""
+        warm_up, timed = steady(self.laps)
+        rate = sum(lap.seconds for lap in timed) / sum(lap.padded_tokens for lap in timed)
+        samples_per_s = self.samples_per_s()
+        eval_plan = self._run.evaluation_plan()
+        eval_samples_per_s = math.inf
+        if self._eval_seconds:
+            eval_s = self._eval_seconds / self._eval_padded_tokens * total_padded_tokens(eval_plan)
+            eval_samples_per_s = self._run.workload.num_test / eval_s
+        return Measurement(
+            samples_per_s=samples_per_s,
+            tokens_per_s=sum(lap.num_tokens for lap in timed) / sum(lap.seconds for lap in timed),
+            step_ms=1000 * self.epoch_s(timed) / len(self._plan),
+            eval_samples_per_s=eval_samples_per_s,
+            warm_up_s=max(0.0, sum(lap.seconds - rate * lap.padded_tokens for lap in warm_up)),
+            loader_wait=sum(lap.wait_s for lap in timed) / sum(lap.seconds for lap in timed),
+            peak_memory_bytes=self._run.backend.peak_memory_bytes(),
+            epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
+            losses=tuple(loss for lap in self.laps for loss in lap.losses),
+        )
+
+    def _visit(self) -> Iterator[PlannedBatch]:
+        return (self._plan[index] for index in cycle(self._order))
+
+
+def steady(laps: list[Lap]) -> tuple[list[Lap], list[Lap]]:
+    """Warm-up laps and timed laps. The first lap is always warm-up, unless it is the only one."""
+    costs = [lap.seconds / lap.padded_tokens for lap in laps]
+    start = min(1, len(laps) - 1)
+    while start < len(laps) - 2 and costs[start] > STEADY * float(np.median(costs[start + 1 :])):
+        start += 1
+    return laps[:start], laps[start:]
+
+
+def _low_discrepancy(count: int) -> Iterator[int]:
+    """Each of ``range(count)`` once, any few consecutive ones spread over all (van der Corput 1935, base 2)."""
+    bits = max(1, (count - 1).bit_length())
+    for number in range(1, (1 << bits) + 1):
+        index = int(format(number % (1 << bits), f"0{bits}b")[::-1], 2)
+        if index < count:
+            yield index
+
+
+def time_until(timer: Timer, *, min_laps: int, min_s: float, enough_s: float, on_lap: Callable[[Lap], None]) -> None:
+    """Times until there are ``min_laps`` laps that cover ``min_s``, or three laps that cover ``enough_s``.
+
+    The warm-up of a timer's first laps does not count.
+    """
+    first = len(timer.laps)
+    while True:
+        on_lap(timer.lap())
+        new = timer.laps[first:]
+        timed = new if first else steady(new)[1] if len(new) > 1 else []
+        seconds = sum(lap.seconds for lap in timed)
+        if (len(timed) >= min_laps and seconds >= min_s) or (len(timed) >= min(3, min_laps) and seconds >= enough_s):
+            return

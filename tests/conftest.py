@@ -1,0 +1,48 @@
+"""What tests share: a cache of their own, a few small real files, a workload made from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+WORDS = {1: ["great", "moving", "superb", "funny"], 0: ["dull", "awful", "boring", "weak"]}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of the user's is read or written, by child processes neither."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("AUTOTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("AUTOTUNE_DATA", "AUTOTUNE_PROFILES", "COLUMNS", "FORCE_COLOR", "NO_COLOR"):
+        patch.delenv(name, raising=False)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real .jsonl file of 137 short reviews."""
+    generator = random.Random(0)
+    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
+    with path.open("w") as file:
+        for index in range(137):
+            label = index % 2
+            words = generator.choices(WORDS[label] + ["the", "film", "plot", "actor"], k=generator.randint(3, 40))
+            file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def imdb_folder() -> Path:
+    """The real reviews, where this machine has them."""
+    path = Path(os.environ.get("AUTOTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data") / "imdb"
+    if not path.is_dir():
+        pytest.skip(f"the real reviews are not at {path}; AUTOTUNE_TEST_DATA names another folder")
+    return path

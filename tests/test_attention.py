@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from autotune.models.attention import SDPA_KERNELS, attend, set_attention
+from autotune.models.encoder import EncoderClassifier, is_checkpointed
+from autotune.strategy import Attention, Checkpoint
+
+ON_EVERY_CPU: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash")
+
+
+def tensors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    mask_B11T = torch.arange(12)[None, None, None, :] < torch.tensor([12, 7, 1])[:, None, None, None]
+    q, k, v = (torch.randn(3, 2, 12, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    return q, k, v, mask_B11T
+
+
+@pytest.mark.parametrize("backend", ON_EVERY_CPU)
+def test_every_backend_computes_the_same_attention_and_gradients(backend: Attention) -> None:
+    q, k, v, mask = tensors()
+    expected = attend(q, k, v, mask, "eager")
+    expected_grad = torch.autograd.grad(expected.square().sum(), [q, k, v])
+    found = attend(q, k, v, mask, backend)
+    found_grad = torch.autograd.grad(found.square().sum(), [q, k, v])
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(found_grad, expected_grad, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernel"),
+    [
+        ("sdpa_math", "_scaled_dot_product_attention_math"),
+        ("sdpa_flash", "_scaled_dot_product_flash_attention_for_cpu"),
+    ],
+)
+def test_a_pinned_backend_runs_its_own_kernel(backend: Attention, kernel: str) -> None:
+    q, k, v, mask = tensors(torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attend(q, k, v, mask, backend)
+    assert any(kernel in event.key for event in profile.key_averages())
+
+
+def test_a_kernel_that_the_cpu_lacks_is_refused_not_replaced() -> None:
+    q, k, v, mask = tensors(torch.float32)
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        attend(q, k, v, mask, "sdpa_efficient")
+
+
+def small_encoder() -> EncoderClassifier:
+    torch.manual_seed(0)
+    return EncoderClassifier(vocabulary_size=50, max_tokens=16, width=16, num_heads=2, ffn_width=32, dropout=0.0)
+
+
+def test_the_default_encoder_has_the_parameters_it_says() -> None:
+    assert sum(parameter.numel() for parameter in EncoderClassifier().parameters()) == 5_851_138
+
+
+def test_padding_does_not_change_the_logits() -> None:
+    model = small_encoder()
+    ids = torch.randint(1, 50, (2, 6))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    wider = torch.nn.functional.pad(ids, (0, 5)), torch.nn.functional.pad(mask, (0, 5))
+    for backend in ON_EVERY_CPU:
+        assert set_attention(model, backend) == 4
+        torch.testing.assert_close(model(ids, mask), model(*wider), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "blocks"), [("none", 0), ("every_4th", 1), ("every_2nd", 2), ("every_block", 4)]
+)
+def test_checkpointing_recomputes_its_blocks_and_keeps_the_gradients(granularity: Checkpoint, blocks: int) -> None:
+    ids, mask = torch.randint(1, 50, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    plain, model = small_encoder(), small_encoder()
+    model.checkpointed = granularity
+    calls = [0]
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    plain(ids, mask).sum().backward()
+    model(ids, mask).sum().backward()
+    assert calls[0] == 4 + blocks
+    assert sum(is_checkpointed(index, granularity) for index in range(4)) == blocks
+    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad)
+
+
+def test_pinned_kernels_cover_every_pinned_setting() -> None:
+    from typing import get_args
+
+    assert {"eager", "sdpa", *SDPA_KERNELS} == set(get_args(Attention))

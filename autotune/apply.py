@@ -120,7 +120,7 @@ class Run:
         """Mean loss and share classified correctly, over the test set or the given part of it."""
         batches = self.evaluation_plan() if batches is None else batches
         data = self.workload.test
-        loader = Loader(data, self.strategy, max_tokens=0, seed=0, is_pinned=self.backend.name == "cuda")
+        loader = Loader(data, self.strategy, max_tokens=0, seed=0, is_pinned=self.backend.device_type == "cuda")
         loss_sum = torch.zeros((), device=torch_device(self.backend))
         num_correct = torch.zeros((), device=loss_sum.device)
         num_samples = 0
@@ -156,6 +156,7 @@ def apply(
     torch.manual_seed(seed)
     device = torch_device(backend)
     backend.set_precision(strategy.precision)
+    backend.set_allocator(strategy.allocator)
     model = workload.build_model() if model is None else model
     _set_knobs(model, strategy)
     model.to(device).train()
@@ -164,7 +165,7 @@ def apply(
         strategy,
         max_tokens=workload.max_tokens,
         seed=seed,
-        is_pinned=backend.name == "cuda",
+        is_pinned=backend.device_type == "cuda",
     )
     scheduler = None
     if optimizer is None:
@@ -224,5 +225,15 @@ def _set_knobs(model: nn.Module, strategy: Strategy) -> None:
             "has none; search with this model, or set checkpoint to none in the profile"
         )
     if strategy.compile != "none":
+        _skip_isa_tests()
         options: dict[str, Any] = {} if strategy.compile == "default" else {"mode": strategy.compile}
         model.compile(dynamic=strategy.padding != "max", **options)
+
+
+def _skip_isa_tests() -> None:
+    """Inductor compiles a test program for every CPU instruction set before its first kernel, 8 s on two cores; that
+    the kernels themselves compile and run is test enough."""
+    from torch._inductor import config
+
+    if hasattr(config.cpp, "vec_isa_ok"):
+        config.cpp.vec_isa_ok = True

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import msgspec
 
 from autotune.backends.base import Backend, torch_device
-from autotune.strategy import Attention, Precision
+from autotune.strategy import Allocator, Attention, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,7 @@ _SDP_BACKENDS = {
 _MATMUL_S = 0.25
 _ATTENTION_S = 0.1
 _COPY_BYTES = 128 * 2**20
+_FRESH_BYTES = 64 * 2**20
 
 
 class RefusalError(Exception):
@@ -96,6 +97,12 @@ def standard(backend: Backend) -> tuple[Check, ...]:
             continue
         ran = f"compile.{mode}"
         checks.append(Check(name=ran, run=functools.partial(compiled, mode=mode), time_limit_s=120.0))
+    # Last of all: it cannot be undone in the child that runs it.
+    checks += [
+        Check(name=f"allocator.{setting}", run=functools.partial(allocator, setting=setting))
+        for setting in backend.allocators
+        if setting != "default"
+    ]
     return tuple(checks)
 
 
@@ -204,6 +211,19 @@ def memory_copy(backend: Backend) -> Figures:
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=torch_device(backend))
     target = torch.empty_like(source)
     return {"gib_per_s": _COPY_BYTES / 2**30 / _best_s(backend, lambda: target.copy_(source), 0.2)}
+
+
+def allocator(backend: Backend, setting: Allocator) -> Figures:
+    """Milliseconds to make and fill a 64 MiB tensor, as the activations of a step are: by default, then as set."""
+    import torch
+
+    def fresh() -> None:
+        torch.zeros(_FRESH_BYTES, dtype=torch.uint8, device=torch_device(backend)).add_(1)
+
+    default_ms = 1000 * _best_s(backend, fresh, 0.2)
+    backend.set_allocator(setting)
+    fresh()
+    return {"default_ms": default_ms, f"{setting}_ms": 1000 * _best_s(backend, fresh, 0.2)}
 
 
 def attention(backend: Backend, kernel: Attention, precision: Precision) -> Figures:

@@ -28,7 +28,7 @@ from autotune.errors import AutotuneError
 from autotune.process import Child, ChildDied
 from autotune.strategy import Precision
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 """Raised when a check changes its meaning: what an older version measured is measured again."""
 
 TOO_SLOW = 3.0

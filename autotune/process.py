@@ -8,12 +8,12 @@ tail explains a crash. Nothing here knows what the child does.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -45,6 +45,7 @@ class Child:
 
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
         context = _context()
+        _quiet_resource_tracker()
         self._stderr = Path(tempfile.mkstemp(prefix="autotune-", suffix=".stderr")[1])
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_entry, args=(theirs, str(self._stderr), target, args), daemon=False)
@@ -139,16 +140,21 @@ def _entry(connection: Connection, stderr_path: str, target: Callable[..., None]
     file = os.open(stderr_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 2)
     os.dup2(file, 1)
-    faulthandler.enable(file=sys.__stderr__ or 2)
     target(connection, *args)
 
 
 def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        import ctypes
+    """Ends this process and its group when the process that asked for it is gone, killed without a word included."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    def wait() -> None:
+        parent.join()
+        if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="autotune-lifeline").start()
 
 
 def _context() -> Any:
@@ -157,6 +163,30 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "numpy", "autotune.process"])
     return context
+
+
+def _quiet_resource_tracker() -> None:
+    """Children are killed by design; what they leave registered is cleaned up at exit without a word about it."""
+    if sys.platform == "win32":
+        return
+    from multiprocessing import resource_tracker
+
+    with _environment(PYTHONWARNINGS="ignore"):
+        resource_tracker.ensure_running()
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

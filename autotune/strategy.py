@@ -9,6 +9,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Checkpoint = Literal["none", "every_4th", "every_2nd", "every_block"]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 Padding = Literal["max", "longest", "buckets"]
+Allocator = Literal["default", "retain"]
 
 
 class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,6 +36,9 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     padding: Padding = "max"
     """``max``: every sequence to the model's limit. ``longest``: to the longest of its micro batch, the global batch
     sorted by length before it is cut up. ``buckets``: whole batches of similar length, in random order."""
+    allocator: Allocator = "default"
+    """``retain``: on a CPU, freed memory is kept by the process instead of going back to the kernel, which would have
+    to clear every page of it again for the next batch."""
 
     def __post_init__(self) -> None:
         for knob in ("micro_batch", "accumulation"):

@@ -1,9 +1,8 @@
 """Times the real step of a real run, on batches that stand for a whole epoch.
 
 The epoch is planned as training would plan it; its batches are ordered by the tokens they compute, and visited in a
-low-discrepancy order, so that any few consecutive ones cover the workload's lengths. The first is the longest: it
-settles the allocator and makes the peak memory the worst case. Rates are corrected from the visited batches to the
-epoch by the ratio of their computed tokens (the ratio estimator, Cochran 1977, ch. 6).
+low-discrepancy order, so that any few consecutive ones cover the workload's lengths. Rates are corrected from the
+visited batches to the epoch by the ratio of their computed tokens (the ratio estimator, Cochran 1977, ch. 6).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Timer:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
-        self._order = [len(self._plan) - 1, *_low_discrepancy(len(self._plan))]
+        self._order = list(_low_discrepancy(len(self._plan)))
         self._visited = self._visit()
         self._batches = run.loader.over([self._plan[index] for index in islice(cycle(self._order), _MAX_STREAM)])
         self._eval_seconds = 0.0
@@ -78,18 +77,28 @@ class Timer:
         self.laps.append(lap)
         return lap
 
-    def evaluate(self, num_batches: int) -> None:
-        """Times an evaluation of some batches that cover the test set's lengths."""
-        plan = sorted(self._run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
-        if not plan:
+    def longest(self) -> None:
+        """Trains on the longest batch, untimed, so that the peak memory is the worst case."""
+        if self._plan[0].padded_tokens == self._plan[-1].padded_tokens:
             return
-        part = [plan[index] for index in islice(_low_discrepancy(len(plan)), min(num_batches, len(plan)))]
+        for batch in self._run.loader.over([self._plan[-1]]):
+            self._run.step(batch)
         self._run.backend.synchronize()
-        start = time.perf_counter()
-        self._run.evaluate(part)
-        self._run.backend.synchronize()
-        self._eval_seconds += time.perf_counter() - start
-        self._eval_padded_tokens += total_padded_tokens(part)
+
+    def evaluate(self, max_batches: int, enough_s: float) -> None:
+        """Times an evaluation of some batches that cover the test set's lengths, fewer where they take long."""
+        plan = sorted(self._run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
+        synchronize = self._run.backend.synchronize
+        first_s = self._eval_seconds
+        for index in islice(_low_discrepancy(len(plan)), max_batches):
+            synchronize()
+            start = time.perf_counter()
+            self._run.evaluate([plan[index]])
+            synchronize()
+            self._eval_seconds += time.perf_counter() - start
+            self._eval_padded_tokens += plan[index].padded_tokens
+            if self._eval_seconds - first_s >= enough_s:
+                return
 
     def epoch_s(self, laps: list[Lap]) -> float:
         """Seconds of a whole training epoch at the rate of some laps."""

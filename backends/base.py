@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from autotune.strategy import Attention, Compile, Precision
+from autotune.strategy import Allocator, Attention, Compile, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,8 @@ class Backend(Protocol):
     """Precisions worth trying."""
     compile_modes: tuple[Compile, ...]
     """torch.compile modes that differ from one another on this family."""
+    allocators: tuple[Allocator, ...]
+    """Allocator settings worth trying."""
 
     def unavailable(self) -> str | None:
         """Why this machine has no such device; None where it has one. Creates no device context."""
@@ -83,6 +85,9 @@ class Backend(Protocol):
 
     def set_precision(self, precision: Precision) -> None:
         """Sets how fp32 matmuls and convolutions are computed: TF32 for ``tf32``, full fp32 otherwise."""
+
+    def set_allocator(self, allocator: Allocator) -> None:
+        """Puts the allocator setting in force for this process, for good. Raises RuntimeError where it cannot."""
 
     def start_memory_window(self) -> None:
         """Peak memory counts from here. Called before the model is built, so that the model counts."""

@@ -19,14 +19,15 @@ from typing import NamedTuple
 import psutil
 
 from autotune.backends.base import Device
-from autotune.strategy import Attention, Compile, Precision
+from autotune.strategy import Allocator, Attention, Compile, Precision
 
 name: str = "cpu"
 device_type: str = "cpu"
 attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash")
 precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 # reduce-overhead is CUDA graphs: on a CPU it is `default` by another name
-compile_modes: tuple[Compile, ...] = ("none", "default", "max-autotune")
+compile_modes: tuple[Compile, ...] = ("none", "default")
+allocators: tuple[Allocator, ...] = ("default", "retain")
 
 _OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "std::bad_alloc")
 
@@ -82,6 +83,27 @@ def set_precision(precision: Precision) -> None:
     import torch
 
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def set_allocator(allocator: Allocator) -> None:
+    """``retain`` makes glibc serve every size from its heap and never shrink that (mallopt(3)).
+
+    By default a tensor above 32 MiB is mapped anew each time, and the kernel clears its pages at first touch: nine
+    million page faults in twelve imdb steps at 512 tokens, docs/LOG.md 2026-11-21. It cannot be undone in a process.
+    Raises RuntimeError where the C library is not glibc, or refuses.
+    """
+    if allocator == "default":
+        return
+    import ctypes
+
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError) as exc:
+        raise RuntimeError("the C library has no mallopt; only glibc's allocator can be told to retain") from exc
+    for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20)):
+        if mallopt(parameter, value) != 1:
+            raise RuntimeError(f"mallopt({parameter}, {value}) was refused by the C library")
 
 
 def start_memory_window() -> None:

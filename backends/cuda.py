@@ -9,13 +9,14 @@ from typing import Any
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
-from autotune.strategy import Attention, Compile, Precision
+from autotune.strategy import Allocator, Attention, Compile, Precision
 
 name: str = "cuda"
 device_type: str = "cuda"
 attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
 precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 compile_modes: tuple[Compile, ...] = ("none", "default", "reduce-overhead", "max-autotune")
+allocators: tuple[Allocator, ...] = ("default",)
 
 _GENERATIONS = {(7, 5): "Turing", (8, 9): "Ada"}
 _GENERATIONS_BY_MAJOR = {7: "Volta", 8: "Ampere", 9: "Hopper", 10: "Blackwell", 11: "Blackwell", 12: "Blackwell"}
@@ -83,6 +84,12 @@ def set_precision(precision: Precision) -> None:
         flags: Any = getattr(torch.backends.cudnn, operator, None)
         if hasattr(flags, "fp32_precision"):
             flags.fp32_precision = "tf32" if is_tf32 else "ieee"
+
+
+def set_allocator(allocator: Allocator) -> None:
+    """Raises RuntimeError for anything but the default: torch's caching allocator retains memory by itself."""
+    if allocator != "default":
+        raise RuntimeError(f"allocator {allocator} is for CPUs; torch retains this device's memory by itself")
 
 
 def start_memory_window() -> None:

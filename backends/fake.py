@@ -12,7 +12,7 @@ import msgspec
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
-from autotune.strategy import Attention, Compile, Precision
+from autotune.strategy import Allocator, Attention, Compile, Precision
 from autotune.units import format_bytes, parse_bytes
 
 name: str = "fake"
@@ -20,6 +20,7 @@ device_type: str = "cpu"
 attention: tuple[Attention, ...] = ("eager", "sdpa")
 precisions: tuple[Precision, ...] = ("fp32", "bf16")
 compile_modes: tuple[Compile, ...] = ("none",)
+allocators: tuple[Allocator, ...] = ("default",)
 
 memory_bytes = 2**30
 
@@ -27,6 +28,7 @@ _limit_bytes: int | None = None
 
 unavailable = cpu.unavailable
 set_precision = cpu.set_precision
+set_allocator = cpu.set_allocator
 start_memory_window = cpu.start_memory_window
 peak_memory_bytes = cpu.peak_memory_bytes
 is_out_of_memory = cpu.is_out_of_memory

@@ -7,13 +7,14 @@ import threading
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
-from autotune.strategy import Attention, Compile, Precision
+from autotune.strategy import Allocator, Attention, Compile, Precision
 
 name: str = "mps"
 device_type: str = "mps"
 attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math")
 precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 compile_modes: tuple[Compile, ...] = ("none", "default")
+allocators: tuple[Allocator, ...] = ("default",)
 
 SAMPLE_INTERVAL_S = 0.02
 
@@ -60,6 +61,12 @@ def synchronize() -> None:
 
 def set_precision(precision: Precision) -> None:
     """Does nothing: Metal has no TF32."""
+
+
+def set_allocator(allocator: Allocator) -> None:
+    """Raises RuntimeError for anything but the default: torch's caching allocator retains memory by itself."""
+    if allocator != "default":
+        raise RuntimeError(f"allocator {allocator} is for CPUs; torch retains this device's memory by itself")
 
 
 def start_memory_window() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 WORDS = {1: ["great", "moving", "superb", "funny"], 0: ["dull", "awful", "boring", "weak"]}
 
@@ -20,6 +21,9 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setenv("AUTOTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
     patch.setenv("HF_HUB_OFFLINE", "1")
+    # Tests run beside each other; threads that wait for each other's cores would take most of the time.
+    patch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     for name in ("AUTOTUNE_DATA", "AUTOTUNE_PROFILES", "COLUMNS", "FORCE_COLOR", "NO_COLOR"):
         patch.delenv(name, raising=False)
     yield

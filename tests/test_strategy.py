@@ -16,6 +16,7 @@ def test_the_baseline_is_plain_fp32_with_the_whole_batch_at_once() -> None:
         "compile": "none",
         "workers": 0,
         "padding": "max",
+        "allocator": "default",
     }
 
 

@@ -137,7 +137,8 @@ def tokenized(
                 for batch in _encoded(tokenizer, rows, max_tokens):
                     pieces += batch
                     num_done += len(batch)
-                    on_progress(f"tokenizing: {num_done:,} of {num_reviews:,} reviews")
+                    if num_done % 10_000 == 0:
+                        on_progress(f"tokenizing: {num_done:,} of {num_reviews:,} reviews")
                 _save(draft, split, pieces, rows)
             _publish(draft, folder)
     except OSError as exc:

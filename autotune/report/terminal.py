@@ -68,6 +68,8 @@ def describe(strategy: Strategy) -> str:
         words.append(f"ckpt {strategy.checkpoint}")
     if strategy.compile != "none":
         words.append("compile" if strategy.compile == "default" else f"compile {strategy.compile}")
+    if strategy.allocator != "default":
+        words.append(strategy.allocator)
     if strategy.workers:
         words.append(f"{strategy.workers} worker{'s' if strategy.workers > 1 else ''}")
     return " · ".join(words)
@@ -113,7 +115,7 @@ def capability_row(capability: Capability) -> tuple[str, Text, str]:
 def measured_words(measured: dict[str, float]) -> list[str]:
     """Figures with their units, in words."""
     return [
-        _UNITS[key].format(value) if key in _UNITS else f"{key.replace('_', ' ')} {value:.3g}"
+        _UNITS[key].format(value) if key in _UNITS else f"{key.replace('_', ' ')} {value:,.3f}".rstrip("0").rstrip(".")
         for key, value in measured.items()
     ]
 

@@ -12,10 +12,10 @@ from autotune.stats import paired_ratio
 from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Command, Job
 
-WARM_UP = Command(min_laps=1)
+WARM_UP = Command(min_laps=0)
+"""A single lap."""
 FAST_LAPS = 4
 """Laps of a finalist in one round: consecutive ones cover the lengths. A setting padded to max takes one."""
-EVAL_BATCHES = 4
 
 
 class Final(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +72,7 @@ def race(
             order = list(running) if number % 2 == 0 else list(reversed(running))
             for entrant in order:
                 laps = 1 if entrant.job.strategy.padding == "max" else FAST_LAPS
-                turn(entrant, Command(min_laps=laps, eval_batches=EVAL_BATCHES if number == rounds - 1 else 0))
+                turn(entrant, Command(min_laps=laps, finish=number == rounds - 1))
             on_round(number + 1, rounds)
     return [
         Final(

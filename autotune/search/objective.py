@@ -11,10 +11,10 @@ from autotune.trial.worker import Progress
 
 Objective = Literal["time", "memory"]
 
-HOPELESS_AT_ONCE = 2.0
+HOPELESS_AT_ONCE = 1.6
 """After its second lap a trial so many times slower than the best is given up."""
-HOPELESS = 1.3
-"""After its third. Neighbouring laps differ by a few per cent, machines drift by ten: 1.3 is beyond both."""
+HOPELESS = 1.25
+"""After its third: beyond what laps differ by and what machines usually drift by in a few seconds."""
 
 
 class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):

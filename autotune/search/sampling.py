@@ -12,8 +12,8 @@ from autotune.strategy import Strategy
 if TYPE_CHECKING:
     import optuna
 
-_STARTUP_TRIALS = 8
-"""Trials before the Parzen estimators take over; the queue (baseline, guess and its neighbours) fills them."""
+_STARTUP_TRIALS = 5
+"""Trials before the Parzen estimators take over; the baseline, the guess and its neighbours are among them."""
 _TRIES = 40
 
 
@@ -35,6 +35,7 @@ class Sampler:
         }
         self._seen: set[Strategy] = set()
         self._queue: list[Strategy] = []
+        self._turn = 0
         self._asked: optuna.trial.Trial | None = None
 
     def enqueue(self, strategy: Strategy) -> None:
@@ -44,7 +45,8 @@ class Sampler:
     def ask(self, near: Strategy | None = None) -> Strategy | None:
         """A strategy not asked for before; None when all there are have been.
 
-        Where Optuna only repeats itself, an untried neighbour of ``near`` comes instead, then anything untried.
+        What is queued comes first. Then two in three are untried neighbours of ``near``, the best so far, and the rest
+        are Optuna's; where it only repeats itself, anything untried.
         """
         import optuna
 
@@ -52,6 +54,11 @@ class Sampler:
             strategy = self._queue.pop(0)
             if strategy not in self._seen:
                 return self._take(strategy)
+        neighbours = [] if near is None else self._space.neighbours(near)
+        untried = [strategy for strategy in neighbours if strategy not in self._seen]
+        self._turn += 1
+        if untried and self._turn % 3:
+            return self._take(untried[0])
         for _ in range(_TRIES):
             trial = self._study.ask(self._distributions)
             strategy = self._space.strategy(trial.params)
@@ -60,8 +67,7 @@ class Sampler:
                 self._asked = trial
                 return strategy
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        candidates = [] if near is None else self._space.neighbours(near)
-        untried = [strategy for strategy in candidates if strategy not in self._seen] or self._untried()
+        untried = untried or self._untried()
         return self._take(self._random.choice(untried)) if untried else None
 
     def tell(self, loss: float | None) -> None:

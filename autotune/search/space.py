@@ -22,7 +22,7 @@ _EVERY_NEEDS_BLOCKS: dict[Checkpoint, int] = {"none": 0, "every_block": 1, "ever
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):
-    """The values worth trying for each knob, in order of plainness."""
+    """The values worth trying for each knob, in order of plainness; the knobs that pay most often come first."""
 
     global_batch: int
     values: dict[str, tuple[Any, ...]]
@@ -57,7 +57,8 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         return others * len(self.pairs)
 
     def neighbours(self, strategy: Strategy) -> list[Strategy]:
-        """The allowed strategies that differ in one knob, by at most one place in micro batch and workers."""
+        """The allowed strategies that differ in one knob, by at most one place in micro batch and workers; those of
+        the knobs that pay most often first."""
         near = []
         for knob, values in self.values.items():
             here = values.index(getattr(strategy, knob))
@@ -88,6 +89,7 @@ def build_space(hardware: Hardware, backend: Backend, workload: Workload) -> Spa
                 pairs.add((attention, precision))
     attentions = [a for a in backend.attention if any((a, p) in pairs for p in precisions)]
     compile_modes = [c for c in backend.compile_modes if c == "none" or allowed("compile", c, f"compile.{c}")]
+    allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]
     checkpoints = [c for c in get_args(Checkpoint) if workload.num_blocks >= _EVERY_NEEDS_BLOCKS[c]]
     for checkpoint in set(get_args(Checkpoint)) - set(checkpoints):
         left_out[f"checkpoint={checkpoint}"] = f"nothing of its own to recompute with {workload.num_blocks} blocks"
@@ -95,13 +97,14 @@ def build_space(hardware: Hardware, backend: Backend, workload: Workload) -> Spa
     return Space(
         global_batch=global_batch,
         values={
-            "attention": tuple(attentions),
-            "precision": tuple(precisions),
-            "checkpoint": tuple(checkpoints),
             "micro_batch": tuple(size for size in range(1, global_batch + 1) if global_batch % size == 0),
+            "attention": tuple(attentions),
             "compile": tuple(compile_modes),
-            "workers": tuple(sorted({0, 1, 2, 4, 8} & set(range(min(MAX_WORKERS, hardware.device.num_cores) + 1)))),
+            "allocator": tuple(allocators),
+            "precision": tuple(precisions),
             "padding": get_args(Padding),
+            "workers": tuple(sorted({0, 1, 2, 4, 8} & set(range(min(MAX_WORKERS, hardware.device.num_cores) + 1)))),
+            "checkpoint": tuple(checkpoints),
         },
         left_out=left_out,
         pairs=frozenset(pairs),
@@ -110,7 +113,8 @@ def build_space(hardware: Hardware, backend: Backend, workload: Workload) -> Spa
 
 def expert_guess(space: Space, hardware: Hardware) -> Strategy:
     """What a person who reads the probe would write down: the fastest precision and attention it measured, no padding
-    waste, no recomputation; on an accelerator the whole batch at once and compiled, on a CPU what its caches hold."""
+    waste, no recomputation, memory retained; on an accelerator the whole batch at once and compiled, on a CPU what its
+    caches hold."""
     is_cpu = hardware.device.kind in ("cpu", "fake")
 
     def attention_ms(attention: Attention, precision: Precision) -> float:
@@ -135,6 +139,7 @@ def expert_guess(space: Space, hardware: Hardware) -> Strategy:
             "compile": "none" if is_cpu else space.values["compile"][min(1, len(space.values["compile"]) - 1)],
             "workers": 0,
             "padding": "buckets",
+            "allocator": space.values["allocator"][-1],
         }
     )
 

@@ -15,7 +15,7 @@ from autotune.errors import AutotuneError
 from autotune.measurement import Interval, Measurement, Trial
 from autotune.probe import Hardware
 from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledDevice, ProfiledWorkload
-from autotune.search.finals import Entrant, Final, race, speedup
+from autotune.search.finals import FAST_LAPS, Entrant, Final, race, speedup
 from autotune.search.objective import Objective, PlannedRun, hopeless, loss_of
 from autotune.search.sampling import Sampler
 from autotune.search.space import Space, build_space, expert_guess
@@ -136,15 +136,9 @@ class _Search:
         self._next("plain baseline", memory_limit_bytes=self._machine_limit())
         guess = expert_guess(self.space, self.hardware)
         self.sampler.enqueue(guess)
-        for neighbour in self.space.neighbours(guess):
-            if set(neighbour.changed(guess)) & {"micro_batch", "attention"}:
-                self.sampler.enqueue(neighbour)
-        number_of_queued = 1
-        while self._goes_on():
-            origin = "expert's guess" if number_of_queued == 1 else "search"
-            number_of_queued += 1
-            if not self._next(origin):
-                break
+        origin = "expert's guess"
+        while self._goes_on() and self._next(origin):
+            origin = "search"
 
     def _next(self, origin: str, memory_limit_bytes: int | None = None) -> bool:
         best = self.best()
@@ -197,14 +191,14 @@ class _Search:
         return [trial for loss, trial in losses[:NUM_FINALISTS] if loss <= losses[0][0] * CLOSE_TO_BEST]
 
     def _race_s(self, finalists: list[Trial], rounds: int | None = None) -> float:
-        """Seconds that a race takes: starting and warming up, then the rounds."""
+        """Seconds that a race takes: starting, warming up and evaluating, then the rounds."""
         if not finalists or self.trials[0].measurement is None:
             return 0.0
         steps = [trial.measurement.step_ms / 1000 for trial in finalists if trial.measurement]
         warm_up_s = sum(trial.measurement.warm_up_s for trial in finalists if trial.measurement)
         baseline_s = self.trials[0].measurement.step_ms / 1000
-        start_s = 2 * baseline_s + warm_up_s + 4 * sum(steps) + len(steps) + 1
-        round_s = baseline_s + 4 * sum(steps)
+        start_s = 2.5 * baseline_s + warm_up_s + 3 * sum(steps) + len(steps) + 1
+        round_s = baseline_s + FAST_LAPS * sum(steps)
         if rounds is not None:
             return start_s + rounds * round_s
         share_s = FINALS_SHARE * self.settings.budget_s if self.settings.budget_s else float("inf")
@@ -318,6 +312,10 @@ class _Search:
 
 
 def _remeasured(trial: Trial, measurement: Measurement) -> Trial:
+    """The trial with the race's figures, but for the warm-up: in the race what was compiled before is at hand."""
+    assert trial.measurement is not None
+    warm_up_s = max(trial.measurement.warm_up_s, measurement.warm_up_s)
+    measurement = msgspec.structs.replace(measurement, warm_up_s=warm_up_s)
     return msgspec.structs.replace(trial, measurement=measurement, samples_per_s=measurement.samples_per_s)
 
 

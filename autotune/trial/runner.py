@@ -15,8 +15,8 @@ from autotune.units import format_bytes
 
 OnProgress = Callable[[Progress], None]
 MEMORY_POLL_S = 0.5
-ORDINARY = Command(min_laps=7, min_s=3.0, enough_s=10.0, eval_batches=4)
-"""How an ordinary trial is timed: seven laps that cover the lengths, fewer where a single step takes seconds."""
+ORDINARY = Command(min_laps=6, min_s=3.0, enough_s=10.0, finish=True)
+"""How an ordinary trial is timed: six laps that cover the lengths, fewer where a single step takes seconds."""
 
 
 class TrialEndedError(Exception):

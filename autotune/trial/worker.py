@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from multiprocessing.connection import Connection
@@ -12,6 +13,11 @@ import msgspec
 from autotune.measurement import Lap, Measurement, Outcome
 from autotune.strategy import Strategy
 from autotune.workloads.base import WorkloadRef
+
+EVAL_BATCHES = 8
+"""Evaluation micro batches that are timed at most; they cover the lengths."""
+EVAL_ENOUGH_S = 1.0
+"""Seconds of evaluation after which no further batch is timed."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,12 +32,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """What to time next: laps until both minima are met or enough seconds are spent, then evaluation batches."""
+    """What to time next: laps until both minima are met or enough seconds are spent."""
 
     min_laps: int
     min_s: float = 0.0
     enough_s: float = float("inf")
-    eval_batches: int = 0
+    finish: bool = False
+    """Afterwards the longest batch, for the peak memory, and some evaluation batches."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,11 +73,10 @@ def main(connection: Connection, job: Job) -> None:
     backend = backends.get(job.backend)
     try:
         _serve(connection, job)
-    except (EOFError, BrokenPipeError):
-        return
     except BaseException as exc:  # noqa: BLE001 - whatever it is, it is this trial's outcome, on record with its text
         outcome = "oom" if backend.is_out_of_memory(exc) else _outcome(exc)
-        connection.send(Failed(outcome=outcome, reason=_one_line(exc)))
+        with contextlib.suppress(OSError):
+            connection.send(Failed(outcome=outcome, reason=_one_line(exc)))
 
 
 def _serve(connection: Connection, job: Job) -> None:
@@ -89,7 +95,10 @@ def _serve(connection: Connection, job: Job) -> None:
     timer = Timer(apply(job.strategy, workload, backend, seed=job.seed))
     connection.send(Progress(stage="first step"))
     while True:
-        command: Command = connection.recv()
+        try:
+            command: Command = connection.recv()
+        except EOFError:
+            return
         first = len(timer.laps)
         said = time.monotonic()
 
@@ -103,10 +112,14 @@ def _serve(connection: Connection, job: Job) -> None:
                     Progress(stage="timing", lap=lap, num_laps=len(timer.laps), samples_per_s=timer.samples_per_s())
                 )
 
-        time_until(timer, min_laps=command.min_laps, min_s=command.min_s, enough_s=command.enough_s, on_lap=report)
-        if command.eval_batches:
+        try:
+            time_until(timer, min_laps=command.min_laps, min_s=command.min_s, enough_s=command.enough_s, on_lap=report)
+        except (EOFError, ConnectionError, FileNotFoundError) as exc:
+            raise ChildProcessError("a DataLoader worker died") from exc
+        if command.finish:
             connection.send(Progress(stage="evaluating"))
-            timer.evaluate(command.eval_batches)
+            timer.longest()
+            timer.evaluate(EVAL_BATCHES, EVAL_ENOUGH_S)
         connection.send(Done(measurement=timer.measurement(), epoch_s=timer.epoch_s(timer.laps[first:])))
 
 

@@ -1,0 +1,59 @@
+"""Settings timed in turns on one workload: python benchmarks/compare.py [--data PATH] [--rounds 6] A.toml B.toml ...
+
+Each argument is a profile's file, or ``none`` for the plain baseline. All live in processes of their own and are timed
+A B C, C B A, ...; the ratios to the first are paired by round, with a 95 % bootstrap interval.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from autotune import backends, workloads
+from autotune.measurement import Trial
+from autotune.profile import read_profile
+from autotune.report.terminal import describe, interval_words
+from autotune.search.finals import Entrant, race
+from autotune.stats import paired_ratio
+from autotune.strategy import Strategy, baseline
+from autotune.trial.worker import Job
+
+
+@click.command()
+@click.argument("settings", nargs=-1, required=True)
+@click.option("--model", default="imdb", show_default=True)
+@click.option("--data", type=click.Path(path_type=Path))
+@click.option("--rounds", default=6, show_default=True)
+def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) -> None:
+    module = workloads.get(model)
+    ref = module.prepare(data, limit=None, on_progress=lambda _: None)
+    num_train = module.open_workload(ref).num_train
+    backend = backends.find()
+    print(f"{backend.device().name}, torch {backend.device().versions['torch']}, {ref.source}, {rounds} rounds")
+
+    def entrant(number: int, name: str) -> Entrant:
+        strategy: Strategy = (
+            baseline(module.RECIPE.global_batch) if name == "none" else read_profile(Path(name)).strategy
+        )
+        job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0)
+        return Entrant(trial=Trial(number=number, strategy=strategy, outcome="ok"), job=job)
+
+    finals = race(
+        [entrant(number, name) for number, name in enumerate(settings)],
+        rounds=rounds,
+        timeout_s=600,
+        memory_limit_bytes=int(0.9 * backend.device().memory_free_bytes),
+    )
+    first = finals[0]
+    for final in finals:
+        rates = sorted(num_train / epoch_s for epoch_s in final.epoch_s)
+        words = interval_words(paired_ratio(first.epoch_s, final.epoch_s))
+        print(
+            f"{describe(final.trial.strategy)}: samples/s {rates[0]:.1f} .. {rates[len(rates) // 2]:.1f} .. "
+            f"{rates[-1]:.1f}; {words} the first; peak {final.measurement.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Profiles as files: round trips, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune import store
+from autotune.errors import AutotuneError
+from autotune.profile import format_profile, parse_profile, read_profile, write_profile
+from autotune.strategy import Attention, Checkpoint, Compile, Padding, Precision, Strategy
+from tests import factories
+
+strategies = st.builds(
+    Strategy,
+    attention=st.sampled_from(get_args(Attention)),
+    precision=st.sampled_from(get_args(Precision)),
+    checkpoint=st.sampled_from(get_args(Checkpoint)),
+    micro_batch=st.just(8),
+    accumulation=st.just(4),
+    compile=st.sampled_from(get_args(Compile)),
+    workers=st.integers(0, 64),
+    padding=st.sampled_from(get_args(Padding)),
+)
+
+
+@given(strategies)
+def test_a_profile_reads_back_as_it_was_written(strategy: Strategy) -> None:
+    profile = factories.profile(strategy=strategy)
+    assert parse_profile(tomllib.loads(format_profile(profile)), "p") == profile
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    data: dict[str, Any] = msgspec.to_builtins(factories.profile())
+    *tables, key = path.split(".")
+    table = data
+    for name in tables:
+        table = table[name]
+    if value is None:
+        del table[key]
+    else:
+        table[key] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("strategy.micro_batch", "eight", ["strategy.micro_batch", "int", "str"]),
+        ("strategy.precision", "fp12", ["strategy.precision", "fp12"]),
+        ("strategy.flux_capacitor", 1, ["at strategy", "flux_capacitor"]),
+        ("strategy.micro_batch", 0, ["at strategy", "micro_batch must be >= 1, got 0"]),
+        ("strategy.micro_batch", 4, ["micro_batch x accumulation is 16", "global_batch is 32"]),
+        ("evidence.best.samples_per_s", "fast", ["evidence.best.samples_per_s"]),
+        ("evidence.speedup.ratio", None, ["evidence.speedup", "ratio"]),
+        ("colour", "blue", ["top level", "colour"]),
+        ("device", None, ["device"]),
+        ("schema", 99, ["schema 99", "upgrade autotune"]),
+    ],
+)
+def test_a_wrong_profile_is_refused_with_file_and_key(tmp_path: Path, path: str, value: Any, words: list[str]) -> None:
+    file = tmp_path / "imdb.toml"
+    file.write_text(tomli_w.dumps(changed(path, value)))
+    with pytest.raises(AutotuneError) as caught:
+        read_profile(file)
+    message = str(caught.value)
+    assert str(file) in message
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_file_that_is_no_toml_or_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AutotuneError, match="there is no profile"):
+        read_profile(tmp_path / "none.toml")
+    (tmp_path / "torn.toml").write_text(format_profile(factories.profile())[:200])
+    with pytest.raises(AutotuneError, match=r"torn\.toml"):
+        read_profile(tmp_path / "torn.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(AutotuneError, match="cannot be read"):
+        read_profile(tmp_path / "binary.toml")
+
+
+def test_a_full_disk_leaves_the_old_profile_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "device" / "imdb.toml"
+    old = factories.profile()
+    write_profile(old, path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(AutotuneError, match="No space left on device"):
+        write_profile(factories.profile(created="later"), path)
+    assert read_profile(path) == old
+    assert list(path.parent.iterdir()) == [path]
+
+
+def save(folder: Path, **changes: Any) -> Path:
+    path = folder / store.folder_name(factories.device()) / "imdb.toml"
+    write_profile(factories.profile(**changes), path)
+    return path
+
+
+def test_stores_are_read_in_order_and_the_shipped_profiles_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(store, "shipped_dir", lambda: tmp_path / "shipped")
+    device = factories.device()
+    assert store.find_profile(device, "imdb") is None
+    places = [
+        tmp_path / "shipped",
+        tmp_path / "home" / "autotune" / "profiles",
+        tmp_path / "profiles",
+        tmp_path / "env",
+    ]
+    for index, place in enumerate(places):
+        if index == 3:
+            monkeypatch.setenv("AUTOTUNE_PROFILES", str(place))
+        save(place, created=place.name)
+        found = store.find_profile(device, "imdb")
+        assert found is not None
+        assert found[0].created == place.name
+    option = tmp_path / "option"
+    save(option, created="option")
+    found = store.find_profile(device, "imdb", option)
+    assert found is not None
+    assert found[0].created == "option"
+    assert store.profile_path(device, "imdb", option).is_relative_to(option)
+    assert store.profile_path(device, "imdb").is_relative_to(tmp_path / "env")
+    assert len(store.all_profiles(option)) == 5
+
+
+def test_another_devices_profile_is_not_found_and_refused_by_path(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    other = factories.device(num_cores=64)
+    assert store.find_profile(other, "imdb", tmp_path) is None
+    with pytest.raises(AutotuneError, match=r"another device .* autotune search --model imdb"):
+        store.read_for(path, other, "imdb")
+
+
+def test_the_folders_name_is_for_people_and_unique_by_fingerprint() -> None:
+    device = factories.device()
+    assert store.folder_name(device) == f"cpu-intel-xeon-2-cores-{device.fingerprint}"
+
+
+def test_the_fingerprint_ignores_software_and_free_memory() -> None:
+    device = factories.device()
+    assert factories.device(memory_free_bytes=1, versions={"torch": "3"}).fingerprint == device.fingerprint
+    assert factories.device(num_cores=3).fingerprint != device.fingerprint
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_the_option_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(AutotuneError, match="--profiles"):
+        store.check_writable(tmp_path / "file" / "imdb.toml")
+
+
+def test_a_second_search_on_one_device_is_refused_while_the_first_runs() -> None:
+    device = factories.device(name="locked")
+    with store.device_lock(device), pytest.raises(AutotuneError, match="another search"), store.device_lock(device):
+        pass
+    with store.device_lock(device):
+        pass

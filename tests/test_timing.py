@@ -1,0 +1,103 @@
+"""How laps become figures. Nothing here asserts how fast anything is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune import backends, workloads
+from autotune.apply import apply
+from autotune.measurement import Lap
+from autotune.models.encoder import EncoderClassifier
+from autotune.strategy import Padding, Strategy
+from autotune.timing import Timer, _low_discrepancy, steady, time_until
+
+
+def lap(seconds: float, padded_tokens: int = 100) -> Lap:
+    return Lap(
+        seconds=seconds,
+        wait_s=0.0,
+        num_steps=1,
+        num_samples=8,
+        num_tokens=50,
+        padded_tokens=padded_tokens,
+        losses=(0.7,),
+    )
+
+
+@given(st.integers(1, 3000))
+def test_the_visiting_order_holds_every_batch_once(count: int) -> None:
+    assert sorted(_low_discrepancy(count)) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [64, 500, 782])
+def test_any_few_consecutive_batches_cover_the_lengths(count: int) -> None:
+    order = list(_low_discrepancy(count))
+    for start in range(0, count - 8, 8):
+        mean = sum(order[start : start + 8]) / 8 / count
+        assert 0.3 < mean < 0.7
+
+
+def test_the_first_lap_is_warm_up_and_so_are_laps_that_still_compile() -> None:
+    warm_up, timed = steady([lap(9), lap(5), lap(1), lap(1.1), lap(0.9)])
+    assert [x.seconds for x in warm_up] == [9, 5]
+    assert [x.seconds for x in timed] == [1, 1.1, 0.9]
+
+
+def test_a_longer_batch_is_not_taken_for_warm_up() -> None:
+    _, timed = steady([lap(4, 400), lap(3, 300), lap(1, 100), lap(2, 200)])
+    assert [x.seconds for x in timed] == [3, 1, 2]
+
+
+def test_a_single_lap_counts_as_timed() -> None:
+    assert steady([lap(2)])[1] == [lap(2)]
+
+
+@pytest.mark.parametrize("padding", ["max", "buckets"])
+def test_figures_come_from_real_steps_and_stand_for_a_whole_epoch(tiny_reviews: Path, padding: Padding) -> None:
+    module = workloads.get("imdb")
+    prepared = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    workload = dataclasses.replace(prepared, max_tokens=64)
+    model = EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1)
+    weights = model.head.weight.clone()
+    strategy = Strategy(micro_batch=8, accumulation=4, padding=padding)
+    run = apply(strategy, workload, backends.get("cpu"), model=model)
+    run.backend.start_memory_window()
+    timer = Timer(run)
+    seen: list[Lap] = []
+    time_until(timer, min_laps=3, min_s=0.0, enough_s=60.0, on_lap=seen.append)
+    timer.evaluate(2, 60.0)
+    found = timer.measurement()
+    assert len(seen) == len(timer.laps) >= 4
+    assert not torch.equal(weights, model.head.weight), "the timed step must be a training step"
+    rate = found.samples_per_s
+    assert found.step_ms / 1000 * len(run.loader) == pytest.approx(workload.num_train / rate)
+    assert found.tokens_per_s <= rate * 64
+    assert len(found.losses) == sum(x.num_steps for x in timer.laps)
+    assert 0 <= found.loader_wait < 1
+    assert found.eval_samples_per_s > 0
+    assert found.run_s(num_train=2 * workload.num_train, num_test=0, epochs=1) == pytest.approx(
+        found.warm_up_s + 2 * timer.epoch_s(steady(timer.laps)[1])
+    )
+
+
+def test_the_longest_batch_is_trained_on_for_the_peak_memory(tiny_reviews: Path) -> None:
+    module = workloads.get("imdb")
+    workload = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    run = apply(
+        Strategy(micro_batch=32, padding="buckets"),
+        workload,
+        backends.get("cpu"),
+        model=EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1),
+    )
+    widths: list[int] = []
+    run.model.register_forward_pre_hook(
+        lambda module, args, inputs: widths.append(inputs["ids_BT"].shape[1]), with_kwargs=True
+    )
+    Timer(run).longest()
+    assert widths == [max(width for batch in run.loader.plan(0) for width in batch.widths)]

@@ -46,7 +46,9 @@ class Child:
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
         context = _context()
         _quiet_resource_tracker()
-        self._stderr = Path(tempfile.mkstemp(prefix="autotune-", suffix=".stderr")[1])
+        descriptor, path = tempfile.mkstemp(prefix="autotune-", suffix=".stderr")
+        os.close(descriptor)
+        self._stderr = Path(path)
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_entry, args=(theirs, str(self._stderr), target, args), daemon=False)
         with _without_main_module():
@@ -89,11 +91,13 @@ class Child:
             raise self._died() from exc
 
     def memory_bytes(self) -> int:
-        """Resident memory of the child and all it started, in bytes; pages shared with others count once each."""
+        """Memory of the child and all it started, in bytes: its own resident memory, and of its descendants what they
+        share with nobody (a loader worker is forked and shares nearly everything)."""
         total_bytes = 0
         for process in self._family():
             with contextlib.suppress(psutil.Error):
-                total_bytes += process.memory_info().rss
+                is_child = process.pid == self.pid
+                total_bytes += process.memory_info().rss if is_child else process.memory_full_info().uss
         return total_bytes
 
     def stderr_tail(self) -> str:

@@ -105,6 +105,22 @@ def test_closing_ends_grandchildren_in_sessions_of_their_own() -> None:
         time.sleep(0.05)
 
 
+def holds_memory_and_forks(connection: Connection) -> None:
+    held = bytearray(64 * 2**20)
+    held[:: 4096] = b"x" * len(held[:: 4096])
+    if os.fork() == 0:
+        time.sleep(600)
+    connection.send(len(held))
+    time.sleep(600)
+
+
+def test_memory_that_a_forked_descendant_shares_counts_once() -> None:
+    with Child(hangs) as empty, Child(holds_memory_and_forks) as child:
+        held_bytes = child.receive(60)
+        grown_bytes = child.memory_bytes() - empty.memory_bytes()
+    assert 0.9 * held_bytes < grown_bytes < 1.5 * held_bytes
+
+
 def test_closing_removes_the_childs_files() -> None:
     with Child(hangs) as child:
         assert child._stderr.exists()

@@ -1,0 +1,133 @@
+"""What people see, rendered at the widths that people have."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from autotune.backends.base import Capability
+from autotune.measurement import Interval
+from autotune.report import terminal
+from autotune.report.live import ProbeDisplay, SearchDisplay, TrainDisplay
+from autotune.search.objective import PlannedRun
+from autotune.search.study import Result
+from autotune.strategy import Strategy, baseline
+from autotune.training import Epoch
+from tests import factories
+
+WIDTHS = (80, 120)
+BEST = Strategy(
+    precision="bf16",
+    attention="sdpa_flash",
+    micro_batch=8,
+    accumulation=4,
+    padding="buckets",
+    compile="reduce-overhead",
+    checkpoint="every_block",
+    allocator="retain",
+    workers=2,
+)
+
+
+def rendered(what: RenderableType, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False, color_system=None)
+    console.print(what)
+    assert isinstance(console.file, io.StringIO)
+    return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in console.file.getvalue().splitlines()]
+
+
+def result() -> Result:
+    fast = factories.measurement(50.0, peak_memory_bytes=600 * 2**20, warm_up_s=31.2)
+    trials = (
+        factories.trial(0),
+        factories.trial(1, BEST, measurement=fast),
+        factories.trial(2, outcome="oom", reason="7.10 GiB is over the memory budget of 6.00 GiB", measurement=None),
+    )
+    return Result(
+        baseline=trials[0],
+        best=trials[1],
+        speedup=Interval(ratio=5.0, low=4.8, high=5.2),
+        planned=PlannedRun(num_train=25_000, num_test=25_000, epochs=5),
+        objective="time",
+        trials=trials,
+        search_s=300,
+        was_raced=True,
+        was_interrupted=False,
+    )
+
+
+def search_display() -> SearchDisplay:
+    display = SearchDisplay("autotune search · imdb · CPU", budget_s=300, max_trials=None)
+    for trial in result().trials:
+        display.on_trial_start(trial.number, trial.strategy, "search")
+        display.on_trial_end(trial, result().best)
+    return display
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_wider_than_the_terminal(width: int) -> None:
+    probing = ProbeDisplay()
+    for capability in factories.hardware().capabilities:
+        probing.on_capability(capability)
+    epoch = Epoch(
+        epoch=1,
+        train_loss=0.6931,
+        test_loss=0.6421,
+        test_accuracy=0.8312,
+        train_s=612.2,
+        eval_s=122.1,
+        samples_per_s=40.8,
+        learning_rate=1e-4,
+    )
+    training = TrainDisplay("autotune train", num_steps=782, num_epochs=5)
+    training.on_step(1, 17, 544)
+    training.on_epoch(epoch)
+    for what in (
+        terminal.search_summary(result(), "imdb", Path("profiles/cpu/imdb.toml")),
+        terminal.probe_report(factories.hardware()),
+        terminal.epoch_table([epoch] * 5),
+        search_display().render(),
+        probing.render(),
+        training.render(),
+    ):
+        assert max(len(line) for line in rendered(what, width)) <= width
+
+
+def test_the_summary_tells_baseline_best_change_and_the_three_lines() -> None:
+    text = "\n".join(rendered(terminal.search_summary(result(), "imdb", Path("p/imdb.toml")), 120))
+    for words in (
+        "5.00x faster",
+        "95 % interval 4.80 to 5.20",
+        "41% less memory",
+        "fp32 -> bf16",
+        "p/imdb.toml",
+        "autotune train --model imdb",
+        'autotune.load("imdb").apply()',
+        "1 oom",
+    ):
+        assert words in text
+
+
+def test_the_display_tells_the_trial_under_way_and_why_others_failed() -> None:
+    text = "\n".join(rendered(search_display().render(), 120))
+    assert "trial 2" in text
+    assert "7.10 GiB is over the memory budget" in text
+    assert "5.00x the baseline" in text
+    assert "left" in text
+
+
+def test_a_setting_is_described_by_what_it_changes() -> None:
+    assert terminal.describe(baseline(32)) == "plain baseline"
+    words = "bf16 · sdpa_flash · 8x4 · buckets · ckpt every_block · compile reduce-overhead · retain · 2 workers"
+    assert terminal.describe(BEST) == words
+
+
+def test_a_capability_shows_its_figures_with_units_or_its_reason() -> None:
+    works = Capability(name="matmul.bf16", value=True, measured={"gflop_per_s": 1459.2, "side": 1024})
+    assert terminal.capability_row(works)[2] == "1,459 GFLOP/s, side 1,024"
+    slow = Capability(name="matmul.fp16", value=False, reason="too slow: 1 GFLOP/s against 200 in fp32")
+    assert terminal.capability_row(slow)[2] == "too slow: 1 GFLOP/s against 200 in fp32"

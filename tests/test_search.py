@@ -178,6 +178,15 @@ def test_a_memory_budget_keeps_bigger_settings_from_winning_the_baseline_too(
         searched(prepared, memory_budget_bytes=2**20)
 
 
+def test_a_tiny_budget_still_compares_the_guess_with_the_baseline(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    result = searched(prepared, budget_s=1e-6, max_trials=None)
+    assert len(result.trials) == 2
+    assert result.best.number == 1
+    assert not result.was_raced, "there is no time for a race"
+
+
 def test_interrupting_keeps_the_best_so_far(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
     def interrupted(number: int, job: Job, **_: Any) -> Trial:
         if number == 5:

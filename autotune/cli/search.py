@@ -72,7 +72,7 @@ def command(
     from autotune.probe import probe
     from autotune.profile import write_profile
     from autotune.report.live import ProbeDisplay, SearchDisplay
-    from autotune.report.terminal import planned_words, search_summary, stdout
+    from autotune.report.terminal import busy_words, planned_words, search_summary, stdout
     from autotune.search.study import Settings, profile_of, search
 
     workloads.get(name)
@@ -90,6 +90,8 @@ def command(
                 on_capability=probing.on_capability,
                 on_start=probing.on_start,
             )
+        if busy := busy_words(hardware):
+            click.echo(busy, err=True)
         settings = Settings(
             objective=cast("Objective", objective),
             budget_s=budget_s,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from autotune.backends.base import Capability, Device
 from autotune.measurement import Interval, Trial
-from autotune.probe import Hardware
+from autotune.probe import MAX_BUSY_PART, Hardware
 from autotune.profile import Profile
 from autotune.search.objective import PlannedRun
 from autotune.search.study import Result
@@ -123,12 +123,24 @@ def measured_words(measured: dict[str, float]) -> list[str]:
 def probe_report(hardware: Hardware) -> RenderableType:
     """The whole probe."""
     num_usable = sum(capability.value for capability in hardware.capabilities)
+    busy = busy_words(hardware)
     tail = Text(
         f"{num_usable} of {len(hardware.capabilities)} capabilities usable; probed in "
         f"{format_duration(hardware.probe_s)} at {hardware.probed_at}",
         style="bright_black",
     )
-    return Group(device_lines(hardware.device), "", capability_table(hardware.capabilities), "", tail)
+    parts = [device_lines(hardware.device), "", capability_table(hardware.capabilities), "", tail]
+    return Group(*parts, Text(busy, style="yellow")) if busy else Group(*parts)
+
+
+def busy_words(hardware: Hardware) -> str:
+    """A warning where other work kept so many cores busy that the probe's figures were not kept; else nothing."""
+    if hardware.busy_cores <= MAX_BUSY_PART * hardware.device.num_cores:
+        return ""
+    return (
+        f"Other work kept {hardware.busy_cores:.1f} of {hardware.device.num_cores} cores busy meanwhile: the figures "
+        "suffer, and are not kept. Measure again when the machine is idle."
+    )
 
 
 def trial_row(trial: Trial) -> tuple[str, Text, str, str, Text]:

@@ -170,7 +170,7 @@ class _Search:
         settings = self.settings
         if settings.max_trials is not None and len(self.trials) >= settings.max_trials:
             return False
-        if settings.budget_s is None:
+        if settings.budget_s is None or len(self.trials) < 2:
             return True
         typical_s = statistics.median(trial.wall_s for trial in self.trials[1:]) if len(self.trials) > 1 else 0.0
         return self._elapsed_s() + typical_s < settings.budget_s - self._race_s(self._finalists())
@@ -213,6 +213,8 @@ class _Search:
         rounds = MAX_ROUNDS
         while rounds > 2 and self._race_s(entrants, rounds) > left_s:
             rounds -= 1
+        if self._race_s(entrants, rounds) > left_s + FINALS_SHARE * (self.settings.budget_s or 0):
+            return []
         while len(entrants) > 1 and not self._fits_together([reference, *entrants]):
             entrants.pop()
         if not self._fits_together([reference, *entrants]):
@@ -296,11 +298,13 @@ class _Search:
         return loss_of(trial, self.settings.objective, self.planned)
 
     def _job(self, strategy: Strategy) -> Job:
+        """The baseline is what others are compared with, so it may go over the user's budget; it cannot win then."""
+        is_baseline = strategy == self.baseline_strategy
         return Job(
             workload=self.ref,
             strategy=strategy,
             backend=self.backend.name,
-            memory_limit_bytes=self.settings.memory_budget_bytes,
+            memory_limit_bytes=None if is_baseline else self.settings.memory_budget_bytes,
             seed=self.settings.seed,
         )
 

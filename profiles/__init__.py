@@ -1,0 +1,1 @@
+"""Profiles measured on real devices, shipped with autotune and read last. Data only."""

@@ -41,7 +41,10 @@ class Tuned:
         from autotune import workloads
 
         module = workloads.get(self.name)
-        return module.open_workload(module.prepare(self.data, limit=self.limit, on_progress=lambda _: None))
+        ref = module.prepare(self.data, limit=self.limit, on_progress=lambda _: None)
+        if ref.notice:
+            warnings.warn(ref.notice, stacklevel=2)
+        return module.open_workload(ref)
 
     def apply(
         self,
@@ -81,7 +84,7 @@ def load(name: str, *, profiles: Path | None = None, data: Path | None = None, l
 
     recipe = workloads.get(name).RECIPE
     backend = backends.find()
-    found = store.find_profile(backend.device(), name, profiles)
+    found = store.find_profile(backend.device(), name, recipe.global_batch, profiles)
     if found is None:
         warnings.warn(
             f"no profile for {name} on this device, safe defaults are used; make one: autotune search --model {name}",

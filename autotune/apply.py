@@ -116,17 +116,21 @@ class Run:
             max_tokens=self.workload.max_tokens,
         )
 
-    def evaluate(self, batches: Sequence[PlannedBatch] | None = None) -> tuple[float, float]:
-        """Mean loss and share classified correctly, over the test set or the given part of it."""
-        batches = self.evaluation_plan() if batches is None else batches
+    def evaluation_batches(self, plan: Sequence[PlannedBatch]) -> Iterator[list[MicroBatch]]:
+        """The planned part of the test set, loaded as training batches are."""
         data = self.workload.test
-        loader = Loader(data, self.strategy, max_tokens=0, seed=0, is_pinned=self.backend.device_type == "cuda")
+        return Loader(data, self.strategy, max_tokens=0, seed=0, is_pinned=self.backend.pins_memory).over(plan)
+
+    def evaluate(self, batches: Iterable[list[MicroBatch]] | None = None) -> tuple[float, float]:
+        """Mean loss and share classified correctly, over the test set or the given part of it."""
+        if batches is None:
+            batches = self.evaluation_batches(self.evaluation_plan())
         loss_sum = torch.zeros((), device=torch_device(self.backend))
         num_correct = torch.zeros((), device=loss_sum.device)
         num_samples = 0
         was_training = self.model.training
         self.model.eval()
-        for batch in loader.over(batches):
+        for batch in batches:
             for micro in batch:
                 output, targets = self.step.forward_only(micro)
                 loss_sum += self.workload.loss(output, targets)
@@ -165,7 +169,7 @@ def apply(
         strategy,
         max_tokens=workload.max_tokens,
         seed=seed,
-        is_pinned=backend.device_type == "cuda",
+        is_pinned=backend.pins_memory,
     )
     scheduler = None
     if optimizer is None:

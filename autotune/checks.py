@@ -40,12 +40,6 @@ TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest error allowed against written-out fp32 attention, as a part of its largest value. Kernels that are right came
 to at most 1e-6 in fp32, 1.4e-2 in bf16 and 2e-3 in fp16 (all kernels of an x86 CPU, torch 2.13)."""
 
-_SDP_BACKENDS = {
-    "sdpa_math": "MATH",
-    "sdpa_flash": "FLASH_ATTENTION",
-    "sdpa_efficient": "EFFICIENT_ATTENTION",
-    "sdpa_cudnn": "CUDNN_ATTENTION",
-}
 _MATMUL_S = 0.25
 _ATTENTION_S = 0.1
 _COPY_BYTES = 128 * 2**20
@@ -127,7 +121,7 @@ def matmul(backend: Backend, precision: Precision) -> Figures:
         best_s = min(best_s, _best_s(backend, multiply, _MATMUL_S))
     if precision == "tf32":
         _refuse_tf32_without_effect(backend, side)
-    return {"gflop_per_s": 2 * side**3 / best_s / 1e9, "side": float(side)}
+    return {"gflop_per_s": 2 * side**3 / best_s / 1e9, "side_elements": float(side)}
 
 
 def autocast(backend: Backend, precision: Precision) -> Figures:
@@ -350,23 +344,10 @@ def _attention_figures(backend: Backend, attend: Attend, precision: Precision, k
 def _attend(
     q_BHTK: torch.Tensor, k_BHTK: torch.Tensor, v_BHTK: torch.Tensor, keep_BT: torch.Tensor | None, *, kernel: Attention
 ) -> torch.Tensor:
-    import torch
+    """The very function that the models call."""
+    from autotune.models.attention import attend
 
-    output_BHTK: torch.Tensor
-    keep_B11T = None if keep_BT is None else keep_BT[:, None, None, :]
-    if kernel == "eager":
-        scores_BHTT = q_BHTK @ k_BHTK.transpose(-2, -1) / K**0.5
-        if keep_B11T is not None:
-            scores_BHTT = scores_BHTT.masked_fill(~keep_B11T, float("-inf"))
-        output_BHTK = scores_BHTT.softmax(-1) @ v_BHTK
-        return output_BHTK
-    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=keep_B11T)
-    if kernel == "sdpa":
-        return sdpa(q_BHTK, k_BHTK, v_BHTK)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel([getattr(SDPBackend, _SDP_BACKENDS[kernel])]):
-        return sdpa(q_BHTK, k_BHTK, v_BHTK)
+    return attend(q_BHTK, k_BHTK, v_BHTK, None if keep_BT is None else keep_BT[:, None, None, :], kernel)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,12 @@ class UsageError(AutotuneError):
     exit_code = 2
 
 
+class InterruptedSearchError(AutotuneError):
+    """The user interrupted before there was anything to keep: exit status 130."""
+
+    exit_code = 130
+
+
 def nearest(name: str, known: list[str]) -> str:
     """``; did you mean 'imdb'?`` for a near miss, else the names that there are. For the end of an error's line."""
     import difflib

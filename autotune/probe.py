@@ -25,8 +25,8 @@ from autotune import backends, checks
 from autotune.backends.base import Backend, Capability, Device
 from autotune.checks import Check
 from autotune.errors import AutotuneError
+from autotune.files import replace_file
 from autotune.process import Child, ChildDied
-from autotune.strategy import Precision
 
 PROBE_VERSION = 2
 """Raised when a check changes its meaning: what an older version measured is measured again."""
@@ -72,9 +72,11 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Whether a search may use it."""
         return self.capability(name).value
 
-    def gflop_per_s(self, precision: Precision) -> float | None:
-        """Measured matmul rate, in GFLOP/s; None where that precision does not run."""
-        return self.capability(f"matmul.{precision}").measured.get("gflop_per_s")
+
+def describe_device(backend: Backend) -> Device:
+    """The device as a child process sees it, so that this process holds no device context. Raises AutotuneError."""
+    with _Prober(backend) as prober:
+        return prober.device()
 
 
 def probe(
@@ -314,14 +316,6 @@ def _read(path: Path) -> Hardware | None:
 
 
 def _write(path: Path, hardware: Hardware) -> None:
-    """All of the file or nothing. A cache that cannot be written costs the next probe, not this one."""
+    """A cache that cannot be written costs the next probe, not this one."""
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(file, "wb") as stream:
-                stream.write(msgspec.json.format(msgspec.json.encode(hardware), indent=1))
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
+        replace_file(path, msgspec.json.format(msgspec.json.encode(hardware), indent=1))

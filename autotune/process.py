@@ -51,7 +51,7 @@ class Child:
         self._stderr = Path(path)
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_entry, args=(theirs, str(self._stderr), target, args), daemon=False)
-        with _without_main_module():
+        with _without_main_module(), _interrupts_ignored():
             self._process.start()
         theirs.close()
         self._tree = psutil.Process(self.pid) if psutil.pid_exists(self.pid) else None
@@ -202,6 +202,19 @@ def _without_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C is the parent's to handle. Children inherit that it is ignored, from before they can say so themselves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _exit_reason(exit_code: int | None) -> str:

@@ -15,6 +15,11 @@ from autotune.strategy import Strategy
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def uses_cuda_graphs(strategy: Strategy) -> bool:
+    """Whether compilation may replay CUDA graphs, which reuse the memory of one call in the next."""
+    return strategy.compile in ("reduce-overhead", "max-autotune")
+
+
 class Step:
     """A callable that trains on one global batch: forward and backward of every micro batch, then the update."""
 
@@ -39,7 +44,7 @@ class Step:
         self._device = device
         self._dtype = _AUTOCAST_DTYPE.get(strategy.precision)
         self._scaler = torch.amp.GradScaler(device.type, enabled=strategy.precision == "fp16")
-        self._uses_cuda_graphs = device.type == "cuda" and strategy.compile in ("reduce-overhead", "max-autotune")
+        self._uses_cuda_graphs = uses_cuda_graphs(strategy)
 
     def __call__(self, batch: Sequence[MicroBatch]) -> Tensor:
         """Mean loss over the global batch before the update: a detached scalar on the device, not waited for."""
@@ -82,7 +87,5 @@ class Step:
         return torch.autocast(self._device.type, dtype=self._dtype)
 
     def _on_device(self, micro: MicroBatch) -> MicroBatch:
-        if self._device.type == "cpu":
-            return micro
         inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in micro.inputs.items()}
         return micro._replace(inputs=inputs, targets=micro.targets.to(self._device, non_blocking=True))

@@ -53,11 +53,13 @@ def profile_path(device: Device, workload: str, profiles: Path | None = None) ->
     return stores(profiles)[0] / folder_name(device) / f"{workload}.toml"
 
 
-def find_profile(device: Device, workload: str, profiles: Path | None = None) -> tuple[Profile, Path] | None:
+def find_profile(
+    device: Device, workload: str, global_batch: int, profiles: Path | None = None
+) -> tuple[Profile, Path] | None:
     """This device's profile from the first store that has one. Raises AutotuneError when that one is broken."""
     for store in stores(profiles):
         for path in sorted(store.glob(f"*-{device.fingerprint}/{workload}.toml")):
-            return read_for(path, device, workload), path
+            return read_for(path, device, workload, global_batch), path
     return None
 
 
@@ -67,8 +69,8 @@ def all_profiles(profiles: Path | None = None) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def read_for(path: Path, device: Device, workload: str) -> Profile:
-    """A profile for this device and workload. Raises AutotuneError when it is for others."""
+def read_for(path: Path, device: Device, workload: str, global_batch: int) -> Profile:
+    """A profile for this device, workload and global batch. Raises AutotuneError when it is for others."""
     profile = read_profile(path)
     if profile.device.fingerprint != device.fingerprint:
         raise AutotuneError(
@@ -77,6 +79,11 @@ def read_for(path: Path, device: Device, workload: str) -> Profile:
         )
     if profile.workload.name != workload:
         raise AutotuneError(f"profile {path} is for the workload {profile.workload.name}, not for {workload}")
+    if profile.workload.global_batch != global_batch:
+        raise AutotuneError(
+            f"profile {path} is for a global batch of {profile.workload.global_batch}, {workload}'s recipe has "
+            f"{global_batch}; search again: autotune search --model {workload}"
+        )
     return profile
 
 
@@ -98,15 +105,19 @@ def device_lock(device: Device) -> Iterator[None]:
 
     Raises AutotuneError when another process holds it; a lock whose holder died is free.
     """
-    folder = cache_dir() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / f"{device.fingerprint}.lock")
+    lock = filelock.FileLock(cache_dir() / "locks" / f"{device.fingerprint}.lock")
     try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except filelock.Timeout:
+    except OSError as exc:
+        if isinstance(exc, filelock.Timeout):
+            raise AutotuneError(
+                "another search is measuring on this device, and two at once would spoil each other's timings; wait "
+                "for it"
+            ) from None
         raise AutotuneError(
-            "another search is measuring on this device, and two at once would spoil each other's timings; wait for it"
-        ) from None
+            f"the cache folder {cache_dir()} cannot be written: {exc.strerror or exc}; name another with AUTOTUNE_CACHE"
+        ) from exc
     try:
         yield
     finally:

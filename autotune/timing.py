@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from autotune.apply import Run
-from autotune.data.batching import PlannedBatch, total_padded_tokens
+from autotune.data.batching import MicroBatch, PlannedBatch, total_padded_tokens
 from autotune.measurement import Lap, Measurement
 
 LAP_S = 0.1
@@ -36,6 +36,8 @@ class Timer:
         self._order = list(_low_discrepancy(len(self._plan)))
         self._visited = self._visit()
         self._batches = run.loader.over([self._plan[index] for index in islice(cycle(self._order), _MAX_STREAM)])
+        self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
+        self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None
         self._eval_seconds = 0.0
         self._eval_padded_tokens = 0
         self.laps: list[Lap] = []
@@ -86,17 +88,25 @@ class Timer:
         self._run.backend.synchronize()
 
     def evaluate(self, max_batches: int, enough_s: float) -> None:
-        """Times an evaluation of some batches that cover the test set's lengths, fewer where they take long."""
-        plan = sorted(self._run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
+        """Times an evaluation of some batches that cover the test set's lengths, fewer where they take long.
+
+        One loader serves all calls, as one serves an epoch's evaluation; the very first batch is not timed.
+        """
+        if self._eval_batches is None:
+            plan = [self._eval_plan[index] for index in _low_discrepancy(len(self._eval_plan))]
+            stream = list(islice(cycle(plan), _MAX_STREAM))
+            self._eval_batches = zip(stream, self._run.evaluation_batches(stream), strict=True)
+            self._run.evaluate([next(self._eval_batches)[1]])
         synchronize = self._run.backend.synchronize
         first_s = self._eval_seconds
-        for index in islice(_low_discrepancy(len(plan)), max_batches):
+        for _ in range(max_batches):
             synchronize()
             start = time.perf_counter()
-            self._run.evaluate([plan[index]])
+            planned, batch = next(self._eval_batches)
+            self._run.evaluate([batch])
             synchronize()
             self._eval_seconds += time.perf_counter() - start
-            self._eval_padded_tokens += plan[index].padded_tokens
+            self._eval_padded_tokens += planned.padded_tokens
             if self._eval_seconds - first_s >= enough_s:
                 return
 
@@ -114,10 +124,9 @@ class Timer:
         warm_up, timed = steady(self.laps)
         rate = sum(lap.seconds for lap in timed) / sum(lap.padded_tokens for lap in timed)
         samples_per_s = self.samples_per_s()
-        eval_plan = self._run.evaluation_plan()
         eval_samples_per_s = math.inf
         if self._eval_seconds:
-            eval_s = self._eval_seconds / self._eval_padded_tokens * total_padded_tokens(eval_plan)
+            eval_s = self._eval_seconds / self._eval_padded_tokens * total_padded_tokens(self._eval_plan)
             eval_samples_per_s = self._run.workload.num_test / eval_s
         return Measurement(
             samples_per_s=samples_per_s,

@@ -83,6 +83,7 @@ class Training:
                 num_samples += sum(micro.num_samples for micro in batch)
                 self.wall_s = time.perf_counter() - begin
                 on_step(epoch, step, num_samples)
+            self.run.backend.synchronize()
             losses = torch.stack(self._step_losses[first:]).float()
             train_s = time.perf_counter() - start
             if not torch.isfinite(losses).all():

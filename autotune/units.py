@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
 
     Raises UsageError for anything else, and for a size of zero.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _BYTES_PER:
         raise UsageError(f"a memory size is a number and a unit such as 6GiB or 800MB, got {text!r}")
     size_bytes = int(float(match[1]) * _BYTES_PER[match[2].lower()])

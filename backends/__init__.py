@@ -1,10 +1,8 @@
 """The device families, in order of preference. Nothing here touches a device until it is asked to."""
 
-import difflib
-
 from autotune.backends import cpu, cuda, fake, mps
 from autotune.backends.base import Backend
-from autotune.errors import UsageError
+from autotune.errors import UsageError, nearest
 
 # The CPU is always there, so what stands after it is found by name only.
 _BACKENDS: dict[str, Backend] = {"cuda": cuda, "mps": mps, "cpu": cpu, "fake": fake}
@@ -18,9 +16,7 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Backend:
     """The backend of that name, whether this machine has such a device or not. Raises UsageError."""
     if name not in _BACKENDS:
-        nearest = difflib.get_close_matches(name, _BACKENDS, n=1, cutoff=0.3)
-        advice = f"did you mean {nearest[0]}?" if nearest else "leave it out to take the best device found"
-        raise UsageError(f"device must be one of {', '.join(_BACKENDS)}, got {name!r}; {advice}")
+        raise UsageError(f"no device is called {name!r}{nearest(name, list(_BACKENDS))}")
     return _BACKENDS[name]
 
 

@@ -73,6 +73,14 @@ class Backend(Protocol):
     """torch.compile modes that differ from one another on this family."""
     allocators: tuple[Allocator, ...]
     """Allocator settings worth trying."""
+    is_host_memory: bool
+    """Whether the device's memory is this process's resident memory, so that a parent can watch it."""
+    pins_memory: bool
+    """Whether batches reach the device faster from page-locked memory."""
+    guess_micro_batch: int | None
+    """The micro batch that a first guess takes at most; None for the whole global batch."""
+    guess_compile: Compile
+    """The compile mode of a first guess."""
 
     def unavailable(self) -> str | None:
         """Why this machine has no such device; None where it has one. Creates no device context."""

@@ -28,6 +28,11 @@ precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 # reduce-overhead is CUDA graphs: on a CPU it is `default` by another name
 compile_modes: tuple[Compile, ...] = ("none", "default")
 allocators: tuple[Allocator, ...] = ("default", "retain")
+is_host_memory = True
+pins_memory = False
+# Where the caches hold the activations of a micro batch; measured on imdb, docs/LOG.md 2026-11-21.
+guess_micro_batch: int | None = 8
+guess_compile: Compile = "none"
 
 _OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "std::bad_alloc")
 
@@ -101,7 +106,7 @@ def set_allocator(allocator: Allocator) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError) as exc:
         raise RuntimeError("the C library has no mallopt; only glibc's allocator can be told to retain") from exc
-    for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20)):
+    for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 64 * 2**20)):
         if mallopt(parameter, value) != 1:
             raise RuntimeError(f"mallopt({parameter}, {value}) was refused by the C library")
 

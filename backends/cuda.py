@@ -17,6 +17,10 @@ attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash", 
 precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 compile_modes: tuple[Compile, ...] = ("none", "default", "reduce-overhead", "max-autotune")
 allocators: tuple[Allocator, ...] = ("default",)
+is_host_memory = False
+pins_memory = True
+guess_micro_batch: int | None = None
+guess_compile: Compile = "default"
 
 _GENERATIONS = {(7, 5): "Turing", (8, 9): "Ada"}
 _GENERATIONS_BY_MAJOR = {7: "Volta", 8: "Ampere", 9: "Hopper", 10: "Blackwell", 11: "Blackwell", 12: "Blackwell"}

@@ -21,6 +21,10 @@ attention: tuple[Attention, ...] = ("eager", "sdpa")
 precisions: tuple[Precision, ...] = ("fp32", "bf16")
 compile_modes: tuple[Compile, ...] = ("none",)
 allocators: tuple[Allocator, ...] = ("default",)
+is_host_memory = True
+pins_memory = False
+guess_micro_batch: int | None = 8
+guess_compile: Compile = "none"
 
 memory_bytes = 2**30
 

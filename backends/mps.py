@@ -15,6 +15,10 @@ attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math")
 precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 compile_modes: tuple[Compile, ...] = ("none", "default")
 allocators: tuple[Allocator, ...] = ("default",)
+is_host_memory = False
+pins_memory = False
+guess_micro_batch: int | None = None
+guess_compile: Compile = "none"
 
 SAMPLE_INTERVAL_S = 0.02
 

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# How long an example takes says nothing here: tests run beside each other, on machines of any speed.
+settings.register_profile("autotune", deadline=None)
+settings.load_profile("autotune")
 
 WORDS = {1: ["great", "moving", "superb", "funny"], 0: ["dull", "awful", "boring", "weak"]}
 
@@ -20,7 +25,6 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setenv("AUTOTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
-    patch.setenv("HF_HUB_OFFLINE", "1")
     # Tests run beside each other; threads that wait for each other's cores would take most of the time.
     patch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)

@@ -8,15 +8,28 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from autotune import store
+from autotune import backends, store
+from autotune.probe import probe
 from autotune.profile import write_profile
 from tests import factories
+
+# One worker runs all of these, so that they share one search.
+pytestmark = pytest.mark.xdist_group("command line")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _probed() -> None:
+    """This machine's real probe, in the cache. The tests beside these keep it busy, so that the command itself would
+    not keep what it measures, and would probe each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autotune.probe._Load.busy_cores", lambda self, num_cores, children_s: 0.0)
+        probe(backends.get("cpu"), cache_dir=store.cache_dir() / "probe")
 
 
 def autotune(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -94,7 +107,7 @@ def test_an_unknown_device_is_refused() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "missing"),
+        (None, "reviews.jsonl"),
         ("", "empty"),
         ('{"text": "fine", "label": 1}\n{"text": "no label"}\n', "line 2"),
         ('{"text": "fine", "label": 1}\nnot json\n', "line 2"),
@@ -110,7 +123,7 @@ def test_bad_data_is_refused_before_anything_is_measured(tmp_path: Path, content
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("autotune: ")
     assert str(path) in last
-    assert words in last or words == "missing"
+    assert words in last
     assert "trial" not in done.stderr
 
 
@@ -174,7 +187,6 @@ def test_a_search_prints_one_object_with_all_that_was_found(found: Found) -> Non
     assert set(report["speedup"]) == {"ratio", "low", "high"}
     assert report["speedup"]["low"] <= report["speedup"]["ratio"] <= report["speedup"]["high"]
     assert [trial["number"] for trial in report["trials"]] == [0, 1, 2]
-    assert report["best"]["samples_per_s"] > report["baseline"]["samples_per_s"]
     for trial in report["trials"]:
         keys = {"number", "strategy", "outcome", "reason", "samples_per_s", "peak_memory_bytes", "wall_s"}
         assert set(trial) == keys
@@ -222,7 +234,7 @@ def test_profiles_are_listed_shown_verified_and_exported(found: Found) -> None:
     path = report["profile_path"]
     listed = autotune("profiles", "list", "--profiles", folder)
     assert "imdb" in listed.stdout
-    assert "precision" in autotune("profiles", "show", path).stdout or report["best"] == report["baseline"]
+    assert "Speed-up" in autotune("profiles", "show", path).stdout
     assert "ok, schema 1" in autotune("profiles", "verify", path).stdout
     exported = json.loads(autotune("profiles", "export", path, "--json").stdout)
     assert exported["strategy"] == report["best"]["strategy"]
@@ -274,10 +286,10 @@ def test_ctrl_c_in_mid_search_saves_the_best_so_far_and_leaves_no_process(
     )
     os.close(follower)
     assert process.stderr is not None
-    lines = []
+    family: list[psutil.Process] = []
     for line in process.stderr:
-        lines.append(line)
         if line.startswith("trial  1"):
+            family = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, signal.SIGINT)
             break
     output, errors = process.communicate(timeout=60)
@@ -286,23 +298,9 @@ def test_ctrl_c_in_mid_search_saves_the_best_so_far_and_leaves_no_process(
     assert "Traceback" not in errors
     assert "Saved" in output
     assert list(tmp_path.glob("*/imdb.toml"))
-    deadline = time.monotonic() + 10
-    while _group(process.pid):
-        assert time.monotonic() < deadline, "a process of the search is still there"
-        time.sleep(0.1)
-
-
-def _group(leader: int) -> list[int]:
-    import psutil
-
-    members = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process.pid)
-        except (psutil.Error, ProcessLookupError):
-            continue
-    return members
+    assert len(family) >= 2, "the forkserver and a trial, at least"
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_probe_json_lists_every_capability_with_its_reason_and_units() -> None:
@@ -320,7 +318,41 @@ def test_probe_json_lists_every_capability_with_its_reason_and_units() -> None:
 
 
 def test_a_pipe_that_closes_early_is_no_traceback() -> None:
-    command = f"{sys.executable} -m autotune probe --json | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autotune", "probe", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # before anything is written, so that the write fails whatever its size
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 1
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
+
+
+def test_help_without_a_verb_is_whole() -> None:
+    done = autotune()
+    assert done.returncode == 2
+    assert "  search " in done.stderr
+    assert len(done.stderr.splitlines()) > 8
+
+
+def test_a_broken_profile_does_not_stop_a_training_without_one(tmp_path: Path) -> None:
+    """The data is missing, so the profile must have been passed over."""
+    path = store.profile_path(backends.find().device(), "imdb", tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_text("schema = 9")
+    common = (
+        "train",
+        "--model",
+        "imdb",
+        "--profiles",
+        tmp_path,
+        "--data",
+        tmp_path / "none",
+        "--metrics",
+        tmp_path / "m",
+    )
+    assert "schema 9" in autotune(*common).stderr
+    assert "schema 9" not in autotune(*common, "--profile", "none").stderr

@@ -118,7 +118,7 @@ def test_stores_are_read_in_order_and_the_shipped_profiles_last(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(store, "shipped_dir", lambda: tmp_path / "shipped")
     device = factories.device()
-    assert store.find_profile(device, "imdb") is None
+    assert store.find_profile(device, "imdb", 32) is None
     places = [
         tmp_path / "shipped",
         tmp_path / "home" / "autotune" / "profiles",
@@ -129,12 +129,12 @@ def test_stores_are_read_in_order_and_the_shipped_profiles_last(
         if index == 3:
             monkeypatch.setenv("AUTOTUNE_PROFILES", str(place))
         save(place, created=place.name)
-        found = store.find_profile(device, "imdb")
+        found = store.find_profile(device, "imdb", 32)
         assert found is not None
         assert found[0].created == place.name
     option = tmp_path / "option"
     save(option, created="option")
-    found = store.find_profile(device, "imdb", option)
+    found = store.find_profile(device, "imdb", 32, option)
     assert found is not None
     assert found[0].created == "option"
     assert store.profile_path(device, "imdb", option).is_relative_to(option)
@@ -145,9 +145,14 @@ def test_stores_are_read_in_order_and_the_shipped_profiles_last(
 def test_another_devices_profile_is_not_found_and_refused_by_path(tmp_path: Path) -> None:
     path = save(tmp_path)
     other = factories.device(num_cores=64)
-    assert store.find_profile(other, "imdb", tmp_path) is None
+    assert store.find_profile(other, "imdb", 32, tmp_path) is None
     with pytest.raises(AutotuneError, match=r"another device .* autotune search --model imdb"):
-        store.read_for(path, other, "imdb")
+        store.read_for(path, other, "imdb", 32)
+
+
+def test_a_profile_for_another_global_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AutotuneError, match="global batch of 32, imdb's recipe has 64"):
+        store.read_for(save(tmp_path), factories.device(), "imdb", 64)
 
 
 def test_the_folders_name_is_for_people_and_unique_by_fingerprint() -> None:
@@ -165,6 +170,12 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_option_to_change(tm
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(AutotuneError, match="--profiles"):
         store.check_writable(tmp_path / "file" / "imdb.toml")
+
+
+def test_a_cache_folder_that_cannot_be_written_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOTUNE_CACHE", "/dev/null/cache")
+    with pytest.raises(AutotuneError, match="AUTOTUNE_CACHE"), store.device_lock(factories.device()):
+        pass
 
 
 def test_a_second_search_on_one_device_is_refused_while_the_first_runs() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -14,14 +14,15 @@ import pytest
 from autotune import backends, workloads
 from autotune.errors import AutotuneError
 from autotune.measurement import Measurement, Trial
-from autotune.search import study
+from autotune.search import finals, study
 from autotune.search.finals import Entrant, Final
 from autotune.search.objective import PlannedRun, hopeless, loss_of
 from autotune.search.sampling import Sampler
 from autotune.search.space import Space, build_space, expert_guess
 from autotune.search.study import Result, Settings, profile_of, search
-from autotune.strategy import Strategy, baseline
-from autotune.trial.worker import Job, Progress
+from autotune.strategy import Padding, Strategy, baseline
+from autotune.trial.runner import TrialEndedError
+from autotune.trial.worker import Command, Done, Job, Progress
 from autotune.workloads.base import Workload, WorkloadRef
 from tests import factories
 
@@ -160,8 +161,10 @@ def test_a_baseline_that_does_not_run_ends_the_search_with_its_reason(
         "run_trial",
         lambda number, job, **_: factories.trial(number, outcome="oom", reason="too big", measurement=None),
     )
+    observer = Silent()
     with pytest.raises(AutotuneError, match=r"baseline did not run .*too big"):
-        searched(prepared, max_trials=1)
+        searched(prepared, observer)
+    assert observer.origins == ["plain baseline"], "the budget must not be spent on what cannot be compared"
 
 
 def test_the_memory_objective_finds_the_leanest(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
@@ -208,8 +211,9 @@ def test_interrupting_before_the_baseline_is_done_says_that_nothing_is_saved(
         raise KeyboardInterrupt
 
     scripted_device.setattr(study, "run_trial", interrupted)
-    with pytest.raises(AutotuneError, match="before the baseline"):
+    with pytest.raises(AutotuneError, match="before the baseline") as caught:
         searched(prepared)
+    assert caught.value.exit_code == 130
 
 
 def test_a_setting_that_fails_in_the_race_does_not_win(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
@@ -286,7 +290,7 @@ def test_the_sampler_never_proposes_what_the_space_refuses(prepared: Prepared) -
 
 def test_the_guess_takes_the_fastest_that_the_probe_measured(prepared: Prepared) -> None:
     hardware = factories.hardware(matmul__bf16="refused: no", attention__sdpa_flash__fp16="refused: no")
-    guess = expert_guess(build_space(hardware, CPU, prepared[1]), hardware)
+    guess = expert_guess(build_space(hardware, CPU, prepared[1]), hardware, CPU)
     assert (guess.precision, guess.attention) == ("fp16", "sdpa")
 
 
@@ -313,5 +317,59 @@ def test_the_loss_is_the_planned_run_or_the_peak() -> None:
     assert loss_of(trial, "time", planned) == pytest.approx(7 + 2 * (100 + 10))
     assert loss_of(trial, "memory", planned) == GIB
     pruned = factories.trial(outcome="pruned", measurement=None, samples_per_s=5.0)
-    assert loss_of(pruned, "time", planned) == pytest.approx(400)
-    assert loss_of(pruned, "memory", planned) is None
+    assert loss_of(pruned, "time", planned, trial) == pytest.approx(2 * (7 + 2 * (100 + 10)))
+    assert loss_of(pruned, "memory", planned, trial) is None
+
+
+def test_what_is_too_slow_is_searched_when_asked_for_and_what_is_refused_is_not(prepared: Prepared) -> None:
+    hardware = factories.hardware(
+        matmul__fp16="too slow: 1 GFLOP/s against 200 in fp32", compile__default="refused: no C++ compiler"
+    )
+    space = build_space(hardware, CPU, prepared[1], includes_slow=True)
+    assert "fp16" in space.values["precision"]
+    assert space.values["compile"] == ("none",)
+
+
+def test_cuda_graphs_are_not_combined_with_accumulation(prepared: Prepared) -> None:
+    space = build_space(factories.hardware(), CPU, prepared[1])
+    graphs = Strategy(micro_batch=8, accumulation=4, compile="reduce-overhead")
+    assert "169545" in (space.refusal(graphs) or "")
+    assert space.refusal(Strategy(micro_batch=32, compile="reduce-overhead")) is None
+
+
+def test_an_entrant_that_fails_in_the_race_is_ended_at_once_and_the_others_go_on(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripted sessions: the second entrant fails in its first round."""
+    closed: list[str] = []
+
+    class Scripted:
+        def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
+            self.name = job.strategy.padding
+            self.turns = 0
+
+        def __enter__(self) -> Scripted:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+        def time(self, command: Command, *, timeout_s: float) -> Done:
+            self.turns += 1
+            if self.name == "longest" and self.turns == 2:
+                raise TrialEndedError("oom", "scripted")
+            return Done(measurement=factories.measurement(), epoch_s=100.0)
+
+    monkeypatch.setattr(finals, "Session", Scripted)
+    entrants = [
+        Entrant(
+            trial=factories.trial(number, strategy),
+            job=Job(workload=prepared[0], strategy=strategy, backend="cpu", memory_limit_bytes=None, seed=0),
+        )
+        for number, strategy in enumerate(Strategy(micro_batch=32, padding=p) for p in get_args(Padding))
+    ]
+    found = finals.race(entrants, rounds=3, timeout_s=1, memory_limit_bytes=1)
+    assert closed == ["longest"]
+    assert [(final.trial.number, len(final.epoch_s)) for final in found] == [(0, 3), (2, 3)]

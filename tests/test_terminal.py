@@ -127,7 +127,7 @@ def test_a_setting_is_described_by_what_it_changes() -> None:
 
 
 def test_a_capability_shows_its_figures_with_units_or_its_reason() -> None:
-    works = Capability(name="matmul.bf16", value=True, measured={"gflop_per_s": 1459.2, "side": 1024})
+    works = Capability(name="matmul.bf16", value=True, measured={"gflop_per_s": 1459.2, "side_elements": 1024})
     assert terminal.capability_row(works)[2] == "1,459 GFLOP/s, side 1,024"
     slow = Capability(name="matmul.fp16", value=False, reason="too slow: 1 GFLOP/s against 200 in fp32")
     assert terminal.capability_row(slow)[2] == "too slow: 1 GFLOP/s against 200 in fp32"

@@ -60,6 +60,9 @@ def run(arguments: list[str]) -> int:
         return _say("interrupted", 130)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message(), err=True)
+        return 2
     except click.ClickException as exc:
         return _say(exc.format_message(), 2)
     except AutotuneError as exc:

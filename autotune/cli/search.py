@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     help="Minimise the planned run's wall time, or peak memory.",
 )
 @click.option("--memory-budget", metavar="SIZE", help="Only settings that stay below this, e.g. 6GiB.")
+@click.option("--include-slow", is_flag=True, help="Search what the probe found too slow as well.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the planned run. Default: the recipe's.")
 @data_options
 @device_option
@@ -52,6 +53,7 @@ def command(
     trials: int | None,
     objective: str,
     memory_budget: str | None,
+    include_slow: bool,
     epochs: int | None,
     data: Path | None,
     limit: int | None,
@@ -69,7 +71,7 @@ def command(
     memory_budget_bytes = parse_bytes(memory_budget) if memory_budget else None
 
     from autotune import store, workloads
-    from autotune.probe import probe
+    from autotune.probe import describe_device, probe
     from autotune.profile import write_profile
     from autotune.report.live import ProbeDisplay, SearchDisplay
     from autotune.report.terminal import busy_words, planned_words, search_summary, stdout
@@ -77,7 +79,7 @@ def command(
 
     workloads.get(name)
     backend = find_backend(device_name)
-    device = backend.device()
+    device = describe_device(backend)
     path = store.profile_path(device, name, profiles)
     store.check_writable(path)
     with store.device_lock(device):
@@ -97,6 +99,7 @@ def command(
             budget_s=budget_s,
             max_trials=trials,
             memory_budget_bytes=memory_budget_bytes,
+            includes_slow=include_slow,
             epochs=epochs,
             seed=seed,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autotune.cli.options import data_options, device_option, find_backend, model_option, prepare, profiles_option
+from autotune.errors import AutotuneError
 
 if TYPE_CHECKING:
     from autotune.profile import Profile
@@ -56,9 +58,12 @@ def command(
     profile, path, strategy = None, None, safe_defaults(recipe.global_batch)
     if profile_name is not None and profile_name != "none":
         path = Path(profile_name)
-        profile = store.read_for(path, device, name)
+        profile = store.read_for(path, device, name, recipe.global_batch)
     else:
-        found = store.find_profile(device, name, profiles)
+        found = None
+        # without a profile's settings its projection is a courtesy, and a broken one no obstacle
+        with contextlib.suppress(*([AutotuneError] if profile_name == "none" else [])):
+            found = store.find_profile(device, name, recipe.global_batch, profiles)
         if found is not None:
             profile, path = found
         elif profile_name is None:

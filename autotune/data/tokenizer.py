@@ -137,7 +137,7 @@ def tokenized(
                 for batch in _encoded(tokenizer, rows, max_tokens):
                     pieces += batch
                     num_done += len(batch)
-                    if num_done % 10_000 == 0:
+                    if num_done % 10_000 == 0 or num_done == num_reviews:
                         on_progress(f"tokenizing: {num_done:,} of {num_reviews:,} reviews")
                 _save(draft, split, pieces, rows)
             _publish(draft, folder)

@@ -134,12 +134,18 @@ class SearchDisplay(_Display):
         self._current = "starting"
         self._doing = ""
         self._space_words = ""
+        self._left_out_words = ""
 
     def on_space(self, space: Space) -> None:
         """What will be searched."""
         knobs = ", ".join(f"{knob} {len(values)}" for knob, values in space.values.items())
         self._space_words = f"{space.size:,} settings ({knobs})"
         self.say(f"searching {self._space_words}")
+        self._left_out_words = (
+            f"left out: {', '.join(space.left_out)} (autotune probe says why)" if space.left_out else ""
+        )
+        for value, reason in space.left_out.items():
+            self.say(f"left out: {value}, {reason}")
 
     def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
         """A trial starts."""
@@ -178,6 +184,8 @@ class SearchDisplay(_Display):
         grid.add_row("best", self._best_words())
         grid.add_row("time", self._time_words(now - self._start))
         parts: list[RenderableType] = [Text(self._title, style="bold"), Text(self._space_words, style="bright_black")]
+        if self._left_out_words:
+            parts.append(Text(self._left_out_words, style="bright_black", overflow="ellipsis", no_wrap=True))
         parts += ["", grid]
         if self._budget_s is not None:
             parts.append(ProgressBar(total=self._budget_s, completed=min(now - self._start, self._budget_s)))

@@ -30,6 +30,7 @@ _STYLE = {
 }
 _UNITS = {
     "gflop_per_s": "{:,.0f} GFLOP/s",
+    "side_elements": "side {:,.0f}",
     "gib_per_s": "{:.1f} GiB/s",
     "forward_ms": "forward {:.2f} ms",
     "backward_ms": "backward {:.2f} ms",
@@ -39,7 +40,7 @@ _UNITS = {
 
 
 def stdout() -> Console:
-    """Where results go. Without a terminal the width is the text's own, so that nothing is cut in a pipe."""
+    """Where results go: as wide as the terminal, 120 columns in a pipe."""
     return _console(stderr=False)
 
 
@@ -129,8 +130,10 @@ def probe_report(hardware: Hardware) -> RenderableType:
         f"{format_duration(hardware.probe_s)} at {hardware.probed_at}",
         style="bright_black",
     )
-    parts = [device_lines(hardware.device), "", capability_table(hardware.capabilities), "", tail]
-    return Group(*parts, Text(busy, style="yellow")) if busy else Group(*parts)
+    parts: list[RenderableType] = [device_lines(hardware.device), "", capability_table(hardware.capabilities), "", tail]
+    if busy:
+        parts.append(Text(busy, style="yellow"))
+    return Group(*parts)
 
 
 def busy_words(hardware: Hardware) -> str:
@@ -185,7 +188,8 @@ def search_summary(result: Result, name: str, path: Path) -> RenderableType:
     table.add_column("", no_wrap=True)
     for title in ("baseline", "best", ""):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    faster = f"{result.speedup.ratio:.2f}x faster"
+    ratio = result.speedup.ratio
+    faster = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
     table.add_row(
         "samples/s", format_rate(base.samples_per_s), format_rate(best.samples_per_s), Text(faster, style="bold green")
     )

@@ -9,11 +9,12 @@ import msgspec
 
 from autotune.measurement import Interval, Measurement, Trial
 from autotune.stats import paired_ratio
+from autotune.strategy import Strategy
 from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Command, Job
 
-WARM_UP = Command(min_laps=0)
-"""A single lap."""
+EVAL_BATCHES = 2
+"""Evaluation batches of each round."""
 FAST_LAPS = 4
 """Laps of a finalist in one round: consecutive ones cover the lengths. A setting padded to max takes one."""
 
@@ -59,20 +60,21 @@ def race(
                     sessions[number] = stack.enter_context(Session(entrant.job, memory_limit_bytes=memory_limit_bytes))
                 done = sessions[number].time(command, timeout_s=timeout_s)
             except TrialEndedError:
+                sessions[number].close()
                 running.remove(entrant)
                 return
-            if command is not WARM_UP:
+            if not command.longest:
                 epochs[number].append(done.epoch_s)
             measurements[number] = done.measurement
 
         running = list(entrants)
         for entrant in list(running):
-            turn(entrant, WARM_UP)
+            turn(entrant, _warm_up(entrant.job.strategy))
         for number in range(rounds):
             order = list(running) if number % 2 == 0 else list(reversed(running))
             for entrant in order:
                 laps = 1 if entrant.job.strategy.padding == "max" else FAST_LAPS
-                turn(entrant, Command(min_laps=laps, finish=number == rounds - 1))
+                turn(entrant, Command(min_laps=laps, eval_batches=EVAL_BATCHES))
             on_round(number + 1, rounds)
     return [
         Final(
@@ -83,6 +85,11 @@ def race(
         for entrant in running
         if epochs[entrant.trial.number]
     ]
+
+
+def _warm_up(strategy: Strategy) -> Command:
+    """One lap and the longest batch; compiled settings get more laps, to meet more shapes before the clock runs."""
+    return Command(min_laps=0 if strategy.compile == "none" else 3, longest=True)
 
 
 def speedup(baseline: Final, best: Final) -> Interval:

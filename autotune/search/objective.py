@@ -29,17 +29,18 @@ class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
         return rates.run_s(num_train=self.num_train, num_test=self.num_test, epochs=self.epochs)
 
 
-def loss_of(trial: Trial, objective: Objective, planned: PlannedRun) -> float | None:
+def loss_of(trial: Trial, objective: Objective, planned: PlannedRun, reference: Trial | None = None) -> float | None:
     """What the objective minimises: seconds of the planned run, or bytes. None where the trial gives no figure.
 
-    A pruned trial's seconds are an estimate from its first steps, good enough to steer by.
+    A pruned trial's seconds are an estimate to steer by: the reference's planned run, scaled by the training rates.
     """
     if trial.outcome == "ok" and trial.measurement is not None:
         if objective == "memory":
             return float(trial.measurement.peak_memory_bytes)
         return planned.projected_s(trial.measurement)
-    if trial.outcome == "pruned" and trial.samples_per_s and objective == "time":
-        return planned.epochs * planned.num_train / trial.samples_per_s
+    known = reference.measurement if reference else None
+    if trial.outcome == "pruned" and trial.samples_per_s and objective == "time" and known is not None:
+        return planned.projected_s(known) * known.samples_per_s / trial.samples_per_s
     return None
 
 

@@ -8,13 +8,12 @@ import msgspec
 
 from autotune.backends.base import Backend
 from autotune.probe import Hardware
+from autotune.step import uses_cuda_graphs
 from autotune.strategy import Attention, Checkpoint, Padding, Precision, Strategy
 from autotune.workloads.base import Workload
 
 MAX_WORKERS = 8
 """More loader processes than this are not searched; fewer where there are fewer cores."""
-CPU_MICRO_BATCH = 8
-"""Where a CPU's caches hold a micro batch's activations; measured on imdb, see docs/LOG.md 2026-11-21."""
 
 # Autocast and the kernels see 16-bit tensors; tf32 is fp32 storage, so its kernels are fp32's.
 _ATTENTION_DTYPE: dict[Precision, str] = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -46,6 +45,8 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         """Why this combination cannot run here; None where it can."""
         if (strategy.attention, strategy.precision) not in self.pairs:
             return f"attention {strategy.attention} does not run well in {strategy.precision} here"
+        if uses_cuda_graphs(strategy) and strategy.accumulation > 1:
+            return "a CUDA graph's next replay overwrites the gradients that accumulation adds to (pytorch#169545)"
         return None
 
     @property
@@ -69,14 +70,15 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         return [candidate for candidate in near if self.refusal(candidate) is None]
 
 
-def build_space(hardware: Hardware, backend: Backend, workload: Workload) -> Space:
+def build_space(hardware: Hardware, backend: Backend, workload: Workload, *, includes_slow: bool = False) -> Space:
     """Only what the probe saw run, and run well. The baseline's own values are always in."""
     left_out: dict[str, str] = {}
 
     def allowed(knob: str, value: str, *capabilities: str) -> bool:
         for name in capabilities:
-            if not hardware.allows(name):
-                left_out[f"{knob}={value}"] = hardware.capability(name).reason
+            found = hardware.capability(name)
+            if not found.value and not (includes_slow and found.reason.startswith("too slow")):
+                left_out[f"{knob}={value}"] = found.reason
                 return False
         return True
 
@@ -111,11 +113,10 @@ def build_space(hardware: Hardware, backend: Backend, workload: Workload) -> Spa
     )
 
 
-def expert_guess(space: Space, hardware: Hardware) -> Strategy:
+def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy:
     """What a person who reads the probe would write down: the fastest precision and attention it measured, no padding
-    waste, no recomputation, memory retained; on an accelerator the whole batch at once and compiled, on a CPU what its
-    caches hold."""
-    is_cpu = hardware.device.kind in ("cpu", "fake")
+    waste, no recomputation, memory retained; micro batch and compilation as usually pays on this device family."""
+    most = backend.guess_micro_batch or space.global_batch
 
     def attention_ms(attention: Attention, precision: Precision) -> float:
         measured = hardware.capability(f"attention.{attention}.{_ATTENTION_DTYPE[precision]}").measured
@@ -130,14 +131,14 @@ def expert_guess(space: Space, hardware: Hardware) -> Strategy:
     precision = precisions[-1]
     attentions = [a for a in space.values["attention"] if (a, precision) in space.pairs]
     micro_batches = space.values["micro_batch"]
-    fitting = [size for size in micro_batches if not is_cpu or size <= CPU_MICRO_BATCH]
+    fitting = [size for size in micro_batches if size <= most]
     return space.strategy(
         {
             "attention": min(attentions, key=lambda a: attention_ms(a, precision)),
             "precision": precision,
             "checkpoint": "none",
             "micro_batch": max(fitting),
-            "compile": "none" if is_cpu else space.values["compile"][min(1, len(space.values["compile"]) - 1)],
+            "compile": backend.guess_compile if backend.guess_compile in space.values["compile"] else "none",
             "workers": 0,
             "padding": "buckets",
             "allocator": space.values["allocator"][-1],

@@ -11,7 +11,7 @@ import msgspec
 
 from autotune import __version__
 from autotune.backends.base import Backend, Device
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, InterruptedSearchError
 from autotune.measurement import Interval, Measurement, Trial
 from autotune.probe import Hardware
 from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledDevice, ProfiledWorkload
@@ -43,6 +43,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Wall time for the trials and the race; None where only ``max_trials`` counts."""
     max_trials: int | None = None
     memory_budget_bytes: int | None = None
+    includes_slow: bool = False
+    """Whether what the probe found too slow is searched all the same."""
     epochs: int | None = None
     """Epochs of the planned run; the recipe's by default."""
     seed: int = 0
@@ -109,7 +111,7 @@ class _Search:
             num_test=workload.num_test,
             epochs=settings.epochs or workload.recipe.epochs,
         )
-        self.space = build_space(hardware, backend, workload)
+        self.space = build_space(hardware, backend, workload, includes_slow=settings.includes_slow)
         self.sampler = Sampler(self.space, settings.seed)
         self.baseline_strategy = baseline(workload.recipe.global_batch)
         self.memory_limit_bytes = settings.memory_budget_bytes or int(
@@ -134,9 +136,11 @@ class _Search:
     def _trials(self) -> None:
         self.sampler.enqueue(self.baseline_strategy)
         self._next("plain baseline", memory_limit_bytes=self._machine_limit())
-        guess = expert_guess(self.space, self.hardware)
+        if self.trials[0].measurement is None:
+            return
+        guess = expert_guess(self.space, self.hardware, self.backend)
         self.sampler.enqueue(guess)
-        origin = "expert's guess"
+        origin = "expert's guess" if guess != self.baseline_strategy else "search"
         while self._goes_on() and self._next(origin):
             origin = "search"
 
@@ -162,7 +166,7 @@ class _Search:
             on_progress=self.observer.on_progress,
         )
         self.trials.append(trial)
-        self.sampler.tell(loss_of(trial, self.settings.objective, self.planned))
+        self.sampler.tell(loss_of(trial, self.settings.objective, self.planned, self.best()))
         self.observer.on_trial_end(trial, self.best())
         return True
 
@@ -236,10 +240,12 @@ class _Search:
     def _result(self, finals: list[Final], was_interrupted: bool) -> Result:
         if not self.trials or self.trials[0].measurement is None:
             if was_interrupted:
-                raise AutotuneError("interrupted before the baseline was measured; nothing to save")
+                raise InterruptedSearchError("interrupted before the baseline was measured; nothing to save")
             trial = self.trials[0]
             raise AutotuneError(f"the plain baseline did not run ({trial.outcome}: {trial.reason}); nothing to compare")
         reference, best = self.trials[0], self.best()
+        if best is None and was_interrupted:
+            raise InterruptedSearchError("interrupted before any setting fitted the memory budget; nothing to save")
         if best is None:
             raise AutotuneError(
                 "no setting fits the memory budget; the leanest took "

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from autotune import backends
 from autotune.measurement import Measurement, Outcome, Trial
 from autotune.process import Child, ChildDied
 from autotune.trial import worker
@@ -15,7 +16,7 @@ from autotune.units import format_bytes
 
 OnProgress = Callable[[Progress], None]
 MEMORY_POLL_S = 0.5
-ORDINARY = Command(min_laps=6, min_s=3.0, enough_s=10.0, finish=True)
+ORDINARY = Command(min_laps=6, min_s=3.0, enough_s=10.0, longest=True, eval_batches=8)
 """How an ordinary trial is timed: six laps that cover the lengths, fewer where a single step takes seconds."""
 
 
@@ -32,8 +33,10 @@ class Session:
     """A trial process that waits for commands. A context manager: leaving it ends the process and all it started."""
 
     def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
-        self._memory_limit_bytes = memory_limit_bytes
+        is_watched = backends.get(job.backend).is_host_memory
+        self._memory_limit_bytes = memory_limit_bytes if is_watched else None
         self._child = Child(worker.main, job)
+        self._is_started = False
         self._memory_at_start: int | None = None
         self._memory_checked = 0.0
 
@@ -41,6 +44,10 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process and all it started."""
         self._child.close()
 
     def time(self, command: Command, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Done:
@@ -50,6 +57,7 @@ class Session:
             self._child.send(command)
             while True:
                 message = self._child.receive(deadline - time.monotonic(), self._check_memory)
+                self._is_started = True
                 self._check_memory()
                 if isinstance(message, Done):
                     return message
@@ -64,7 +72,9 @@ class Session:
             raise TrialEndedError("crashed", exc.reason) from exc
 
     def _check_memory(self) -> None:
-        """The parent's watch where the platform has no limit of its own: the machine never gets to swap."""
+        """The parent's watch over host memory, where that is the device's: the machine never gets to swap."""
+        if self._memory_limit_bytes is None or not self._is_started:
+            return
         now = time.monotonic()
         if now - self._memory_checked < MEMORY_POLL_S:
             return

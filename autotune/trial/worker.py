@@ -14,8 +14,6 @@ from autotune.measurement import Lap, Measurement, Outcome
 from autotune.strategy import Strategy
 from autotune.workloads.base import WorkloadRef
 
-EVAL_BATCHES = 8
-"""Evaluation micro batches that are timed at most; they cover the lengths."""
 EVAL_ENOUGH_S = 1.0
 """Seconds of evaluation after which no further batch is timed."""
 
@@ -37,8 +35,10 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     min_laps: int
     min_s: float = 0.0
     enough_s: float = float("inf")
-    finish: bool = False
-    """Afterwards the longest batch, for the peak memory, and some evaluation batches."""
+    longest: bool = False
+    """Afterwards the longest batch, untimed, for the peak memory."""
+    eval_batches: int = 0
+    """Afterwards evaluation batches, at most so many."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,11 +115,14 @@ def _serve(connection: Connection, job: Job) -> None:
         try:
             time_until(timer, min_laps=command.min_laps, min_s=command.min_s, enough_s=command.enough_s, on_lap=report)
         except (EOFError, ConnectionError, FileNotFoundError) as exc:
+            if not job.strategy.workers:
+                raise
             raise ChildProcessError("a DataLoader worker died") from exc
-        if command.finish:
-            connection.send(Progress(stage="evaluating"))
+        if command.longest:
             timer.longest()
-            timer.evaluate(EVAL_BATCHES, EVAL_ENOUGH_S)
+        if command.eval_batches:
+            connection.send(Progress(stage="evaluating"))
+            timer.evaluate(command.eval_batches, EVAL_ENOUGH_S)
         connection.send(Done(measurement=timer.measurement(), epoch_s=timer.epoch_s(timer.laps[first:])))
 
 

@@ -20,7 +20,7 @@ from autotune.profile import write_profile
 from tests import factories
 
 # One worker runs all of these, so that they share one search.
-pytestmark = pytest.mark.xdist_group("command line")
+pytestmark = pytest.mark.xdist_group("cli")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,7 +165,7 @@ def found(tiny_reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         "--data",
         tiny_reviews,
         "--limit",
-        "32",
+        "8",
         "--trials",
         "3",
         "--profiles",
@@ -204,7 +204,7 @@ def test_the_saved_profile_is_found_and_trained_with(found: Found, tiny_reviews:
     report, _, folder = found
     metrics = tmp_path / "metrics.json"
     done = autotune(
-        *("train", "--model", "imdb", "--data", tiny_reviews, "--limit", "32", "--epochs", "2"),
+        *("train", "--model", "imdb", "--data", tiny_reviews, "--limit", "8", "--epochs", "2"),
         *("--profiles", folder, "--metrics", metrics),
     )
     assert done.returncode == 0, done.stderr
@@ -246,7 +246,7 @@ def test_a_loaded_profile_gives_a_run_that_trains(
 ) -> None:
     import autotune as package
 
-    tuned = package.load("imdb", profiles=found[2], data=tiny_reviews, limit=32)
+    tuned = package.load("imdb", profiles=found[2], data=tiny_reviews, limit=8)
     assert tuned.profile is not None
     run = tuned.apply()
     losses = [float(run.step(batch)) for batch in run.loader]
@@ -276,7 +276,7 @@ def test_ctrl_c_in_mid_search_saves_the_best_so_far_and_leaves_no_process(
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "autotune", "search", "--model", "imdb", "--data", str(tiny_reviews)),
-            *("--limit", "32", "--trials", "50", "--profiles", str(tmp_path)),
+            *("--limit", "8", "--trials", "50", "--profiles", str(tmp_path)),
         ],
         stdin=follower,
         stdout=subprocess.PIPE,

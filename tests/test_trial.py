@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -88,8 +89,9 @@ def test_a_trial_that_dies_of_a_signal_is_recorded(ref: WorkloadRef, number: int
 def test_a_loader_worker_that_dies_is_a_crash_not_a_hang(ref: WorkloadRef) -> None:
     def kill_a_worker(progress: Progress) -> None:
         if progress.stage == "timing":
-            for process in psutil.Process(session._child.pid).children():
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # the trial may have ended of it already
+                for process in psutil.Process(session._child.pid).children():
+                    process.kill()
 
     with (
         Session(job(ref, workers=1), memory_limit_bytes=PLENTY) as session,

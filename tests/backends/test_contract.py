@@ -108,7 +108,7 @@ class TestContract:
 
 class TestRegistry:
     def test_unknown_name_says_the_nearest(self) -> None:
-        with pytest.raises(UsageError, match=r"got 'cdua'; did you mean cuda\?"):
+        with pytest.raises(UsageError, match=r"'cdua'; did you mean 'cuda'\?"):
             backends.get("cdua")
 
     def test_name_near_nothing_says_what_there_is(self) -> None:

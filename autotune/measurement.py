@@ -78,7 +78,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A ratio with its 95 % bootstrap interval."""
+    """A ratio with its 95 % interval."""
 
     ratio: float
     low: float

@@ -1,7 +1,7 @@
 """Settings timed in turns on one workload: python benchmarks/compare.py [--data PATH] [--rounds 6] A.toml B.toml ...
 
 Each argument is a profile's file, or ``none`` for the plain baseline. All live in processes of their own and are timed
-A B C, C B A, ...; the ratios to the first are paired by round, with a 95 % bootstrap interval.
+A B C, C B A, ...; the ratios to the first are paired by round, with a 95 % interval.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from autotune.workloads.base import Workload, WorkloadRef
 NUM_FINALISTS = 3
 FINALS_SHARE = 0.3
 """At most this share of the budget goes to the race of the finalists."""
-MAX_ROUNDS = 5
+MIN_ROUNDS, MAX_ROUNDS = 3, 5
 CLOSE_TO_BEST = 1.15
 """Settings whose trial came within this factor of the best enter the race."""
 FREE_MEMORY_SHARE = 0.9
@@ -206,7 +206,7 @@ class _Search:
         if rounds is not None:
             return start_s + rounds * round_s
         share_s = FINALS_SHARE * self.settings.budget_s if self.settings.budget_s else float("inf")
-        return max(start_s + 2 * round_s, min(share_s, start_s + MAX_ROUNDS * round_s))
+        return max(start_s + MIN_ROUNDS * round_s, min(share_s, start_s + MAX_ROUNDS * round_s))
 
     def _finals(self) -> list[Final]:
         reference = self.trials[0]
@@ -215,7 +215,7 @@ class _Search:
             return []
         left_s = float("inf") if self.settings.budget_s is None else self.settings.budget_s - self._elapsed_s()
         rounds = MAX_ROUNDS
-        while rounds > 2 and self._race_s(entrants, rounds) > left_s:
+        while rounds > MIN_ROUNDS and self._race_s(entrants, rounds) > left_s:
             rounds -= 1
         if self._race_s(entrants, rounds) > left_s + FINALS_SHARE * (self.settings.budget_s or 0):
             return []

@@ -120,6 +120,12 @@ def test_the_display_tells_the_trial_under_way_and_why_others_failed() -> None:
     assert "left" in text
 
 
+def test_the_names_of_the_lines_are_whole_on_a_narrow_terminal() -> None:
+    lines = rendered(search_display().render(), 80)
+    assert [line for line in lines if line.startswith("best  ")]
+    assert [line for line in lines if line.startswith("time  ")]
+
+
 def test_a_setting_is_described_by_what_it_changes() -> None:
     assert terminal.describe(baseline(32)) == "plain baseline"
     words = "bf16 · sdpa_flash · 8x4 · buckets · ckpt every_block · compile reduce-overhead · retain · 2 workers"

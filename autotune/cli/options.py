@@ -76,5 +76,5 @@ def prepare(name: str, data: Path | None, limit: int | None) -> tuple[WorkloadRe
     with StageDisplay() as display:
         ref = module.prepare(data, limit=limit, on_progress=display.stage)
     if ref.notice:
-        click.echo(ref.notice, err=True)
+        display.console.print(ref.notice, style="yellow", markup=False)
     return ref, module.open_workload(ref)

@@ -103,7 +103,8 @@ def command(
             was_interrupted = True
     record()
     console = stdout()
-    console.print(f"{name}: {describe(strategy)}; profile {profile_words or 'none'}", markup=False, soft_wrap=True)
+    console.print(f"{name}: {describe(strategy)}", style="bold", markup=False)
+    console.print(f"profile {profile_words or 'none'}", markup=False, soft_wrap=True)
     if training.epochs:
         console.print(epoch_table(training.epochs))
     projection = f", projected {format_duration(projected_s)}" if projected_s else ""

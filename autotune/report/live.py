@@ -150,7 +150,8 @@ class SearchDisplay(_Display):
     def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
         """A trial starts."""
         self._trial_start = time.monotonic()
-        self._current = f"trial {number}, {origin}: {describe(strategy)}"
+        words = describe(strategy)
+        self._current = f"trial {number}, {origin}" + (f": {words}" if words != origin else "")
         self._doing = "starting"
 
     def on_progress(self, progress: worker.Progress) -> None:
@@ -177,7 +178,7 @@ class SearchDisplay(_Display):
         """The whole display."""
         now = time.monotonic()
         grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(style="bold", no_wrap=True, min_width=4)
         grid.add_column(no_wrap=True, overflow="ellipsis")
         grid.add_row("now", Text(self._current))
         grid.add_row("", Text(f"{self._doing}, {format_duration(now - self._trial_start)}", style="bright_black"))

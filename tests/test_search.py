@@ -225,6 +225,36 @@ def test_a_setting_that_fails_in_the_race_does_not_win(prepared: Prepared, scrip
     assert searched(prepared).best.strategy != best_trial
 
 
+def test_when_only_the_baseline_survives_the_race_the_next_best_trial_wins(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    raced: list[int] = []
+
+    def only_the_first(entrants: Sequence[Entrant], *, rounds: int, **_: Any) -> list[Final]:
+        raced.extend(entrant.trial.number for entrant in entrants)
+        return race_scripted(entrants[:1], rounds=rounds)
+
+    scripted_device.setattr(study, "race", only_the_first)
+    result = searched(prepared)
+    assert result.best.number not in raced
+    assert not result.was_raced
+
+
+def test_a_setting_that_goes_over_the_memory_budget_in_the_race_does_not_win(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    grown: list[int] = []
+
+    def growing(entrants: Sequence[Entrant], *, rounds: int, **_: Any) -> list[Final]:
+        finals = race_scripted(entrants, rounds=rounds)
+        grown.append(finals[1].trial.number)
+        bigger = msgspec.structs.replace(finals[1].measurement, peak_memory_bytes=3 * GIB)
+        return [finals[0], msgspec.structs.replace(finals[1], measurement=bigger), *finals[2:]]
+
+    scripted_device.setattr(study, "race", growing)
+    assert searched(prepared, memory_budget_bytes=2 * GIB).best.number not in grown
+
+
 def test_a_small_space_is_exhausted_and_the_search_ends(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:

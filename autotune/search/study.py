@@ -118,6 +118,7 @@ class _Search:
             FREE_MEMORY_SHARE * hardware.device.memory_free_bytes
         )
         self.trials: list[Trial] = []
+        self.failed_in_race: set[int] = set()
         self.start = time.monotonic()
 
     def run(self) -> Result:
@@ -223,13 +224,16 @@ class _Search:
             entrants.pop()
         if not self._fits_together([reference, *entrants]):
             return []
-        return race(
+        finals = race(
             [Entrant(trial=trial, job=self._job(trial.strategy)) for trial in [reference, *entrants]],
             rounds=rounds,
             timeout_s=max(120.0, self._timeout_s(is_baseline=False)),
             memory_limit_bytes=self._machine_limit(),
             on_round=lambda done, of: self.observer.on_race(done, of, len(entrants) + 1),
         )
+        fitting = {final.trial.number for final in finals if self._fits_budget(final.measurement)}
+        self.failed_in_race = {trial.number for trial in entrants} - fitting
+        return finals
 
     def _fits_together(self, trials: list[Trial]) -> bool:
         peaks = [trial.measurement.peak_memory_bytes for trial in trials if trial.measurement]
@@ -253,9 +257,9 @@ class _Search:
                 "raise --memory-budget"
             )
         entered = {final.trial.number: final for final in finals}
-        rivals = [final for final in finals if final.trial is not reference or final.trial in self._usable()]
+        rivals = [final for final in finals if final.trial in self._usable()]
         ratio = Interval(ratio=1.0, low=1.0, high=1.0)
-        was_raced = reference.number in entered and len(entered) > 1
+        was_raced = reference.number in entered and len(entered) > 1 and bool(rivals)
         if was_raced:
             winner = min(rivals, key=self._final_loss)
             best = winner.trial
@@ -291,14 +295,18 @@ class _Search:
         return finalists[0] if finalists else None
 
     def _usable(self) -> list[Trial]:
-        """Trials that may win: finished, and within the user's memory budget."""
+        """Trials that may win: finished, within the user's memory budget, and not failed since in the race."""
         return [
             trial
             for trial in self.trials
             if trial.outcome == "ok"
             and trial.measurement is not None
-            and trial.measurement.peak_memory_bytes <= self.memory_limit_bytes
+            and self._fits_budget(trial.measurement)
+            and trial.number not in self.failed_in_race
         ]
+
+    def _fits_budget(self, measurement: Measurement) -> bool:
+        return measurement.peak_memory_bytes <= self.memory_limit_bytes
 
     def _loss(self, trial: Trial) -> float | None:
         return loss_of(trial, self.settings.objective, self.planned)

@@ -13,7 +13,7 @@ import torch
 
 from autotune import backends, checks
 from autotune.backends.base import Backend, Capability
-from autotune.checks import Check, Figures, RefusalError
+from autotune.checks import Check, Figures, RefusalError, compute, kernels
 from autotune.errors import AutotuneError
 from autotune.probe import Hardware, _judge, _Load, probe
 from autotune.strategy import Attention
@@ -279,11 +279,11 @@ def test_attention_that_is_off_from_fp32_is_refused() -> None:
         return (q @ k.transpose(-2, -1)).softmax(-1) @ v
 
     with pytest.raises(RefusalError, match="off from fp32"):
-        checks._attention_figures(CPU, without_scale, "fp32", None)
+        kernels._attention_figures(CPU, without_scale, "fp32", None)
 
 
 def test_a_kernel_that_takes_no_mask_is_refused_with_its_time_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = checks._attend
+    exact = kernels._attend
 
     def maskless(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None, *, kernel: Attention
@@ -292,9 +292,9 @@ def test_a_kernel_that_takes_no_mask_is_refused_with_its_time_without_one(monkey
             raise RuntimeError("No available kernel. Aborting execution.")
         return exact(q, k, v, keep, kernel="eager")
 
-    monkeypatch.setattr(checks, "_attend", maskless)
+    monkeypatch.setattr(kernels, "_attend", maskless)
     with pytest.raises(RefusalError, match=r"No available kernel.*; runs without a mask, [\d.e+]+ ms forward"):
-        checks.attention(CPU, "sdpa_flash", "fp32")
+        kernels.attention(CPU, "sdpa_flash", "fp32")
 
 
 def test_a_missing_compiler_is_the_reason_when_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,4 +305,4 @@ def test_a_missing_compiler_is_the_reason_when_compiling_fails(monkeypatch: pyte
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(RefusalError, match=r"no C\+\+ compiler on the PATH"):
-        checks.compiled(CPU, "default")
+        compute.compiled(CPU, "default")

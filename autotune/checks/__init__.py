@@ -1,0 +1,80 @@
+"""What the probe runs on a device: one small function per capability, each timed. Runs in the probe's child process.
+
+A check returns its figures, or raises: the error's first line is the refusal. What is too slow to be worth a search is
+judged afterwards, from the figures (autotune.probe).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import get_args
+
+import msgspec
+
+from autotune.backends.base import Backend
+from autotune.checks.compute import (
+    allocator,
+    autocast,
+    channels_last,
+    compiled,
+    grad_scaler,
+    matmul,
+    memory_copy,
+    optimizer,
+)
+from autotune.checks.kernels import ATTENTION_PRECISIONS, attention, flash_attn
+from autotune.checks.tools import Figures, RefusalError, first_line
+from autotune.strategy import Attention, Precision
+
+__all__ = ["Check", "Figures", "RefusalError", "first_line", "standard"]
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One capability and how to find out about it."""
+
+    name: str
+    run: Callable[[Backend], Figures] | None = None
+    """Importable by name, so that a child process can be told to run it. None: see ``follows``."""
+    follows: str | None = None
+    """The capability whose value this one takes over: the two differ in tuning only."""
+    time_limit_s: float = 20.0
+    """After this long without an answer the child is killed and the capability refused."""
+
+
+def standard(backend: Backend) -> tuple[Check, ...]:
+    """Every capability worth knowing of a device, quick ones first and torch.compile last."""
+    checks = [Check(name=f"matmul.{p}", run=functools.partial(matmul, precision=p)) for p in get_args(Precision)]
+    checks += [Check(name=f"autocast.{p}", run=functools.partial(autocast, precision=p)) for p in ("bf16", "fp16")]
+    checks += [
+        Check(name="grad_scaler", run=grad_scaler),
+        Check(name="optimizer.foreach", run=functools.partial(optimizer, option="foreach")),
+        Check(name="optimizer.fused", run=functools.partial(optimizer, option="fused")),
+        Check(name="channels_last", run=channels_last),
+        Check(name="memory_copy", run=memory_copy),
+    ]
+    checks += [
+        Check(name=f"attention.{kernel}.{p}", run=functools.partial(attention, kernel=kernel, precision=p))
+        for kernel in get_args(Attention)
+        for p in ATTENTION_PRECISIONS
+    ]
+    checks += [
+        Check(name=f"attention.flash_attn.{p}", run=functools.partial(flash_attn, precision=p), time_limit_s=60.0)
+        for p in ("bf16", "fp16")
+    ]
+    ran = None
+    for mode in backend.compile_modes:
+        if mode == "none":
+            continue
+        if mode == "max-autotune" and ran is not None:
+            checks.append(Check(name=f"compile.{mode}", follows=ran))
+            continue
+        ran = f"compile.{mode}"
+        checks.append(Check(name=ran, run=functools.partial(compiled, mode=mode), time_limit_s=120.0))
+    # Last of all: it cannot be undone in the child that runs it.
+    checks += [
+        Check(name=f"allocator.{setting}", run=functools.partial(allocator, setting=setting))
+        for setting in backend.allocators
+        if setting != "default"
+    ]
+    return tuple(checks)

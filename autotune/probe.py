@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import hashlib
 import itertools
-import os
 import tempfile
 import time
 import warnings
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import psutil
 
 from autotune import backends, checks
 from autotune.backends.base import Backend, Capability, Device
 from autotune.checks import Check
+from autotune.contention import Load, cpu_s
 from autotune.errors import AutotuneError
 from autotune.files import replace_file
 from autotune.process import Child, ChildDied
@@ -107,7 +106,7 @@ def probe(
                 on_capability(capability)
             return msgspec.structs.replace(cached, device=device)
         capabilities: list[Capability] = []
-        load = _Load()
+        load = Load()
         for _, family in itertools.groupby(wanted, key=lambda check: check.name.partition(".")[0]):
             found: list[Capability] = []
             for check in family:
@@ -183,43 +182,12 @@ class _Prober:
         if self._child is None:
             self._child = Child(_serve, self._backend.name, self._scratch.name)
         self._child.send(question)
-        before_s = _cpu_s(self._child.pid)
+        before_s = cpu_s(self._child.pid)
         try:
             answer: object = self._child.receive(limit_s)
         finally:
-            self.cpu_s += max(0.0, _cpu_s(self._child.pid) - before_s)
+            self.cpu_s += max(0.0, cpu_s(self._child.pid) - before_s)
         return answer
-
-
-class _Load:
-    """How busy the machine is with other things, from where it is built on."""
-
-    def __init__(self) -> None:
-        self._start_s = time.perf_counter()
-        self._machine_s = _machine_cpu_s()
-        self._own_s = _cpu_s(os.getpid())
-
-    def busy_cores(self, num_cores: int, children_s: float) -> float:
-        """Cores of the ``num_cores`` that were not left to this process and its children, of all the machine has."""
-        own_s = _cpu_s(os.getpid()) - self._own_s + children_s
-        elapsed_s = max(time.perf_counter() - self._start_s, 1e-3)
-        others = max(0.0, (_machine_cpu_s() - self._machine_s - own_s) / elapsed_s)
-        return min(float(num_cores), max(0.0, num_cores + others - (psutil.cpu_count() or num_cores)))
-
-
-def _machine_cpu_s() -> float:
-    """CPU seconds spent by everybody, those that a hypervisor took among them."""
-    times = psutil.cpu_times()
-    return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
-
-
-def _cpu_s(pid: int) -> float:
-    """CPU seconds of a process and of its children that have ended; zero once it is gone."""
-    try:
-        times = psutil.Process(pid).cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 def _serve(connection: Connection, backend_name: str, scratch: str) -> None:

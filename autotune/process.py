@@ -2,12 +2,13 @@
 
 Linux forks the child from a server that has torch imported and nothing computed (no thread pool, no device context),
 so a start costs milliseconds; elsewhere the child is spawned. What the child writes to stderr goes to a file whose
-tail explains a crash. Nothing here knows what the child does.
+tail explains a crash. Nothing here knows what the child does; what happens in it first is guard.py's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -23,38 +24,64 @@ from typing import Any
 
 import psutil
 
+from autotune import guard
+from autotune.contention import cpu_s
+from autotune.errors import AutotuneError
+
 STDERR_TAIL_LINES = 6
+STDERR_TAIL_BYTES = 8192
+MAX_STDERR_BYTES = 16 * 2**20
+"""A child that floods its stderr loses all but the tail of it: a disk must not fill up with complaints."""
 _POLL_S = 0.1
+_PRELOADED = [
+    "torch",
+    "torch._dynamo",  # what building an optimizer imports, 1.2 s
+    "autotune.guard",
+    "autotune.checks.compute",
+    "autotune.trial.worker",
+    "autotune.timing",
+    "autotune.trace",
+    "autotune.workloads",
+]
+"""Imported once by the server: a child has them from the start. None may start a thread or a device context."""
+_MESSAGE_S = 20.0
+"""For the rest of a message that has begun: a child that was stopped in its middle is killed."""
+_STARTS = 5
+_GUARD_S = 2.0
+"""For the guard to end what the child has started."""
 
 
 class ChildDied(Exception):
     """The child ended without saying it had finished. ``reason`` names the signal or the exit status."""
 
-    def __init__(self, exit_code: int | None, stderr_tail: str) -> None:
+    def __init__(self, exit_code: int | None, stderr_tail: str, what: str | None = None) -> None:
         self.exit_code = exit_code
+        self.was_killed = exit_code is not None and exit_code == -getattr(signal, "SIGKILL", 0) != 0
+        """Whether by SIGKILL, as the kernel kills what takes the last of the memory."""
         self.stderr_tail = stderr_tail
-        self.reason = _exit_reason(exit_code) + (f": {stderr_tail}" if stderr_tail else "")
+        self.reason = (what or _exit_reason(exit_code)) + (f": {stderr_tail}" if stderr_tail else "")
         super().__init__(self.reason)
 
 
 class Child:
-    """``target(connection, *args)`` running in its own process and its own process group.
+    """``target(connection, *args)`` running in its own process and its own session.
 
     A context manager: leaving it ends the child and every process it started. ``target`` must be importable by name.
+    Raises AutotuneError where the temporary folder cannot be written.
     """
 
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
-        context = _context()
-        _quiet_resource_tracker()
-        descriptor, path = tempfile.mkstemp(prefix="autotune-", suffix=".stderr")
-        os.close(descriptor)
-        self._stderr = Path(path)
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_entry, args=(theirs, str(self._stderr), target, args), daemon=False)
-        with _without_main_module(), _interrupts_ignored():
-            self._process.start()
-        theirs.close()
-        self._tree = psutil.Process(self.pid) if psutil.pid_exists(self.pid) else None
+        self._stderr = _temporary_file()
+        try:
+            self._process, self.connection = _started(target, str(self._stderr), args)
+        except BaseException:
+            self._stderr.unlink(missing_ok=True)
+            raise
+        self._root = psutil.Process(self._process.pid) if psutil.pid_exists(self._process.pid) else None
+        self._worker: psutil.Process | None = None
+        self._is_closed = False
+        self._counted: list[psutil.Process] = []
+        self._counted_at = -math.inf
 
     def __enter__(self) -> Child:
         return self
@@ -64,9 +91,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The child's process id."""
-        pid: int = self._process.pid
-        return pid
+        """The process id of what runs the target."""
+        deadline = time.monotonic() + _GUARD_S
+        while (worker := self._working()) is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return int(self._process.pid if worker is None else worker.pid)
 
     def send(self, message: object) -> None:
         """Sends a picklable message. Raises ChildDied when nobody listens any more."""
@@ -81,30 +110,55 @@ class Child:
         Raises TimeoutError after ``timeout_s``, ChildDied when the child ended instead of answering.
         """
         deadline = time.monotonic() + timeout_s
+        self._cut_stderr()
         while not self.connection.poll(min(_POLL_S, max(0.0, deadline - time.monotonic()))):
             on_wait()
+            self._cut_stderr()
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"no answer within {timeout_s:.0f} s")
+        patience = threading.Timer(_MESSAGE_S, self._kill_worker)
+        patience.daemon = True
+        patience.start()
         try:
             return self.connection.recv()
-        except (EOFError, ConnectionResetError, OSError) as exc:
+        except (EOFError, OSError) as exc:
             raise self._died() from exc
+        except Exception as exc:
+            what = f"sent what is no message ({type(exc).__name__})"
+            raise ChildDied(None, self.stderr_tail(), what) from exc
+        finally:
+            patience.cancel()
 
     def memory_bytes(self) -> int:
-        """Memory of the child and all it started, in bytes: its own resident memory, and of its descendants what they
-        share with nobody (a loader worker is forked and shares nearly everything)."""
+        """The child's own resident memory, in bytes; zero once it is gone."""
+        with contextlib.suppress(psutil.Error):
+            return int(psutil.Process(self.pid).memory_info().rss)
+        return 0
+
+    def descendants_bytes(self) -> int:
+        """What the processes that the child started share with nobody, in bytes: a loader worker is forked and shares
+        nearly everything. Takes a look at every process there is."""
         total_bytes = 0
         for process in self._family():
-            with contextlib.suppress(psutil.Error):
-                is_child = process.pid == self.pid
-                total_bytes += process.memory_info().rss if is_child else process.memory_full_info().uss
+            if process not in (self._root, self._worker):  # the guard shares all it has
+                with contextlib.suppress(psutil.Error):
+                    total_bytes += process.memory_full_info().uss
         return total_bytes
+
+    def cpu_s(self) -> float:
+        """CPU seconds that the child and all that it started have spent so far.
+
+        Who belongs to it is looked up once a second at most: that takes a look at every process there is.
+        """
+        if time.monotonic() - self._counted_at > 1.0:
+            self._counted, self._counted_at = self._family(), time.monotonic()
+        return sum(cpu_s(process.pid) for process in self._counted)
 
     def stderr_tail(self) -> str:
         """The last lines that the child wrote to stderr, joined into one."""
         try:
             with self._stderr.open("rb") as file:
-                file.seek(max(0, self._stderr.stat().st_size - 8192))
+                file.seek(max(0, self._stderr.stat().st_size - STDERR_TAIL_BYTES))
                 text = file.read().decode(errors="replace")
         except OSError:
             return ""
@@ -113,59 +167,103 @@ class Child:
 
     def close(self) -> None:
         """Kills the child's whole family, waits for it and removes its files. Safe to call twice."""
-        family = self._family()
-        for kill in (lambda: os.killpg(self.pid, signal.SIGKILL), *(process.kill for process in family)):
-            with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with _interrupts_deferred():
+            self._kill_all()
+
+    def _kill_all(self) -> None:
+        family, worker = self._family(), self._working()
+        if worker is not None and worker != self._root:
+            self._kill_worker()
+            self._process.join(_GUARD_S)  # the guard ends the rest, what was started this moment included
+        for kill in (lambda: os.killpg(self._process.pid, signal.SIGKILL), *(process.kill for process in family)):
+            with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error, AttributeError):
                 kill()
         self._process.join(5)
         psutil.wait_procs(family, timeout=5)
         self.connection.close()
         self._stderr.unlink(missing_ok=True)
 
+    def _working(self) -> psutil.Process | None:
+        """The process that runs the target: the guard's first child where there is a guard."""
+        if self._worker is None and self._root is not None:
+            if sys.platform != "linux":
+                self._worker = self._root
+            else:
+                with contextlib.suppress(psutil.Error):
+                    self._worker = min(self._root.children(), key=lambda process: process.pid, default=None)
+        return self._worker
+
+    def _kill_worker(self) -> None:
+        worker = self._working()
+        with contextlib.suppress(psutil.Error):
+            if worker is not None:
+                worker.kill()
+
+    def _cut_stderr(self) -> None:
+        with contextlib.suppress(OSError):
+            size = self._stderr.stat().st_size
+            if size > MAX_STDERR_BYTES:
+                with self._stderr.open("rb+") as file:
+                    file.seek(size - STDERR_TAIL_BYTES)
+                    tail = file.read(STDERR_TAIL_BYTES)
+                    file.truncate(0)  # the child appends: it goes on behind what is written here
+                    file.seek(0)
+                    file.write(tail)
+
     def _family(self) -> list[psutil.Process]:
-        if self._tree is None:
+        if self._root is None:
             return []
         try:
-            return [self._tree, *self._tree.children(recursive=True)]
+            return [self._root, *self._root.children(recursive=True)]
         except psutil.Error:
             return []
 
     def _died(self) -> ChildDied:
-        self._process.join(5)
+        self._process.join(_GUARD_S)
         return ChildDied(self._process.exitcode, self.stderr_tail())
 
 
-def _entry(connection: Connection, stderr_path: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """In the child: out of the terminal's reach, stderr to its file, dead when its parent is."""
-    if hasattr(os, "setsid"):
-        with contextlib.suppress(PermissionError):
-            os.setsid()
-    _die_with_parent()
-    file = os.open(stderr_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 2)
-    os.dup2(file, 1)
-    target(connection, *args)
+def _temporary_file() -> Path:
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="autotune-", suffix=".stderr")
+    except OSError as exc:
+        raise AutotuneError(
+            f"no temporary file can be made: {exc.strerror or exc}; free some space there, or name another folder "
+            "with TMPDIR"
+        ) from exc
+    os.close(descriptor)
+    return Path(path)
 
 
-def _die_with_parent() -> None:
-    """Ends this process and its group when the process that asked for it is gone, killed without a word included."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="autotune-lifeline").start()
+def _started(target: Callable[..., None], stderr_path: str, args: tuple[Any, ...]) -> tuple[Any, Connection]:
+    """The child's process and our end of its pipe. A server that was killed is started again."""
+    context = _context()
+    _quiet_resource_tracker()
+    for attempt in range(_STARTS):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=guard.entry, args=(theirs, stderr_path, target, args), daemon=False)
+        try:
+            with _without_main_module(), _interrupts_deferred():
+                process.start()
+            return process, ours
+        except (EOFError, ConnectionError):
+            ours.close()
+            if attempt == _STARTS - 1:
+                raise
+            time.sleep(_POLL_S)  # it refuses before it can be waited for
+        finally:
+            theirs.close()
+    raise AssertionError
 
 
 def _context() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "autotune.process"])
+    context.set_forkserver_preload(_PRELOADED)
     return context
 
 
@@ -205,16 +303,17 @@ def _without_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ctrl-C is the parent's to handle. Children inherit that it is ignored, from before they can say so themselves."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C waits until this is over. What is started meanwhile never hears it: Ctrl-C is the parent's to handle, and
+    a blocked signal is inherited, from before a child can say anything itself."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_reason(exit_code: int | None) -> str:

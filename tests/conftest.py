@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from autotune import backends, store
+from autotune.probe import probe
+
 # How long an example takes says nothing here: tests run beside each other, on machines of any speed.
 settings.register_profile("autotune", deadline=None)
 settings.load_profile("autotune")
@@ -32,6 +35,15 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv(name, raising=False)
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def probed() -> None:
+    """This machine's real probe, in the cache. The tests beside these keep it busy, so that the command itself would
+    not keep what it measures, and would probe each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autotune.contention.Load.busy_cores", lambda self, num_cores, children_s: 0.0)
+        probe(backends.get("cpu"), cache_dir=store.cache_dir() / "probe")
 
 
 @pytest.fixture(scope="session")

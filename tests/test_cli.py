@@ -15,43 +15,12 @@ import psutil
 import pytest
 
 from autotune import backends, store
-from autotune.probe import probe
 from autotune.profile import write_profile
 from tests import factories
+from tests.commands import autotune, refused
 
 # One worker runs all of these, so that they share one search.
-pytestmark = pytest.mark.xdist_group("cli")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _probed() -> None:
-    """This machine's real probe, in the cache. The tests beside these keep it busy, so that the command itself would
-    not keep what it measures, and would probe each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autotune.probe._Load.busy_cores", lambda self, num_cores, children_s: 0.0)
-        probe(backends.get("cpu"), cache_dir=store.cache_dir() / "probe")
-
-
-def autotune(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "autotune", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
-def refused(status: int, *arguments: str | Path, **environment: str) -> str:
-    """The one line that a refused call prints."""
-    done = autotune(*arguments, **environment)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+pytestmark = [pytest.mark.xdist_group("cli"), pytest.mark.usefixtures("probed")]
 
 
 def test_help_imports_neither_torch_nor_optuna_nor_rich() -> None:
@@ -166,6 +135,8 @@ def found(tiny_reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         tiny_reviews,
         "--limit",
         "8",
+        "--budget",
+        "40s",
         "--trials",
         "3",
         "--profiles",
@@ -186,7 +157,7 @@ def test_a_search_prints_one_object_with_all_that_was_found(found: Found) -> Non
         assert set(report[side]) >= {"strategy", "samples_per_s", "step_ms", "peak_memory_bytes", "projected_s"}
     assert set(report["speedup"]) == {"ratio", "low", "high"}
     assert report["speedup"]["low"] <= report["speedup"]["ratio"] <= report["speedup"]["high"]
-    assert [trial["number"] for trial in report["trials"]] == [0, 1, 2]
+    assert [trial["number"] for trial in report["trials"]] in ([0, 1], [0, 1, 2])
     for trial in report["trials"]:
         keys = {"number", "strategy", "outcome", "reason", "samples_per_s", "peak_memory_bytes", "wall_s"}
         assert set(trial) == keys

@@ -14,18 +14,19 @@ import torch
 from autotune import backends, checks
 from autotune.backends.base import Backend, Capability
 from autotune.checks import Check, Figures, RefusalError, compute, kernels
+from autotune.contention import Load
 from autotune.errors import AutotuneError
-from autotune.probe import Hardware, _judge, _Load, probe
+from autotune.probe import Hardware, _judge, probe
 from autotune.strategy import Attention
 
 CPU = backends.get("cpu")
-MEASURED_BUSY_CORES = _Load.busy_cores
+MEASURED_BUSY_CORES = Load.busy_cores
 
 
 @pytest.fixture(autouse=True)
 def _machine_is_otherwise_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests run beside others; whether results are kept must not hang on that."""
-    monkeypatch.setattr(_Load, "busy_cores", lambda self, num_cores, children_s: 0.0)
+    monkeypatch.setattr(Load, "busy_cores", lambda self, num_cores, children_s: 0.0)
 
 
 def works(backend: Backend) -> Figures:
@@ -148,7 +149,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_the_cache(tmp_path: Pa
 
 
 def test_results_taken_on_a_busy_machine_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Load, "busy_cores", lambda self, num_cores, children_s: float(num_cores))
+    monkeypatch.setattr(Load, "busy_cores", lambda self, num_cores, children_s: float(num_cores))
     hardware = probe_these(tmp_path, Check(name="it", run=works))
     assert hardware.allows("it")
     assert hardware.busy_cores == hardware.device.num_cores
@@ -163,11 +164,11 @@ def test_only_cores_that_were_really_missing_count_as_busy(
     monkeypatch: pytest.MonkeyPatch, num_cores: int, machine_cores: int, others_s: float, expected: float
 ) -> None:
     clock = {"machine": 0.0, "now": 0.0}
-    monkeypatch.setattr("autotune.probe._machine_cpu_s", lambda: clock["machine"])
-    monkeypatch.setattr("autotune.probe._cpu_s", lambda pid: 0.0)
-    monkeypatch.setattr("autotune.probe.time.perf_counter", lambda: clock["now"])
-    monkeypatch.setattr("autotune.probe.psutil.cpu_count", lambda: machine_cores)
-    load = _Load()
+    monkeypatch.setattr("autotune.contention.machine_cpu_s", lambda: clock["machine"])
+    monkeypatch.setattr("autotune.contention.cpu_s", lambda pid: 0.0)
+    monkeypatch.setattr("autotune.contention.time.perf_counter", lambda: clock["now"])
+    monkeypatch.setattr("autotune.contention.psutil.cpu_count", lambda: machine_cores)
+    load = Load()
     clock.update(machine=others_s + 15.0, now=10.0)
     assert MEASURED_BUSY_CORES(load, num_cores, 15.0) == pytest.approx(expected)
 

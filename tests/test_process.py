@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from autotune.errors import AutotuneError
 from autotune.process import Child, ChildDied
 
 
@@ -114,7 +115,7 @@ def holds_memory_and_forks(connection: Connection) -> None:
 def test_memory_that_a_forked_descendant_shares_counts_once() -> None:
     with Child(hangs) as empty, Child(holds_memory_and_forks) as child:
         held_bytes = child.receive(60)
-        grown_bytes = child.memory_bytes() - empty.memory_bytes()
+        grown_bytes = child.memory_bytes() + child.descendants_bytes() - empty.memory_bytes()
     assert 0.9 * held_bytes < grown_bytes < 1.5 * held_bytes
 
 
@@ -124,12 +125,17 @@ def test_closing_removes_the_childs_files() -> None:
     assert not child._stderr.exists()
 
 
-def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def stops_itself(connection: Connection) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("target", ["hangs", "stops_itself"])
+def test_children_die_with_a_parent_that_is_killed(tmp_path: Path, target: str) -> None:
     script = tmp_path / "search.py"
     script.write_text(
-        "from tests.test_process import hangs\n"
+        f"from tests.test_process import {target}\n"
         "from autotune.process import Child\n"
-        "child = Child(hangs)\n"
+        f"child = Child({target})\n"
         "print(child.pid, flush=True)\n"
         "import time; time.sleep(600)\n"
     )
@@ -145,3 +151,76 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     while is_running(pid):
         assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.05)
+
+
+def leaves_a_daemon_and_dies(connection: Connection) -> None:
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            connection.send(os.getpid())
+            time.sleep(600)
+        os._exit(0)
+    time.sleep(0.5)
+    os._exit(5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the guard needs prctl")
+def test_a_daemon_does_not_outlive_the_child_that_left_it() -> None:
+    with Child(leaves_a_daemon_and_dies) as child:
+        daemon = child.receive(30)
+        with pytest.raises(ChildDied, match="exited with status 5"):
+            child.receive(30)
+        assert not is_running(daemon), "the guard ends it before it passes on the child's end"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a server")
+def test_a_server_that_is_killed_is_started_again() -> None:
+    from multiprocessing import forkserver
+
+    with Child(echoes) as child:
+        server = psutil.Process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+        server.kill()
+        child.send("still there")
+        assert child.receive(30) == "still there"
+    with Child(echoes) as child:
+        child.send("again")
+        assert child.receive(60) == "again"
+
+
+def floods(connection: Connection) -> None:
+    for _ in range(100):
+        os.write(2, b"complaint\n" * (2**20 // 10))
+    connection.send("done")
+    connection.recv()
+
+
+def test_a_flood_on_stderr_does_not_fill_the_disk() -> None:
+    with Child(floods) as child:
+        assert child.receive(60) == "done"
+        with pytest.raises(TimeoutError):
+            child.receive(0.3)
+        assert child._stderr.stat().st_size <= 32 * 2**20
+        assert "complaint" in child.stderr_tail()
+
+
+def test_a_full_temporary_folder_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(AutotuneError, match=r"no temporary file .* TMPDIR"):
+        Child(echoes)
+
+
+def sends_garbage(connection: Connection) -> None:
+    connection.send_bytes(b"no pickle")
+    time.sleep(600)
+
+
+def test_what_is_no_message_ends_the_child() -> None:
+    with Child(sends_garbage) as child, pytest.raises(ChildDied, match="no message"):
+        child.receive(30)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="oom_score_adj is Linux's")
+def test_the_kernel_would_kill_the_child_first() -> None:
+    with Child(hangs) as child:
+        assert Path(f"/proc/{child.pid}/oom_score_adj").read_text().strip() == "1000"

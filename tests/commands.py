@@ -1,0 +1,31 @@
+"""The command line as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def autotune(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One call, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "autotune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def refused(status: int, *arguments: str | Path, **environment: str) -> str:
+    """The one line that a refused call prints."""
+    done = autotune(*arguments, **environment)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]

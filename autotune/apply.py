@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from autotune.backends.base import Backend, torch_device
 from autotune.data.batching import (
+    Indices,
     MicroBatch,
     PlannedBatch,
     SequenceData,
     collate,
+    plan_batch,
     plan_epoch,
     plan_evaluation,
 )
@@ -63,6 +65,24 @@ class Loader:
             max_tokens=self._max_tokens,
             seed=self._seed + 1000 * epoch,
         )
+
+    def plan_of(self, batches: Iterable[Indices]) -> list[PlannedBatch]:
+        """A step on each of the given sets of samples, cut up and padded as an epoch's batches are."""
+        return [
+            plan_batch(
+                batch,
+                self._data.lengths,
+                micro_batch=self._strategy.micro_batch,
+                padding=self._strategy.padding,
+                max_tokens=self._max_tokens,
+            )
+            for batch in batches
+        ]
+
+    @property
+    def lengths(self) -> Indices:
+        """Tokens in each sample."""
+        return self._data.lengths
 
     def over(self, batches: Sequence[PlannedBatch]) -> Iterator[list[MicroBatch]]:
         """The given batches, loaded as an epoch's are."""

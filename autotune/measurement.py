@@ -25,6 +25,8 @@ class Lap(msgspec.Struct, frozen=True, kw_only=True):
     """Real tokens, padding not counted."""
     padded_tokens: int
     """Tokens computed."""
+    padded_squares: int
+    """Padded width squared, summed over the samples: attention's cost grows with it."""
     losses: tuple[float, ...]
     """Mean loss of each step."""
 
@@ -75,6 +77,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """The measurement's; a rough estimate from the first steps where the trial was pruned."""
     wall_s: float = 0.0
     """What the trial cost the search."""
+    pulse_s: float | None = None
+    """Seconds that a fixed piece of work took around the trial: the device's own speed then."""
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,10 +4,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autotune.measurement import Interval
 
+MIN_RANKED = 8
+"""Pairs from which on the interval rests on ranks; fewer have too few orders for one of 95 %."""
 _RESAMPLES = 4000
+Values = NDArray[np.float64]
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % quantiles of Student's t for 1 to 10 degrees of freedom (Fisher and Yates 1938, table III); the last serves
 for more."""
@@ -16,19 +20,30 @@ for more."""
 def paired_ratio(slow_s: Sequence[float], fast_s: Sequence[float]) -> Interval:
     """How many times longer ``slow_s`` took than ``fast_s``, round by round, with a 95 % interval.
 
-    The ratio is the geometric mean over rounds; the interval is Student's t over the rounds' logarithms (Student 1908),
-    so that drift that hits both sides of a round cancels. Not the bootstrap: races have three to six rounds, and where
-    few happen to agree it claims a certainty that nobody has. A single round has no interval: it is 0 to infinity.
+    Drift that hits both sides of a round cancels. From eight rounds on the ratio is the Hodges-Lehmann estimate of the
+    rounds' log ratios and the interval is Wilcoxon's signed-rank one (Hollander and Wolfe 1999, section 3.2): a round
+    that other work disturbed moves neither far. With fewer rounds, their geometric mean and Student's t. Not the
+    bootstrap: where few rounds happen to agree it claims a certainty that nobody has. A single round has no interval:
+    it is 0 to infinity.
     """
     if len(slow_s) != len(fast_s) or not slow_s:
         raise ValueError(f"paired rounds must match and exist, got {len(slow_s)} and {len(fast_s)}")
     logs = np.log(np.asarray(slow_s) / np.asarray(fast_s))
-    ratio = float(np.exp(logs.mean()))
     if len(logs) == 1:
-        return Interval(ratio=ratio, low=0.0, high=math.inf)
-    quantile = _T_975[min(len(logs) - 1, len(_T_975)) - 1]
-    factor = math.exp(quantile * float(logs.std(ddof=1)) / math.sqrt(len(logs)))
-    return Interval(ratio=ratio, low=ratio / factor, high=ratio * factor)
+        return Interval(ratio=math.exp(logs[0]), low=0.0, high=math.inf)
+    if len(logs) >= MIN_RANKED:
+        low, middle, high = _signed_rank(logs)
+    else:
+        middle, margin = float(logs.mean()), _t_margin(logs)
+        low, high = middle - margin, middle + margin
+    return Interval(ratio=math.exp(middle), low=math.exp(low), high=math.exp(high))
+
+
+def relative_margin(values: Sequence[float]) -> float:
+    """Half the width of the mean's 95 % interval (Student's t), as a share of the mean; infinite for one value."""
+    if len(values) < 2:
+        return math.inf
+    return _t_margin(np.asarray(values)) / float(np.mean(values))
 
 
 def ratio_of_means(slow_s: Sequence[float], fast_s: Sequence[float], seed: int = 0) -> Interval:
@@ -43,3 +58,30 @@ def ratio_of_means(slow_s: Sequence[float], fast_s: Sequence[float], seed: int =
     ).mean(1)
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Interval(ratio=float(slow.mean() / fast.mean()), low=float(low), high=float(high))
+
+
+def _t_margin(values: Values) -> float:
+    quantile = _T_975[min(len(values) - 1, len(_T_975)) - 1]
+    return quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def _signed_rank(values: Values) -> tuple[float, float, float]:
+    """Lower end, estimate and upper end: the averages of all pairs in order, and as many left out at either side as the
+    signed-rank statistic falls below with a probability of 2.5 %."""
+    rows, columns = np.triu_indices(len(values))
+    averages = np.sort((values[rows] + values[columns]) / 2)
+    rank = _signed_rank_quantile(len(values))
+    return float(averages[rank - 1]), float(np.median(averages)), float(averages[-rank])
+
+
+def _signed_rank_quantile(count: int) -> int:
+    """The largest k with P(W < k) <= 0.025, W the sum of the positive ranks of ``count`` values symmetric about 0.
+
+    Exact: every subset of the ranks is equally likely, and the number of those with each sum follows rank by rank.
+    """
+    chances = np.zeros(count * (count + 1) // 2 + 1)
+    chances[0] = 1.0
+    for rank in range(1, count + 1):
+        chances[rank:] += chances[:-rank].copy()
+        chances /= 2.0
+    return int(np.searchsorted(np.cumsum(chances), 0.025, side="right"))

@@ -46,6 +46,11 @@ class Step:
         self._scaler = torch.amp.GradScaler(device.type, enabled=strategy.precision == "fp16")
         self._uses_cuda_graphs = uses_cuda_graphs(strategy)
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by before the backward pass in fp16; None in other precisions."""
+        return float(self._scaler.get_scale()) if self._scaler.is_enabled() else None
+
     def __call__(self, batch: Sequence[MicroBatch]) -> Tensor:
         """Mean loss over the global batch before the update: a detached scalar on the device, not waited for."""
         num_samples = sum(micro.num_samples for micro in batch)

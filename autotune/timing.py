@@ -1,8 +1,8 @@
 """Times the real step of a real run, on batches that stand for a whole epoch.
 
 The epoch is planned as training would plan it; its batches are ordered by the tokens they compute, and visited in a
-low-discrepancy order, so that any few consecutive ones cover the workload's lengths. Rates are corrected from the
-visited batches to the epoch by the ratio of their computed tokens (the ratio estimator, Cochran 1977, ch. 6).
+low-discrepancy order, so that any few consecutive ones cover the workload's lengths. Rates are carried from the visited
+batches to the epoch by the ratio of their cost (the ratio estimator, Cochran 1977, ch. 6), which cost.py fits.
 """
 
 from __future__ import annotations
@@ -10,20 +10,27 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 
 import numpy as np
 import torch
 
 from autotune.apply import Run
-from autotune.data.batching import MicroBatch, PlannedBatch, total_padded_tokens
+from autotune.cost import BY_TOKENS, Cost, Work, fit, total
+from autotune.data.batching import MicroBatch, PlannedBatch
 from autotune.measurement import Lap, Measurement
+from autotune.stats import relative_margin
 
 LAP_S = 0.1
 """Steps shorter than this are timed several at a time, so that synchronising does not slow what is measured."""
 STEADY = 1.25
-"""A first lap belongs to the warm-up while it costs this much more per computed token than the median lap after it."""
+"""A first lap belongs to the warm-up while it costs this much more than the median lap after it, for its work."""
+NARROW = 0.03
+"""Half a 95 % interval, relative: the mean of a trial's laps is known well enough to compare it with others."""
+MIN_LOSS_SCALE = 1.0
+"""An fp16 run whose loss scale has fallen below this from 65536 has overflowed at sixteen steps more than it should."""
+SOAK_EVAL_BATCHES = 4
 _MAX_STREAM = 200_000
 
 
@@ -39,13 +46,16 @@ class Timer:
         self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
         self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None
         self._eval_seconds = 0.0
-        self._eval_padded_tokens = 0
+        self._eval_work = Work(0, 0, 0)
+        self._fitted: tuple[int, Cost] = (0, BY_TOKENS)
+        self._num_steps = 0
         self.laps: list[Lap] = []
 
     def lap(self) -> Lap:
-        """Times the next steps. Raises whatever the run raises."""
+        """Times the next steps. Raises whatever the run raises, FloatingPointError where it diverges."""
         run, synchronize = self._run, self._run.backend.synchronize
         losses: list[torch.Tensor] = []
+        norms: list[torch.Tensor] = []
         planned: list[PlannedBatch] = []
         num_samples = num_tokens = 0
         wait_s = 0.0
@@ -58,6 +68,8 @@ class Timer:
                 batch = next(self._batches)
                 wait_s += time.perf_counter() - now
                 losses.append(run.step(batch))
+                if run.step.grad_norm is not None:
+                    norms.append(run.step.grad_norm)
                 planned.append(next(self._visited))
                 num_samples += sum(micro.num_samples for micro in batch)
                 num_tokens += sum(micro.num_tokens for micro in batch)
@@ -73,8 +85,9 @@ class Timer:
             num_steps=len(losses),
             num_samples=num_samples,
             num_tokens=num_tokens,
-            padded_tokens=total_padded_tokens(planned),
-            losses=tuple(torch.stack(losses).float().tolist()),
+            padded_tokens=sum(batch.padded_tokens for batch in planned),
+            padded_squares=sum(batch.padded_squares for batch in planned),
+            losses=self._finite(losses, norms),
         )
         self.laps.append(lap)
         return lap
@@ -86,6 +99,30 @@ class Timer:
         for batch in self._run.loader.over([self._plan[-1]]):
             self._run.step(batch)
         self._run.backend.synchronize()
+
+    def soak(self, *, enough_steps: int, enough_s: float, on_step: Callable[[int], None] = lambda _: None) -> int:
+        """Trains on the longest samples there are, all in one batch, again and again; then evaluates the longest; then
+        trains as an epoch does, whose mix of lengths takes more of a CPU's memory than the longest alone. Each half
+        ends at half the steps or half the seconds, whichever comes first. Returns the steps taken.
+
+        Raises whatever the run raises, FloatingPointError where it diverges.
+        """
+        run, num_steps = self._run, 0
+        longest = np.argsort(run.loader.lengths, kind="stable")[-run.strategy.global_batch :]
+        halves = (run.loader.plan_of([longest]) * enough_steps, run.loader.plan(0))
+        for plan in halves:
+            start = time.perf_counter()
+            for steps, batch in enumerate(run.loader.over(plan), 1):
+                loss = run.step(batch)
+                run.backend.synchronize()
+                self._finite([loss], [] if run.step.grad_norm is None else [run.step.grad_norm])
+                num_steps += 1
+                on_step(num_steps)
+                if 2 * steps >= enough_steps or 2 * (time.perf_counter() - start) >= enough_s:
+                    break
+            if plan is halves[0]:
+                run.evaluate(run.evaluation_batches(self._eval_plan[-SOAK_EVAL_BATCHES:]))
+        return num_steps
 
     def evaluate(self, max_batches: int, enough_s: float) -> None:
         """Times an evaluation of some batches that cover the test set's lengths, fewer where they take long.
@@ -106,51 +143,90 @@ class Timer:
             self._run.evaluate([batch])
             synchronize()
             self._eval_seconds += time.perf_counter() - start
-            self._eval_padded_tokens += planned.padded_tokens
+            self._eval_work += _work(planned)
             if self._eval_seconds - first_s >= enough_s:
                 return
 
     def epoch_s(self, laps: list[Lap]) -> float:
         """Seconds of a whole training epoch at the rate of some laps."""
-        rate = sum(lap.seconds for lap in laps) / sum(lap.padded_tokens for lap in laps)
-        return rate * total_padded_tokens(self._plan)
+        return self._rate(laps) * self._cost().of(total(map(_work, self._plan)))
 
     def samples_per_s(self) -> float:
         """Real samples per second by what has been timed so far."""
-        return sum(batch.num_samples for batch in self._plan) / self.epoch_s(steady(self.laps)[1])
+        return sum(batch.num_samples for batch in self._plan) / self.epoch_s(self.steady()[1])
+
+    def margin(self, laps: list[Lap]) -> float:
+        """Half the 95 % interval of the rate that some laps give, relative."""
+        cost = self._cost()
+        return relative_margin([lap.seconds / cost.of(_lap_work(lap)) for lap in laps])
+
+    def steady(self) -> tuple[list[Lap], list[Lap]]:
+        """Warm-up laps and timed laps so far."""
+        return steady(self.laps, self._cost())
 
     def measurement(self) -> Measurement:
         """The figures of all laps so far. Needs at least one lap."""
-        warm_up, timed = steady(self.laps)
-        rate = sum(lap.seconds for lap in timed) / sum(lap.padded_tokens for lap in timed)
-        samples_per_s = self.samples_per_s()
+        warm_up, timed = self.steady()
+        rate, cost = self._rate(timed), self._cost()
         eval_samples_per_s = math.inf
         if self._eval_seconds:
-            eval_s = self._eval_seconds / self._eval_padded_tokens * total_padded_tokens(self._eval_plan)
+            eval_s = self._eval_seconds / cost.of(self._eval_work) * cost.of(total(map(_work, self._eval_plan)))
             eval_samples_per_s = self._run.workload.num_test / eval_s
         return Measurement(
-            samples_per_s=samples_per_s,
+            samples_per_s=self.samples_per_s(),
             tokens_per_s=sum(lap.num_tokens for lap in timed) / sum(lap.seconds for lap in timed),
             step_ms=1000 * self.epoch_s(timed) / len(self._plan),
             eval_samples_per_s=eval_samples_per_s,
-            warm_up_s=max(0.0, sum(lap.seconds - rate * lap.padded_tokens for lap in warm_up)),
+            warm_up_s=max(0.0, sum(lap.seconds - rate * cost.of(_lap_work(lap)) for lap in warm_up)),
             loader_wait=sum(lap.wait_s for lap in timed) / sum(lap.seconds for lap in timed),
             peak_memory_bytes=self._run.backend.peak_memory_bytes(),
             epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
             losses=tuple(loss for lap in self.laps for loss in lap.losses),
         )
 
+    def _rate(self, laps: list[Lap]) -> float:
+        return sum(lap.seconds for lap in laps) / self._cost().of(total(map(_lap_work, laps)))
+
+    def _cost(self) -> Cost:
+        if self._fitted[0] != len(self.laps):
+            laps = self.laps[1:]
+            self._fitted = len(self.laps), fit([_lap_work(lap) for lap in laps], [lap.seconds for lap in laps])
+        return self._fitted[1]
+
+    def _finite(self, losses: Sequence[torch.Tensor], norms: Sequence[torch.Tensor]) -> tuple[float, ...]:
+        """The losses as numbers. In fp16 a gradient may overflow, the scaler skips such a step; a loss may not."""
+        first, self._num_steps = self._num_steps + 1, self._num_steps + len(losses)
+        found = tuple(torch.stack(list(losses)).float().tolist())
+        scale = self._run.step.loss_scale
+        if scale is not None and scale < MIN_LOSS_SCALE:
+            raise FloatingPointError(f"the gradients overflow at every step up to step {self._num_steps}")
+        gradients = torch.stack(list(norms)).float().tolist() if norms and scale is None else [0.0] * len(found)
+        for step, (loss, norm) in enumerate(zip(found, gradients, strict=True), first):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss {loss} at step {step}")
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"gradient norm {norm} at step {step}")
+        return found
+
     def _visit(self) -> Iterator[PlannedBatch]:
         return (self._plan[index] for index in cycle(self._order))
 
 
-def steady(laps: list[Lap]) -> tuple[list[Lap], list[Lap]]:
+def steady(laps: list[Lap], cost: Cost = BY_TOKENS) -> tuple[list[Lap], list[Lap]]:
     """Warm-up laps and timed laps. The first lap is always warm-up, unless it is the only one."""
-    costs = [lap.seconds / lap.padded_tokens for lap in laps]
+    costs = [lap.seconds / cost.of(_lap_work(lap)) for lap in laps]
     start = min(1, len(laps) - 1)
     while start < len(laps) - 2 and costs[start] > STEADY * float(np.median(costs[start + 1 :])):
         start += 1
     return laps[:start], laps[start:]
+
+
+def _work(batch: PlannedBatch) -> Work:
+    return Work(1, batch.padded_tokens, batch.padded_squares)
+
+
+def _lap_work(lap: Lap) -> Work:
+    return Work(lap.num_steps, lap.padded_tokens, lap.padded_squares)
 
 
 def _low_discrepancy(count: int) -> Iterator[int]:
@@ -162,16 +238,21 @@ def _low_discrepancy(count: int) -> Iterator[int]:
             yield index
 
 
-def time_until(timer: Timer, *, min_laps: int, min_s: float, enough_s: float, on_lap: Callable[[Lap], None]) -> None:
-    """Times until there are ``min_laps`` laps that cover ``min_s``, or three laps that cover ``enough_s``.
+def time_until(
+    timer: Timer, *, min_laps: int, min_s: float, enough_s: float, narrow: float, on_lap: Callable[[Lap], None]
+) -> None:
+    """Times until there are ``min_laps`` laps that cover ``min_s`` and whose mean is known to ``narrow`` (half its 95 %
+    interval, relative), or until ``min_laps``, three at most, cover ``enough_s``.
 
     The warm-up of a timer's first laps does not count.
     """
     first = len(timer.laps)
     while True:
         on_lap(timer.lap())
-        new = timer.laps[first:]
-        timed = new if first else steady(new)[1] if len(new) > 1 else []
+        timed = timer.laps[first:]
+        if not first:
+            timed = timer.steady()[1] if len(timed) > 1 else []
         seconds = sum(lap.seconds for lap in timed)
-        if (len(timed) >= min_laps and seconds >= min_s) or (len(timed) >= min(3, min_laps) and seconds >= enough_s):
+        is_known = len(timed) >= min_laps and seconds >= min_s and (math.isinf(narrow) or timer.margin(timed) <= narrow)
+        if is_known or (len(timed) >= min(3, min_laps) and seconds >= enough_s):
             return

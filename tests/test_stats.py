@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.stats import paired_ratio, ratio_of_means
+from autotune.stats import _signed_rank_quantile, paired_ratio, ratio_of_means, relative_margin
 
 
 def test_a_paired_ratio_cancels_drift_that_hits_both_sides() -> None:
@@ -44,3 +46,47 @@ def test_a_single_round_claims_nothing() -> None:
 def test_rounds_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match="paired rounds"):
         paired_ratio([1.0], [])
+
+
+def test_from_eight_rounds_on_a_disturbed_one_moves_nothing_far() -> None:
+    slow = [1.10, 1.11, 1.09, 1.10, 1.12, 1.08, 1.10, 1.11, 1.10, 1.09] * 2
+    clean = paired_ratio(slow, [1.0] * 20)
+    disturbed = paired_ratio([*slow[:-1], 9.0], [1.0] * 20)
+    assert clean.ratio == pytest.approx(1.10, abs=0.005)
+    assert disturbed.ratio == pytest.approx(clean.ratio, abs=0.01)
+    assert 1.05 < disturbed.low < disturbed.high < 1.25
+
+
+@pytest.mark.parametrize(("count", "left_out"), [(8, 3), (10, 8), (12, 13), (15, 25), (20, 52), (50, 434)])
+def test_the_signed_rank_quantile_is_the_tables(count: int, left_out: int) -> None:
+    """Hollander and Wolfe 1999, table A.4, two-sided 5 %."""
+    assert _signed_rank_quantile(count) == left_out + 1
+
+
+def test_eight_rounds_interval_ends_at_the_fourth_averages() -> None:
+    """P(W <= 3) = 5/256 for eight values: three averages of the 36 lie outside at either end."""
+    logs = np.array([0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28])
+    averages = sorted((logs[i] + logs[j]) / 2 for i in range(8) for j in range(i, 8))
+    found = paired_ratio(list(np.exp(logs)), [1.0] * 8)
+    assert (found.low, found.high) == pytest.approx((math.exp(averages[3]), math.exp(averages[-4])))
+
+
+@pytest.mark.parametrize("count", [4, 9, 20])
+def test_the_interval_of_rivals_that_are_the_same_holds_one(count: int) -> None:
+    """Heavy-tailed noise on both sides, as other work on the machine makes it."""
+    generator = np.random.default_rng(0)
+
+    def seconds() -> list[float]:
+        bursts = generator.random(count) < 0.2
+        return list(np.exp(0.03 * generator.standard_normal(count)) * np.where(bursts, 2.0, 1.0))
+
+    holds = 0
+    for _ in range(400):
+        found = paired_ratio(seconds(), seconds())
+        holds += found.low <= 1 <= found.high
+    assert holds >= 0.935 * 400
+
+
+def test_the_margin_of_one_value_is_unknown_and_shrinks_with_their_number() -> None:
+    assert math.isinf(relative_margin([1.0]))
+    assert relative_margin([1.0, 1.1, 0.9] * 5) < relative_margin([1.0, 1.1, 0.9])

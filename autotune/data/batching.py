@@ -7,7 +7,6 @@ cut into micro batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -46,6 +45,11 @@ class PlannedBatch(NamedTuple):
     def padded_tokens(self) -> int:
         """Tokens that the device computes, padding included."""
         return sum(len(indices) * width for indices, width in zip(self.micro_batches, self.widths, strict=True))
+
+    @property
+    def padded_squares(self) -> int:
+        """Width squared, summed over the samples: what the cost of attention grows with."""
+        return sum(len(indices) * width**2 for indices, width in zip(self.micro_batches, self.widths, strict=True))
 
     @property
     def num_samples(self) -> int:
@@ -92,7 +96,9 @@ def plan_epoch(
     """
     order = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int64)
     batches = _bucketed(order, lengths, global_batch, seed) if padding == "buckets" else _cut(order, global_batch)
-    return [_planned(batch, lengths, micro_batch, padding, max_tokens) for batch in batches]
+    return [
+        plan_batch(batch, lengths, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens) for batch in batches
+    ]
 
 
 def plan_evaluation(lengths: Indices, *, micro_batch: int, padding: Padding, max_tokens: int) -> list[PlannedBatch]:
@@ -100,7 +106,22 @@ def plan_evaluation(lengths: Indices, *, micro_batch: int, padding: Padding, max
     order = np.arange(len(lengths), dtype=np.int64)
     if padding != "max":
         order = order[np.argsort(-lengths, kind="stable")]
-    return [_planned(batch, lengths, micro_batch, padding, max_tokens) for batch in _cut(order, micro_batch)]
+    cut = _cut(order, micro_batch)
+    return [
+        plan_batch(batch, lengths, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens) for batch in cut
+    ]
+
+
+def plan_batch(
+    batch: Indices, lengths: Indices, *, micro_batch: int, padding: Padding, max_tokens: int
+) -> PlannedBatch:
+    """One optimizer step on the given samples; within a batch ``buckets`` pads as ``longest`` does."""
+    if padding != "max":
+        batch = batch[np.argsort(-lengths[batch], kind="stable")]
+    micro_batches = tuple(_cut(batch, micro_batch))
+    if padding == "max":
+        return PlannedBatch(micro_batches, (max_tokens,) * len(micro_batches))
+    return PlannedBatch(micro_batches, tuple(_width(lengths[indices], max_tokens) for indices in micro_batches))
 
 
 def collate(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
@@ -118,15 +139,6 @@ def collate(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
     )
 
 
-def _planned(batch: Indices, lengths: Indices, micro_batch: int, padding: Padding, max_tokens: int) -> PlannedBatch:
-    if padding != "max":
-        batch = batch[np.argsort(-lengths[batch], kind="stable")]
-    micro_batches = tuple(_cut(batch, micro_batch))
-    if padding == "max":
-        return PlannedBatch(micro_batches, (max_tokens,) * len(micro_batches))
-    return PlannedBatch(micro_batches, tuple(_width(lengths[indices], max_tokens) for indices in micro_batches))
-
-
 def _bucketed(order: Indices, lengths: Indices, global_batch: int, seed: int) -> list[Indices]:
     batches: list[Indices] = []
     for pool in _cut(order, global_batch * BATCHES_PER_BUCKET_POOL):
@@ -141,8 +153,3 @@ def _cut(order: Indices, size: int) -> list[Indices]:
 
 def _width(lengths: Indices, max_tokens: int) -> int:
     return min(max_tokens, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
-
-
-def total_padded_tokens(plan: Sequence[PlannedBatch]) -> int:
-    """Tokens computed in a whole epoch, padding included."""
-    return sum(batch.padded_tokens for batch in plan)

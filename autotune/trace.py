@@ -1,0 +1,97 @@
+"""Whether a strategy trains as the plain baseline does: the losses of a few steps on the same samples from the same
+weights, without dropout (which no two kernels draw alike), at the recipe's full learning rate.
+
+The samples are short ones, so that the fp32 reference costs seconds; they come twice, so that gradients that are wrong
+or missing show in the second pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from autotune.strategy import Precision, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from autotune.apply import Run
+    from autotune.data.batching import MicroBatch
+
+NUM_BATCHES, NUM_PASSES = 4, 2
+NUM_STEPS = NUM_BATCHES * NUM_PASSES
+_MAX_SKIPPED = 20
+
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2}
+"""How far a step's loss may be from the reference's, as a share of it. bf16's is what torch.testing.assert_close allows
+a single operation's result (rtol, torch 2.13); fp16 and tf32 keep three bits more and get an eighth of it; fp32's is
+for other orders of summing. Settings that train alike stay far below: on imdb 3.5e-3 in bf16, 8e-5 in fp16, 2e-7 in
+fp32 (2-core CPU, docs/LOG.md 2026-11-21)."""
+
+
+def losses(run: Run, num_steps: int = NUM_STEPS) -> tuple[float, ...]:
+    """Trains a fresh run for some steps; the loss of each. Its schedule is taken from it: the rate stays as it is."""
+    import numpy as np
+    import torch
+
+    lengths = run.loader.lengths
+    global_batch = run.strategy.global_batch
+    wanted = NUM_BATCHES * global_batch
+    short = np.argsort(lengths, kind="stable")[: max(wanted, len(lengths) // 4)]
+    samples = np.resize(np.random.default_rng(0).permutation(short), wanted)
+    batches = np.split(samples, NUM_BATCHES)
+    run.step.scheduler = None
+    plan = (run.loader.plan_of(batches) * NUM_PASSES)[:num_steps]
+    with _without_dropout(run.model):
+        steps = [_unskipped(run, batch) for batch in run.loader.over(plan)]
+    return tuple(torch.stack(steps).float().tolist())
+
+
+def deviation(reference: Sequence[float], found: Sequence[float]) -> float:
+    """The largest distance of a step's loss from the reference's, as a share of it; infinite where one is no number."""
+    if len(reference) != len(found) or not all(map(math.isfinite, found)):
+        return math.inf
+    return max(abs(b - a) / max(abs(a), 1e-12) for a, b in zip(reference, found, strict=True))
+
+
+def difference(strategy: Strategy, reference: Sequence[float], found: Sequence[float]) -> str | None:
+    """Why a strategy does not train as the reference does; None where it does."""
+    distance, allowed = deviation(reference, found), TOLERANCE[strategy.precision]
+    if distance <= allowed:
+        return None
+    return (
+        f"its losses leave the fp32 baseline's by {distance:.2%} on the same batches, {allowed:.2%} is allowed in "
+        f"{strategy.precision}"
+    )
+
+
+def _unskipped(run: Run, batch: list[MicroBatch]) -> Tensor:
+    """The step's loss; a step that the fp16 loss scaler skipped, as it does until its scale fits, is taken again."""
+    for _ in range(_MAX_SKIPPED):
+        before = run.step.loss_scale
+        loss = run.step(batch)
+        if before is None or (run.step.loss_scale or 0.0) >= before:
+            break
+    return loss
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    from torch.nn.modules.dropout import _DropoutNd
+
+    before: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            before.append((module, "p", module.p))
+        # attention, recurrent layers and stochastic depth keep their rate in a number of their own
+        rates = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)}
+        before += [(module, name, value) for name, value in rates.items()]
+    for module, name, _ in before:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -1,0 +1,84 @@
+"""Whether strategies train alike: real models, every split and padding, and models that are wrong on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autotune import backends, trace, workloads
+from autotune.apply import Run, apply
+from autotune.models.encoder import EncoderClassifier
+from autotune.strategy import Strategy
+from autotune.workloads.base import Workload
+
+CPU = backends.get("cpu")
+
+
+@pytest.fixture(scope="module")
+def workload(tiny_reviews: Path) -> Workload:
+    module = workloads.get("imdb")
+    prepared = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    return dataclasses.replace(
+        prepared,
+        max_tokens=64,
+        build_model=lambda: EncoderClassifier(width=32, num_heads=2, ffn_width=64, num_layers=2, max_tokens=64),
+    )
+
+
+def run(workload: Workload, strategy: Strategy) -> Run:
+    return apply(strategy, workload, CPU, total_steps=trace.NUM_STEPS)
+
+
+@pytest.fixture(scope="module")
+def reference(workload: Workload) -> tuple[float, ...]:
+    return trace.losses(run(workload, Strategy(micro_batch=32)))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Strategy(micro_batch=32, padding="longest"),
+        Strategy(micro_batch=8, accumulation=4, padding="buckets"),
+        Strategy(micro_batch=1, accumulation=32, padding="buckets", attention="sdpa"),
+        Strategy(micro_batch=16, accumulation=2, checkpoint="every_block", attention="sdpa_math"),
+        Strategy(micro_batch=8, accumulation=4, padding="longest", precision="bf16"),
+    ],
+)
+def test_settings_that_train_alike_are_within_tolerance(
+    workload: Workload, reference: tuple[float, ...], strategy: Strategy
+) -> None:
+    found = trace.losses(run(workload, strategy))
+    assert trace.difference(strategy, reference, found) is None
+    assert len(found) == trace.NUM_STEPS
+
+
+def test_the_second_pass_has_learnt_from_the_first(reference: tuple[float, ...]) -> None:
+    first, second = reference[: trace.NUM_BATCHES], reference[trace.NUM_BATCHES :]
+    assert sum(second) < 0.99 * sum(first)
+
+
+def test_gradients_that_are_lost_are_noticed(workload: Workload, reference: tuple[float, ...]) -> None:
+    broken = run(workload, Strategy(micro_batch=32))
+    for parameter in broken.model.parameters():
+        parameter.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
+    reason = trace.difference(broken.strategy, reference, trace.losses(broken))
+    assert reason is not None
+    assert "fp32 baseline" in reason
+
+
+def test_dropout_comes_back_afterwards(workload: Workload) -> None:
+    found = run(workload, Strategy(micro_batch=32))
+    before = [module.p for module in found.model.modules() if isinstance(module, nn.Dropout)]
+    trace.losses(found, 1)
+    assert [module.p for module in found.model.modules() if isinstance(module, nn.Dropout)] == before
+    assert max(before) > 0
+
+
+def test_a_loss_that_is_no_number_is_infinitely_far() -> None:
+    assert math.isinf(trace.deviation((0.7,), (math.nan,)))
+    assert math.isinf(trace.deviation((0.7, 0.7), (0.7,)))

@@ -48,7 +48,7 @@ class Figures(Rates, frozen=True, kw_only=True):
     """The planned run: all epochs with their evaluations, warm-up and compilation counted."""
 
 
-class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Why the strategy was chosen."""
 
     objective: str
@@ -56,7 +56,13 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_trials: int
     versions: dict[str, str]
     speedup: Interval
-    """Best over baseline, measured in turns."""
+    """Best over baseline, measured in turns where there were rounds."""
+    num_rounds: int = 0
+    """Rounds that baseline and best were timed in, in turns."""
+    soak_steps: int = 0
+    """Steps on the longest samples that the best has lasted; none where the search was interrupted."""
+    loss_deviation: float | None = None
+    """Largest distance of the best's first losses from the fp32 baseline's on the same batches, as a share of them."""
     baseline_strategy: Strategy
     baseline: Figures
     best: Figures

@@ -46,6 +46,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     projected_s: float | None
     """What the search projected for a run of this length, where a profile tells."""
     wall_s: float
+    peak_memory_bytes: int
+    """Peak device memory since the backend's memory window was started."""
     epochs: tuple[Epoch, ...]
     step_losses: tuple[float, ...]
 
@@ -124,6 +126,7 @@ class Training:
             seed=seed,
             projected_s=projected_s,
             wall_s=self.wall_s,
+            peak_memory_bytes=self.run.backend.peak_memory_bytes(),
             epochs=tuple(self.epochs),
             step_losses=self.step_losses,
         )

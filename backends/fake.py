@@ -7,6 +7,7 @@ only where it is set before the first one starts; limit_memory works in any of t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import msgspec
 
@@ -29,6 +30,7 @@ guess_compile: Compile = "none"
 memory_bytes = 2**30
 
 _limit_bytes: int | None = None
+_script: Callable[[], None] | None = None
 
 unavailable = cpu.unavailable
 set_precision = cpu.set_precision
@@ -53,11 +55,19 @@ def device() -> Device:
 
 
 def synchronize() -> None:
-    """Raises MemoryError where the window's peak is above the device's memory or the limit, as a full device would."""
+    """Does what ``script`` said. Raises MemoryError where the peak is above the device's memory or the limit."""
+    if _script is not None:
+        _script()
     capacity_bytes = min(_memory_bytes(), _limit_bytes or _memory_bytes())
     peak_bytes = peak_memory_bytes()
     if peak_bytes > capacity_bytes:
         raise MemoryError(f"fake device out of memory: {format_bytes(peak_bytes)} of {format_bytes(capacity_bytes)}")
+
+
+def script(action: Callable[[], None]) -> None:
+    """What synchronize does from now on in this process: hang, raise, or die, as a device in trouble does."""
+    global _script
+    _script = action
 
 
 def limit_memory(limit_bytes: int) -> None:

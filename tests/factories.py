@@ -62,6 +62,22 @@ def hardware(**refused: str) -> Hardware:
     )
 
 
+def plain_hardware() -> Hardware:
+    """A device that runs nothing but the plain baseline's kernels, on one core."""
+    plain = hardware()
+    refused = tuple(
+        msgspec.structs.replace(capability, value=False, reason="refused: scripted")
+        for capability in plain.capabilities
+        if capability.name not in ("matmul.fp32", "attention.eager.fp32")
+    )
+    kept = tuple(
+        capability for capability in plain.capabilities if capability.name in ("matmul.fp32", "attention.eager.fp32")
+    )
+    return Hardware(
+        device=device(num_cores=1), capabilities=kept + refused, probed_at=plain.probed_at, probe_s=plain.probe_s
+    )
+
+
 def measurement(samples_per_s: float = 10.0, **changes: Any) -> Measurement:
     plain = Measurement(
         samples_per_s=samples_per_s,

@@ -14,7 +14,8 @@ from autotune.measurement import Interval
 from autotune.report import terminal
 from autotune.report.live import ProbeDisplay, SearchDisplay, TrainDisplay
 from autotune.search.objective import PlannedRun
-from autotune.search.study import Result
+from autotune.search.proof import Proof
+from autotune.search.result import Result
 from autotune.strategy import Strategy, baseline
 from autotune.training import Epoch
 from tests import factories
@@ -55,7 +56,8 @@ def result() -> Result:
         objective="time",
         trials=trials,
         search_s=300,
-        was_raced=True,
+        num_rounds=5,
+        proof=Proof(outcome="ok", loss_deviation=0.0031, soak_steps=50, peak_memory_bytes=600 * 2**20),
         was_interrupted=False,
     )
 

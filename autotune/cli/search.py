@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from autotune.backends.base import Device
     from autotune.measurement import Trial
     from autotune.search.objective import Objective
-    from autotune.search.study import Result
+    from autotune.search.result import Result
     from autotune.workloads.base import Workload
 
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @device_option
 @profiles_option
 @click.option("--refresh", is_flag=True, help="Probe the device again.")
+@click.option("--fresh", is_flag=True, help="Start anew, even where an interrupted search could go on.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
 def command(
@@ -60,12 +61,14 @@ def command(
     device_name: str | None,
     profiles: Path | None,
     refresh: bool,
+    fresh: bool,
     seed: int,
     as_json: bool,
 ) -> int:
     """Search the fastest settings for a workload on this device and save them as a profile.
 
-    Every trial runs the real training step in its own process. Ctrl-C keeps the best so far.
+    Every trial runs the real training step in its own process. Ctrl-C keeps the best so far; after it, or a kill, the
+    same command goes on where the search was.
     """
     budget_s = parse_duration(budget) if budget else None if trials else 300.0
     memory_budget_bytes = parse_bytes(memory_budget) if memory_budget else None
@@ -75,7 +78,9 @@ def command(
     from autotune.profile import write_profile
     from autotune.report.live import ProbeDisplay, SearchDisplay
     from autotune.report.terminal import busy_words, planned_words, search_summary, stdout
-    from autotune.search.study import Settings, profile_of, search
+    from autotune.search.result import profile_of
+    from autotune.search.settings import Settings
+    from autotune.search.study import search
 
     workloads.get(name)
     backend = find_backend(device_name)
@@ -106,10 +111,18 @@ def command(
         title = f"autotune search · {name} · {device.name}, {device.num_cores} cores"
         with SearchDisplay(title, budget_s=budget_s, max_trials=trials) as display:
             display.say(f"{title}: {workload.source}")
-            result = search(ref, workload, hardware, backend, settings, display)
+            result = search(
+                ref,
+                workload,
+                hardware,
+                backend,
+                settings,
+                display,
+                journal_path=path.with_suffix(".journal"),
+                is_fresh=fresh,
+                save=lambda found: write_profile(profile_of(found, device, workload), path),
+            )
         display.console.print(f"Planned run: {planned_words(result.planned)}.", style="bright_black")
-        profile = profile_of(result, device, workload)
-        write_profile(profile, path)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(_report(result, device, workload, path)), indent=2).decode())
     else:
@@ -132,7 +145,8 @@ def _report(result: Result, device: Device, workload: Workload, path: Path) -> d
         "baseline": _figures(result.baseline, result),
         "best": _figures(result.best, result),
         "speedup": result.speedup,
-        "was_raced": result.was_raced,
+        "num_rounds": result.num_rounds,
+        "proof": result.proof,
         "was_interrupted": result.was_interrupted,
         "trials": [
             {
@@ -152,6 +166,6 @@ def _report(result: Result, device: Device, workload: Workload, path: Path) -> d
 
 
 def _figures(trial: Trial, result: Result) -> dict[str, Any]:
-    from autotune.search.study import figures
+    from autotune.search.result import figures
 
     return {"strategy": trial.strategy.to_dict(), **msgspec.to_builtins(figures(trial, result.planned))}

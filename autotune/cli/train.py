@@ -50,7 +50,7 @@ def command(
     from autotune.report.terminal import describe, epoch_table, stdout
     from autotune.strategy import baseline
     from autotune.training import Training, write_metrics
-    from autotune.units import format_duration
+    from autotune.units import format_bytes, format_duration
 
     recipe = workloads.get(name).RECIPE
     backend = find_backend(device_name)
@@ -81,6 +81,7 @@ def command(
     num_epochs = epochs or recipe.epochs
     projected_s = _projected_s(profile, strategy, workload.num_train, workload.num_test, num_epochs)
     steps_per_epoch = -(-workload.num_train // recipe.global_batch)
+    backend.start_memory_window()
     run = apply(strategy, workload, backend, total_steps=num_epochs * steps_per_epoch, seed=seed)
     training = Training(run)
     profile_words = None if profile_name == "none" or path is None else str(path)
@@ -108,7 +109,10 @@ def command(
     if training.epochs:
         console.print(epoch_table(training.epochs))
     projection = f", projected {format_duration(projected_s)}" if projected_s else ""
-    console.print(f"{format_duration(training.wall_s)}{projection}; metrics in {metrics}", markup=False, soft_wrap=True)
+    peak = f"peak memory {format_bytes(backend.peak_memory_bytes())}"
+    console.print(
+        f"{format_duration(training.wall_s)}{projection}; {peak}; metrics in {metrics}", markup=False, soft_wrap=True
+    )
     if was_interrupted:
         click.echo(f"interrupted in epoch {len(training.epochs) + 1} of {num_epochs}", err=True)
     return 130 if was_interrupted else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +26,7 @@ from autotune.report.terminal import (
     trial_line,
     trial_table,
 )
+from autotune.search.proof import Proof
 from autotune.search.space import Space
 from autotune.strategy import Strategy
 from autotune.training import Epoch
@@ -32,6 +34,8 @@ from autotune.trial import worker
 from autotune.units import format_duration, format_rate
 
 _LAST_TRIALS = 8
+_EVERY_ROUND = 10
+"""In a pipe, so many rounds of the final are told of one by one; then one in so many."""
 _REFRESH_PER_S = 8
 
 
@@ -166,13 +170,32 @@ class SearchDisplay(_Display):
         self._best = best
         self.say(trial_line(trial))
 
-    def on_race(self, done: int, of: int, num_entrants: int) -> None:
-        """A round of the finals ended."""
-        if done == 1:
+    def on_resume(self, trials: Sequence[Trial], best: Trial | None, spent_s: float) -> None:
+        """An earlier run of this search was interrupted; its trials count."""
+        self._trials, self._best = list(trials), best
+        self._start -= spent_s
+        self._space_words += f"; goes on after {len(trials)} trials of an interrupted search (--fresh starts anew)"
+        self.say(f"going on after {len(trials)} trials and {format_duration(spent_s)} of an interrupted search")
+
+    def on_race(self, done: int, num_entrants: int) -> None:
+        """A round of the finals ended; at 0 they start."""
+        if done == 0:
             self._trial_start = time.monotonic()
         self._current = f"final: the best {num_entrants - 1} and the baseline in turns"
-        self._doing = f"round {done} of {of} done"
-        self.say(f"{self._current}, {self._doing}")
+        self._doing = f"{done} rounds done" if done else "starting"
+        if done < _EVERY_ROUND or done % _EVERY_ROUND == 0:
+            self.say(f"{self._current}, {self._doing}")
+
+    def on_proof(self, trial: Trial) -> None:
+        """The last test of a setting starts."""
+        self._trial_start = time.monotonic()
+        self._current = f"last test of trial {trial.number}: same losses as the baseline, the longest samples in a row"
+        self._doing = "the baseline's losses"
+        self.say(self._current)
+
+    def on_proof_end(self, trial: Trial, proof: Proof) -> None:
+        """The last test of a setting ended."""
+        self.say(f"trial {trial.number}: {proof.outcome} {proof.reason}".rstrip())
 
     def render(self) -> RenderableType:
         """The whole display."""

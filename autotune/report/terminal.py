@@ -14,7 +14,7 @@ from autotune.measurement import Interval, Trial
 from autotune.probe import MAX_BUSY_PART, Hardware
 from autotune.profile import Profile
 from autotune.search.objective import PlannedRun
-from autotune.search.study import Result
+from autotune.search.result import Result
 from autotune.strategy import Strategy, baseline
 from autotune.training import Epoch
 from autotune.units import format_bytes, format_duration, format_rate
@@ -256,7 +256,8 @@ def _confidence(result: Result) -> str:
     for trial in result.trials:
         outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
     counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
-    how = "measured in turns with the baseline" if result.was_raced else "from separate trials, not measured in turns"
+    rounds = f"{result.num_rounds} rounds in turns with the baseline"
+    how = rounds if result.num_rounds else "from separate trials, not measured in turns"
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None
     assert best is not None
@@ -265,8 +266,20 @@ def _confidence(result: Result) -> str:
     pays = f"; pays for itself after {epochs_to_pay:.1f} epochs" if epochs_to_pay < result.planned.epochs else ""
     return (
         f"Speed-up {interval_words(result.speedup)}, {how}. {len(result.trials)} trials ({counts}) in "
-        f"{format_duration(result.search_s)}{pays}."
+        f"{format_duration(result.search_s)}{pays}.{_proof_words(result)}"
     )
+
+
+def _proof_words(result: Result) -> str:
+    proof = result.proof
+    if result.best.strategy == result.baseline.strategy:
+        return ""
+    if proof is None:
+        return " Interrupted before its losses were compared and it was soaked: search again to go on."
+    compared = "The baseline could not be trained for its losses to be compared; "
+    if proof.loss_deviation is not None:
+        compared = f"First losses within {proof.loss_deviation:.2%} of the fp32 baseline's on the same batches; "
+    return f" {compared}{proof.soak_steps} steps on the longest samples lasted."
 
 
 def _change(before: float, after: float, less: str, more: str) -> str:

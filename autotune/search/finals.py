@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 
+from autotune.backends.cpu import usable_cores
+from autotune.contention import Load
 from autotune.measurement import Interval, Measurement, Trial
-from autotune.stats import paired_ratio
+from autotune.stats import MIN_RANKED, paired_ratio
 from autotune.strategy import Strategy
 from autotune.trial.runner import Session, TrialEndedError
-from autotune.trial.worker import Command, Job
+from autotune.trial.worker import Command, Done, Job
 
 EVAL_BATCHES = 2
-"""Evaluation batches of each round."""
-FAST_LAPS = 4
-"""Laps of a finalist in one round: consecutive ones cover the lengths. A setting padded to max takes one."""
+"""Evaluation batches of each of the first rounds."""
+EVAL_ROUNDS = 3
+QUIET_SHARE = 0.075
+"""A round in which other processes, or the hypervisor, took more than this share of the cores is a disturbed one."""
+MIN_QUIET = 5
+"""With so many quiet rounds the disturbed ones do not count. Which they are is told by the cores, not by the times."""
+MAX_LAPS = 2
+"""Laps of one turn at most: consecutive ones cover the lengths. The slowest entrant takes one."""
+MIN_ROUNDS, MAX_ROUNDS = 3, 60
+ROUNDS_A_PROCESS = 2
+"""A B, B A: both come first once."""
+OPENING_S = 0.4
+"""About what a fresh process and its first lap cost where laps are short."""
+NARROW = 0.02
+"""A race may end when every ratio's 95 % interval reaches no further than this to either side."""
+TIE = 0.02
+"""Entrants this close whose interval holds 1 are as fast as one another: the simpler and leaner wins."""
 
 
 class Final(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +45,8 @@ class Final(msgspec.Struct, frozen=True, kw_only=True):
     measurement: Measurement
     """All its laps in the race."""
     epoch_s: tuple[float, ...]
-    """Seconds of a training epoch, by round."""
+    """Seconds of a training epoch, by round, or by process where processes were replaced; without the rounds that other
+    work disturbed, where enough were not."""
 
 
 class Entrant(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,62 +56,181 @@ class Entrant(msgspec.Struct, frozen=True, kw_only=True):
     job: Job
 
 
-def race(
-    entrants: Sequence[Entrant],
-    *,
-    rounds: int,
-    timeout_s: float,
-    memory_limit_bytes: int,
-    on_round: Callable[[int, int], None] = lambda done, of: None,
-) -> list[Final]:
-    """Times all entrants in turns (A B C, C B A, ...), each in its own process that lives through the race.
+class Race:
+    """Times all entrants in turns (A B C, C B A, ...), each in its own process. What is done so far can be read at any
+    time; an entrant that fails is left out, as its rivals go on.
 
-    An entrant that fails is left out of the result, as its rivals go on.
+    Two processes of one setting differ by some percent for as long as they live, by where their memory came to lie. So
+    processes are replaced after every two rounds, and the two count as one, where enough of such pairs fit into the
+    time; else every process lives through the race and every round counts.
     """
-    epochs: dict[int, list[float]] = {entrant.trial.number: [] for entrant in entrants}
-    measurements: dict[int, Measurement] = {}
-    with contextlib.ExitStack() as stack:
-        sessions: dict[int, Session] = {}
 
-        def turn(entrant: Entrant, command: Command) -> None:
+    def __init__(self, entrants: Sequence[Entrant], *, timeout_s: float, memory_limit_bytes: int) -> None:
+        self._running = list(entrants)
+        self._timeout_s, self._memory_limit_bytes = timeout_s, memory_limit_bytes
+        self._sessions: dict[int, Session] = {}
+        self._epochs: dict[int, list[float]] = {entrant.trial.number: [] for entrant in entrants}
+        self._measurements: dict[int, list[Measurement]] = {entrant.trial.number: [] for entrant in entrants}
+        self._num_cores = usable_cores()
+        self._is_quiet: list[bool] = []
+        self._is_replacing = False
+        self.num_rounds = 0
+        """Rounds that all entrants have finished."""
+        self.failures: dict[int, TrialEndedError] = {}
+        """Why an entrant is no longer in the race, by its trial's number."""
+
+    def run(
+        self, *, enough_s: float, max_rounds: int | None = None, on_round: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Races until every ratio to the first entrant is known, or ``enough_s`` or ``max_rounds`` are spent.
+
+        Never ends before ``MIN_ROUNDS``. The rule looks at the intervals' width only: one that also waited for a
+        verdict would find one in noise.
+        """
+        start = time.monotonic()
+        max_rounds = MAX_ROUNDS if max_rounds is None else max_rounds
+        with contextlib.ExitStack() as stack:
+            self._open(stack, longest=True)
+            while len(self._running) > 1 or self.num_rounds == 0:
+                began = time.monotonic()
+                self._round()
+                on_round(self.num_rounds)
+                now = time.monotonic()
+                is_out = self.num_rounds >= max_rounds or 2 * now - began - start > enough_s
+                if not self._running or (self.num_rounds >= MIN_ROUNDS and (is_out or self._is_known())):
+                    return
+                if self.num_rounds == ROUNDS_A_PROCESS:
+                    pair_s = ROUNDS_A_PROCESS * (now - began) + OPENING_S * len(self._running)
+                    is_cheap = all(entrant.job.strategy.compile == "none" for entrant in self._running)
+                    self._is_replacing = is_cheap and min(enough_s / pair_s, max_rounds / 2) >= MIN_RANKED
+                if self._is_replacing and self.num_rounds % ROUNDS_A_PROCESS == 0:
+                    self._open(stack, longest=False)
+
+    @property
+    def num_disturbed(self) -> int:
+        """Rounds left out because other work kept the cores busy in them."""
+        num_quiet = sum(self._is_quiet)
+        return self.num_rounds - num_quiet if num_quiet >= MIN_QUIET else 0
+
+    def finals(self) -> list[Final]:
+        """What the entrants that are still in the race have shown in the rounds that all of them finished."""
+        if not self.num_rounds:
+            return []
+        return [
+            Final(
+                trial=entrant.trial,
+                measurement=_middle(self._measurements[entrant.trial.number]),
+                epoch_s=self._counted(self._epochs[entrant.trial.number]),
+            )
+            for entrant in self._running
+        ]
+
+    def _counted(self, epoch_s: list[float]) -> tuple[float, ...]:
+        """One figure for each process's rounds, or for each round; those that do not count left out."""
+        size = ROUNDS_A_PROCESS if self._is_replacing else 1
+        counts = [is_quiet or not self.num_disturbed for is_quiet in self._is_quiet]
+        found = []
+        for first in range(0, self.num_rounds, size):
+            rounds = range(first, min(first + size, self.num_rounds))
+            if kept := [epoch_s[number] for number in rounds if counts[number]]:
+                found.append(statistics.geometric_mean(kept))
+        return tuple(found)
+
+    def _open(self, stack: contextlib.ExitStack, *, longest: bool) -> None:
+        """Fresh processes for all, warmed up. With ``longest``, their peak memory is that of the longest batch."""
+        for entrant in list(self._running):
             number = entrant.trial.number
+            if number in self._sessions:
+                self._sessions.pop(number).close()
             try:
-                if number not in sessions:
-                    sessions[number] = stack.enter_context(Session(entrant.job, memory_limit_bytes=memory_limit_bytes))
-                done = sessions[number].time(command, timeout_s=timeout_s)
-            except TrialEndedError:
-                sessions[number].close()
-                running.remove(entrant)
-                return
-            if not command.longest:
-                epochs[number].append(done.epoch_s)
-            measurements[number] = done.measurement
+                session = Session(entrant.job, memory_limit_bytes=self._memory_limit_bytes)
+                self._sessions[number] = stack.enter_context(session)
+            except TrialEndedError as end:
+                self._leave(entrant, end)
+                continue
+            # compiled settings get more laps, to meet more shapes before the clock runs
+            laps = 0 if entrant.job.strategy.compile == "none" else 3
+            if (done := self._turn(entrant, Command(min_laps=laps, longest=longest))) is not None:
+                self._measurements[number].append(done.measurement)
 
-        running = list(entrants)
-        for entrant in list(running):
-            turn(entrant, _warm_up(entrant.job.strategy))
-        for number in range(rounds):
-            order = list(running) if number % 2 == 0 else list(reversed(running))
-            for entrant in order:
-                laps = 1 if entrant.job.strategy.padding == "max" else FAST_LAPS
-                turn(entrant, Command(min_laps=laps, eval_batches=EVAL_BATCHES))
-            on_round(number + 1, rounds)
-    return [
-        Final(
-            trial=entrant.trial,
-            measurement=measurements[entrant.trial.number],
-            epoch_s=tuple(epochs[entrant.trial.number]),
-        )
-        for entrant in running
-        if epochs[entrant.trial.number]
-    ]
+    def _round(self) -> None:
+        eval_batches = EVAL_BATCHES if self.num_rounds < EVAL_ROUNDS else 0
+        order = list(self._running) if self.num_rounds % 2 == 0 else list(reversed(self._running))
+        before_s, load = self._cpu_s(), Load()
+        for entrant in order:
+            done = self._turn(entrant, Command(min_laps=self._laps(entrant), eval_batches=eval_batches))
+            if done is not None:
+                self._epochs[entrant.trial.number].append(done.epoch_s)
+                self._measurements[entrant.trial.number][-1] = done.measurement
+        spent_s = sum(after - before_s[number] for number, after in self._cpu_s().items())
+        self._is_quiet.append(load.busy_cores(self._num_cores, spent_s) <= QUIET_SHARE * self._num_cores)
+        self.num_rounds += 1
+
+    def _turn(self, entrant: Entrant, command: Command) -> Done | None:
+        try:
+            return self._sessions[entrant.trial.number].time(command, timeout_s=self._timeout_s)
+        except TrialEndedError as end:
+            self._leave(entrant, end)
+            return None
+
+    def _leave(self, entrant: Entrant, end: TrialEndedError) -> None:
+        number = entrant.trial.number
+        if number in self._sessions:
+            self._sessions[number].close()
+        self._running.remove(entrant)
+        self.failures[number] = end
+
+    def _laps(self, entrant: Entrant) -> int:
+        """As many as fit into the slowest entrant's one."""
+        steps = {number: found[-1].step_ms for number, found in self._measurements.items() if found}
+        return max(1, min(MAX_LAPS, round(max(steps.values()) / steps[entrant.trial.number])))
+
+    def _cpu_s(self) -> dict[int, float]:
+        return {entrant.trial.number: self._sessions[entrant.trial.number].cpu_s() for entrant in self._running}
+
+    def _is_known(self) -> bool:
+        first, *others = self.finals()
+        if len(first.epoch_s) < MIN_RANKED:
+            return False
+        ratios = [paired_ratio(first.epoch_s, other.epoch_s) for other in others]
+        return all(ratio.high / ratio.ratio - 1 <= NARROW and 1 - ratio.low / ratio.ratio <= NARROW for ratio in ratios)
 
 
-def _warm_up(strategy: Strategy) -> Command:
-    """One lap and the longest batch; compiled settings get more laps, to meet more shapes before the clock runs."""
-    return Command(min_laps=0 if strategy.compile == "none" else 3, longest=True)
+def _middle(measurements: Sequence[Measurement]) -> Measurement:
+    """The process's figures that are in the middle by speed, with the largest peak and evaluation of those that had
+    one."""
+    order = sorted(measurements, key=lambda found: found.samples_per_s)
+    middle = order[len(order) // 2]
+    evaluated = [found.eval_samples_per_s for found in measurements if math.isfinite(found.eval_samples_per_s)]
+    return msgspec.structs.replace(
+        middle,
+        peak_memory_bytes=max(found.peak_memory_bytes for found in measurements),
+        eval_samples_per_s=statistics.median(evaluated) if evaluated else middle.eval_samples_per_s,
+    )
+
+
+def ranked(finals: Sequence[Final], loss: Callable[[Final], float]) -> list[Final]:
+    """The entrants, the best first; those that tie with the best go by simplicity, then by memory."""
+    by_loss = sorted(finals, key=loss)
+    if not by_loss:
+        return []
+    best = by_loss[0]
+    tied = [final for final in by_loss if final is best or _ties(best, final, loss(final) / loss(best))]
+    tied.sort(key=lambda final: (num_changed(final.trial.strategy), final.measurement.peak_memory_bytes))
+    return tied + [final for final in by_loss if final not in tied]
+
+
+def num_changed(strategy: Strategy) -> int:
+    """Knobs that differ from the plain baseline: the fewer, the simpler. Accumulation follows from the micro batch."""
+    plain = Strategy(micro_batch=strategy.global_batch)
+    return len(strategy.changed(plain).keys() - {"accumulation"})
 
 
 def speedup(baseline: Final, best: Final) -> Interval:
     """How many times faster the best trains than the baseline, paired by round."""
     return paired_ratio(baseline.epoch_s, best.epoch_s)
+
+
+def _ties(best: Final, other: Final, loss_ratio: float) -> bool:
+    interval = paired_ratio(other.epoch_s, best.epoch_s)
+    return loss_ratio <= 1 + TIE and interval.low <= 1.0 <= interval.high

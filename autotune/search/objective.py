@@ -29,19 +29,36 @@ class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
         return rates.run_s(num_train=self.num_train, num_test=self.num_test, epochs=self.epochs)
 
 
-def loss_of(trial: Trial, objective: Objective, planned: PlannedRun, reference: Trial | None = None) -> float | None:
+def loss_of(
+    trial: Trial,
+    objective: Objective,
+    planned: PlannedRun,
+    *,
+    pulse_s: float | None = None,
+    reference: Trial | None = None,
+) -> float | None:
     """What the objective minimises: seconds of the planned run, or bytes. None where the trial gives no figure.
 
-    A pruned trial's seconds are an estimate to steer by: the reference's planned run, scaled by the training rates.
+    With ``pulse_s`` the seconds are those at the speed that the device had at that pulse, so that trials from slower
+    and from faster minutes compare. A pruned trial's seconds are an estimate to steer by, and so are those of one that
+    ran out of time: the reference's planned run, scaled by the training rates.
     """
     if trial.outcome == "ok" and trial.measurement is not None:
         if objective == "memory":
             return float(trial.measurement.peak_memory_bytes)
-        return planned.projected_s(trial.measurement)
+        return planned.projected_s(trial.measurement) / slowdown(trial.pulse_s, pulse_s)
     known = reference.measurement if reference else None
-    if trial.outcome == "pruned" and trial.samples_per_s and objective == "time" and known is not None:
-        return planned.projected_s(known) * known.samples_per_s / trial.samples_per_s
+    is_partial = trial.outcome in ("pruned", "timeout")
+    if is_partial and trial.samples_per_s and objective == "time" and reference and known is not None:
+        reference_s = planned.projected_s(known) / slowdown(reference.pulse_s, pulse_s)
+        rate = trial.samples_per_s * slowdown(trial.pulse_s, pulse_s)
+        return reference_s * known.samples_per_s * slowdown(reference.pulse_s, pulse_s) / rate
     return None
+
+
+def slowdown(pulse_s: float | None, than_s: float | None) -> float:
+    """How many times slower the device was at one pulse than at another; 1 where either was not measured."""
+    return pulse_s / than_s if pulse_s and than_s else 1.0
 
 
 def hopeless(progress: Progress, best_samples_per_s: float, is_compiled: bool) -> str | None:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import signal
+import math
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
+
+import msgspec
 
 from autotune import backends
 from autotune.measurement import Measurement, Outcome, Trial
 from autotune.process import Child, ChildDied
+from autotune.timing import NARROW
 from autotune.trial import worker
-from autotune.trial.worker import Command, Done, Failed, Job, Progress
+from autotune.trial.worker import Command, Done, Failed, Job, Progress, Soak, Soaked, Trace, Traced
 from autotune.units import format_bytes
 
 OnProgress = Callable[[Progress], None]
-MEMORY_POLL_S = 0.5
-ORDINARY = Command(min_laps=6, min_s=3.0, enough_s=10.0, longest=True, eval_batches=8)
-"""How an ordinary trial is timed: six laps that cover the lengths, fewer where a single step takes seconds."""
+MEMORY_POLL_S = 0.1
+"""Between two looks at the trial's own memory."""
+FAMILY_POLL_S = 1.0
+"""Between two looks at what it started, which takes a look at every process there is."""
+ORDINARY = Command(min_laps=5, min_s=1.0, enough_s=10.0, narrow=NARROW, longest=True, eval_batches=8)
+"""How an ordinary trial is timed: laps that cover the lengths until their mean is known, for ten seconds at most
+but where a single step takes seconds."""
 
 
 class TrialEndedError(Exception):
-    """A trial ended otherwise than by finishing. Never leaves this package but as a Trial."""
+    """A trial ended otherwise than by finishing. Never leaves the search but as a Trial."""
 
     def __init__(self, outcome: Outcome, reason: str) -> None:
         super().__init__(reason)
@@ -30,15 +37,17 @@ class TrialEndedError(Exception):
 
 
 class Session:
-    """A trial process that waits for commands. A context manager: leaving it ends the process and all it started."""
+    """A trial process that waits for commands. A context manager: leaving it ends the process and all it started.
+
+    Its methods raise TrialEndedError when the trial fails, hangs or takes too much memory.
+    """
 
     def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
         is_watched = backends.get(job.backend).is_host_memory
-        self._memory_limit_bytes = memory_limit_bytes if is_watched else None
+        self._memory_limit_bytes = memory_limit_bytes
+        self._memory = _Watch() if is_watched else None
         self._child = Child(worker.main, job)
         self._is_started = False
-        self._memory_at_start: int | None = None
-        self._memory_checked = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -50,41 +59,99 @@ class Session:
         """Ends the process and all it started."""
         self._child.close()
 
-    def time(self, command: Command, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Done:
-        """Times what the command says. Raises TrialEndedError when the trial fails, hangs or takes too much memory."""
+    def cpu_s(self) -> float:
+        """CPU seconds that the process and all it started have spent so far."""
+        return self._child.cpu_s()
+
+    def time(
+        self,
+        command: Command,
+        *,
+        timeout_s: float,
+        silence_s: float = math.inf,
+        on_progress: OnProgress = lambda _: None,
+    ) -> Done:
+        """Times what the command says."""
+        done: Done = self._ask(command, timeout_s, on_progress, silence_s)
+        peak_bytes = self._peak_bytes(done.measurement.peak_memory_bytes)
+        return msgspec.structs.replace(
+            done, measurement=msgspec.structs.replace(done.measurement, peak_memory_bytes=peak_bytes)
+        )
+
+    def soak(self, command: Soak, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Soaked:
+        """Trains on the longest samples; also fails when the peak is over the memory limit."""
+        soaked: Soaked = self._ask(command, timeout_s, on_progress)
+        peak_bytes = self._peak_bytes(soaked.peak_memory_bytes)
+        if peak_bytes > self._memory_limit_bytes:
+            raise TrialEndedError("oom", over_budget(peak_bytes, self._memory_limit_bytes))
+        return msgspec.structs.replace(soaked, peak_memory_bytes=peak_bytes)
+
+    def trace(self, num_steps: int, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> tuple[float, ...]:
+        """The losses of the first few steps; the session must be a fresh one."""
+        traced: Traced = self._ask(Trace(num_steps=num_steps), timeout_s, on_progress)
+        return traced.losses
+
+    def _ask(
+        self, command: Command | Soak | Trace, timeout_s: float, on_progress: OnProgress, silence_s: float = math.inf
+    ) -> Any:
         deadline = time.monotonic() + timeout_s
         try:
             self._child.send(command)
             while True:
-                message = self._child.receive(deadline - time.monotonic(), self._check_memory)
+                left_s = deadline - time.monotonic()
+                message = self._child.receive(min(left_s, silence_s), self._check_memory)
                 self._is_started = True
                 self._check_memory()
-                if isinstance(message, Done):
-                    return message
                 if isinstance(message, Failed):
                     raise TrialEndedError(message.outcome, message.reason)
+                if not isinstance(message, Progress):
+                    return message
                 on_progress(message)
         except TimeoutError as exc:
-            raise TrialEndedError("timeout", f"not done within {timeout_s:.0f} s") from exc
+            is_silent = silence_s < left_s
+            reason = f"no sign of life for {silence_s:.0f} s" if is_silent else f"not done within {timeout_s:.0f} s"
+            raise TrialEndedError("timeout", reason) from exc
         except ChildDied as exc:
-            if exc.exit_code == -signal.SIGKILL:
+            if exc.was_killed:
                 raise TrialEndedError("oom", "killed by SIGKILL, as the kernel does when out of memory") from exc
             raise TrialEndedError("crashed", exc.reason) from exc
 
     def _check_memory(self) -> None:
         """The parent's watch over host memory, where that is the device's: the machine never gets to swap."""
-        if self._memory_limit_bytes is None or not self._is_started:
+        if self._memory is None or not self._is_started:
             return
-        now = time.monotonic()
-        if now - self._memory_checked < MEMORY_POLL_S:
-            return
-        self._memory_checked = now
-        memory_bytes = self._child.memory_bytes()
-        if self._memory_at_start is None:
-            self._memory_at_start = memory_bytes
-        taken_bytes = memory_bytes - self._memory_at_start
+        taken_bytes = self._memory.taken_bytes(self._child)
         if taken_bytes > self._memory_limit_bytes:
             raise TrialEndedError("oom", over_budget(taken_bytes, self._memory_limit_bytes))
+
+    def _peak_bytes(self, reported_bytes: int) -> int:
+        return reported_bytes if self._memory is None else max(reported_bytes, self._memory.peak_bytes)
+
+
+class _Watch:
+    """What a child and all it started have taken since the first look."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._start_bytes: int | None = None
+        self._descendants_bytes = 0
+        self._taken_bytes = 0
+        self._looked = self._looked_at_all = -FAMILY_POLL_S
+
+    def taken_bytes(self, child: Child) -> int:
+        now = time.monotonic()
+        if now - self._looked < MEMORY_POLL_S:
+            return self._taken_bytes
+        self._looked = now
+        own_bytes = child.memory_bytes()
+        if now - self._looked_at_all >= FAMILY_POLL_S:
+            self._looked_at_all = now
+            self._descendants_bytes = child.descendants_bytes()
+        if self._start_bytes is None:
+            self._start_bytes = own_bytes
+        self._taken_bytes = own_bytes + self._descendants_bytes - self._start_bytes
+        self.peak_bytes = max(self.peak_bytes, self._taken_bytes)
+        return self._taken_bytes
 
 
 def run_trial(
@@ -93,12 +160,14 @@ def run_trial(
     *,
     timeout_s: float,
     memory_limit_bytes: int,
+    silence_s: float = math.inf,
     hopeless: Callable[[Progress], str | None] = lambda _: None,
     on_progress: OnProgress = lambda _: None,
 ) -> Trial:
     """One strategy tried in its own process. Never raises for what the strategy does.
 
-    ``hopeless`` sees every progress message; a reason from it ends the trial as ``pruned``.
+    ``hopeless`` sees every progress message; a reason from it ends the trial as ``pruned``. It may take ``timeout_s``,
+    and say nothing for ``silence_s``.
     """
     start = time.monotonic()
     last: Progress | None = None
@@ -125,7 +194,7 @@ def run_trial(
 
     try:
         with Session(job, memory_limit_bytes=memory_limit_bytes) as session:
-            done = session.time(ORDINARY, timeout_s=timeout_s, on_progress=listen)
+            done = session.time(ORDINARY, timeout_s=timeout_s, silence_s=silence_s, on_progress=listen)
     except TrialEndedError as end:
         return ended(end.outcome, end.reason)
     peak_bytes = done.measurement.peak_memory_bytes

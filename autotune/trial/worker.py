@@ -1,21 +1,25 @@
-"""The trial process: applies the strategy, then times what it is told to, and says how it went wrong if it does."""
+"""The trial process: applies the strategy, then does what it is told to, and says how it went wrong if it does."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Literal
 
 import msgspec
 
+from autotune.errors import AutotuneError
 from autotune.measurement import Lap, Measurement, Outcome
 from autotune.strategy import Strategy
+from autotune.units import format_bytes
 from autotune.workloads.base import WorkloadRef
 
 EVAL_ENOUGH_S = 1.0
 """Seconds of evaluation after which no further batch is timed."""
+_SAY_EVERY_S = 0.1
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,24 +31,41 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit_bytes: int | None
     """Device memory that the process may take, where the platform can enforce it."""
     seed: int
+    total_steps: int | None = None
+    """Length of the learning rate's schedule; the recipe's by default."""
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
-    """What to time next: laps until both minima are met or enough seconds are spent."""
+    """Time laps until both minima are met and their mean is known, or enough seconds are spent."""
 
     min_laps: int
     min_s: float = 0.0
     enough_s: float = float("inf")
+    narrow: float = float("inf")
+    """Half the 95 % interval of the mean, relative, at which timing may end."""
     longest: bool = False
     """Afterwards the longest batch, untimed, for the peak memory."""
     eval_batches: int = 0
     """Afterwards evaluation batches, at most so many."""
 
 
+class Soak(msgspec.Struct, frozen=True, kw_only=True):
+    """Train on the longest samples there are, then on an epoch's, until either is reached."""
+
+    enough_steps: int
+    enough_s: float
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """Train the first few steps on the batches that all strategies are compared on."""
+
+    num_steps: int
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """A lap is done, or a stage is reached (``lap`` is None)."""
 
-    stage: Literal["building", "first step", "timing", "evaluating"]
+    stage: Literal["building", "first step", "timing", "evaluating", "soaking", "comparing losses"]
     lap: Lap | None = None
     num_laps: int = 0
     samples_per_s: float = 0.0
@@ -56,6 +77,19 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     measurement: Measurement
     epoch_s: float
     """Seconds of a whole epoch at the rate of this command's laps alone."""
+
+
+class Soaked(msgspec.Struct, frozen=True, kw_only=True):
+    """The soak went well."""
+
+    num_steps: int
+    peak_memory_bytes: int
+
+
+class Traced(msgspec.Struct, frozen=True, kw_only=True):
+    """The trace's losses."""
+
+    losses: tuple[float, ...]
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,9 +114,7 @@ def main(connection: Connection, job: Job) -> None:
 
 
 def _serve(connection: Connection, job: Job) -> None:
-    import torch
-
-    from autotune import backends, workloads
+    from autotune import backends, trace, workloads
     from autotune.apply import apply
     from autotune.timing import Timer, time_until
 
@@ -91,39 +123,77 @@ def _serve(connection: Connection, job: Job) -> None:
     workload = workloads.open_workload(job.workload)
     if job.memory_limit_bytes is not None:
         backend.limit_memory(job.memory_limit_bytes)
+    free_bytes = backend.device().memory_free_bytes
     backend.start_memory_window()
-    timer = Timer(apply(job.strategy, workload, backend, seed=job.seed))
+    run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
+    timer = Timer(run)
     connection.send(Progress(stage="first step"))
-    while True:
-        try:
-            command: Command = connection.recv()
-        except EOFError:
-            return
+    say = _seldom(connection)
+
+    def report(lap: Lap) -> None:
+        say(
+            Progress(stage="timing", lap=lap, num_laps=len(timer.laps), samples_per_s=timer.samples_per_s()),
+            is_first=len(timer.laps) <= 1,
+        )
+
+    def serve(command: Command | Soak | Trace) -> Done | Soaked | Traced:
+        if isinstance(command, Trace):
+            connection.send(Progress(stage="comparing losses"))
+            return Traced(losses=trace.losses(run, command.num_steps))
+        if isinstance(command, Soak):
+            num_steps = timer.soak(
+                enough_steps=command.enough_steps,
+                enough_s=command.enough_s,
+                on_step=lambda _: say(Progress(stage="soaking")),
+            )
+            return Soaked(num_steps=num_steps, peak_memory_bytes=backend.peak_memory_bytes())
         first = len(timer.laps)
-        said = time.monotonic()
-
-        def report(lap: Lap) -> None:
-            nonlocal said
-            if not all(map(torch.isfinite, map(torch.tensor, lap.losses))):
-                raise FloatingPointError(f"loss {lap.losses[-1]} after {sum(x.num_steps for x in timer.laps)} steps")
-            if time.monotonic() - said > 0.1 or len(timer.laps) <= 1:
-                said = time.monotonic()
-                connection.send(
-                    Progress(stage="timing", lap=lap, num_laps=len(timer.laps), samples_per_s=timer.samples_per_s())
-                )
-
-        try:
-            time_until(timer, min_laps=command.min_laps, min_s=command.min_s, enough_s=command.enough_s, on_lap=report)
-        except (EOFError, ConnectionError, FileNotFoundError) as exc:
-            if not job.strategy.workers:
-                raise
-            raise ChildProcessError("a DataLoader worker died") from exc
+        time_until(
+            timer,
+            min_laps=command.min_laps,
+            min_s=command.min_s,
+            enough_s=command.enough_s,
+            narrow=command.narrow,
+            on_lap=report,
+        )
         if command.longest:
             timer.longest()
         if command.eval_batches:
             connection.send(Progress(stage="evaluating"))
             timer.evaluate(command.eval_batches, EVAL_ENOUGH_S)
-        connection.send(Done(measurement=timer.measurement(), epoch_s=timer.epoch_s(timer.laps[first:])))
+        return Done(measurement=timer.measurement(), epoch_s=timer.epoch_s(timer.laps[first:]))
+
+    while True:
+        try:
+            command: Command | Soak | Trace = connection.recv()
+        except EOFError:
+            return
+        try:
+            reply = serve(command)
+        except (EOFError, ConnectionError, FileNotFoundError) as exc:
+            if not job.strategy.workers:
+                raise
+            raise ChildProcessError("a DataLoader worker died") from exc
+        peak_bytes = backend.peak_memory_bytes()
+        if not backend.is_host_memory and peak_bytes > free_bytes:
+            raise MemoryError(
+                f"its peak of {format_bytes(peak_bytes)} is more than the {format_bytes(free_bytes)} that the device "
+                "had free: the driver moved the rest to the host"
+            )
+        connection.send(reply)
+
+
+def _seldom(connection: Connection) -> Callable[..., None]:
+    """Sends progress about ten times a second at most."""
+    said = time.monotonic()
+
+    def say(progress: Progress, is_first: bool = False) -> None:
+        nonlocal said
+        if time.monotonic() - said > _SAY_EVERY_S or is_first:
+            said = time.monotonic()
+            connection.send(progress)
+
+    return say
 
 
 def _outcome(exc: BaseException) -> Outcome:
@@ -132,7 +202,7 @@ def _outcome(exc: BaseException) -> Outcome:
         return "diverged"
     if "DataLoader worker" in str(exc):
         return "crashed"
-    refusals = (RuntimeError, NotImplementedError, TypeError, ValueError)
+    refusals = (RuntimeError, NotImplementedError, TypeError, ValueError, AutotuneError)
     return "invalid" if isinstance(exc, refusals) else "crashed"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +28,17 @@ REGISTRY: dict[str, WorkloadModule] = {"imdb": imdb}
 
 
 def get(name: str) -> WorkloadModule:
-    """The workload of that name. Raises UsageError with the nearest name."""
+    """The workload of that name, or ``package.module:object`` that provides what a workload module does.
+
+    Raises UsageError with the nearest name.
+    """
+    module, colon, attribute = name.partition(":")
+    if colon:
+        try:
+            found: WorkloadModule = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as exc:
+            raise UsageError(f"no workload can be imported as {name!r}: {exc}") from exc
+        return found
     if name not in REGISTRY:
         raise UsageError(f"no workload is called {name!r}{nearest(name, list(REGISTRY))}")
     return REGISTRY[name]

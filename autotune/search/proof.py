@@ -1,0 +1,80 @@
+"""The last test before a profile is saved: the winner trains as the baseline does, and lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from autotune import trace
+from autotune.measurement import Outcome
+from autotune.strategy import Padding
+from autotune.trial.runner import Session, TrialEndedError
+from autotune.trial.worker import Job, Progress, Soak
+
+SOAK = Soak(enough_steps=50, enough_s=30.0)
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True):
+    """What the last test of a setting found."""
+
+    outcome: Outcome
+    reason: str = ""
+    """Why the outcome is not ``ok``."""
+    loss_deviation: float | None = None
+    """Largest distance of the first losses from the fp32 baseline's, as a share of them."""
+    soak_steps: int = 0
+    """Steps taken on the longest samples."""
+    peak_memory_bytes: int = 0
+
+
+def reference_losses(job: Job, *, timeout_s: float, memory_limit_bytes: int) -> tuple[float, ...]:
+    """The plain baseline's losses on the batches that settings are compared on. Raises TrialEndedError.
+
+    A model that masks its padding gives the same losses where a batch is padded to its longest sample only, and sooner:
+    that is done where the first loss bears it out.
+    """
+
+    def losses(padding: Padding, num_steps: int) -> tuple[float, ...]:
+        strategy = msgspec.structs.replace(job.strategy, padding=padding)
+        with _fresh(msgspec.structs.replace(job, strategy=strategy), memory_limit_bytes) as session:
+            return session.trace(num_steps, timeout_s=timeout_s)
+
+    found = losses("longest", trace.NUM_STEPS)
+    if trace.deviation(losses(job.strategy.padding, 1), found[:1]) <= trace.TOLERANCE["fp32"]:
+        return found
+    return losses(job.strategy.padding, trace.NUM_STEPS)
+
+
+def prove(
+    job: Job,
+    reference: tuple[float, ...] | None,
+    *,
+    timeout_s: float,
+    memory_limit_bytes: int,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Proof:
+    """Compares a setting's losses with the reference's, where there is one, then soaks it. Never raises for what the
+    setting does."""
+    deviation = None
+    try:
+        with _fresh(job, memory_limit_bytes) as session:
+            if reference is not None:
+                losses = session.trace(trace.NUM_STEPS, timeout_s=timeout_s, on_progress=on_progress)
+                deviation = trace.deviation(reference, losses)
+                if (reason := trace.difference(job.strategy, reference, losses)) is not None:
+                    return Proof(outcome="diverged", reason=reason, loss_deviation=deviation)
+            soaked = session.soak(SOAK, timeout_s=timeout_s + SOAK.enough_s, on_progress=on_progress)
+    except TrialEndedError as end:
+        return Proof(outcome=end.outcome, reason=end.reason, loss_deviation=deviation)
+    return Proof(
+        outcome="ok",
+        loss_deviation=deviation,
+        soak_steps=soaked.num_steps,
+        peak_memory_bytes=soaked.peak_memory_bytes,
+    )
+
+
+def _fresh(job: Job, memory_limit_bytes: int) -> Session:
+    """A session at the full learning rate: so short a schedule has no warm-up."""
+    return Session(msgspec.structs.replace(job, total_steps=trace.NUM_STEPS), memory_limit_bytes=memory_limit_bytes)

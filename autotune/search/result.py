@@ -1,0 +1,78 @@
+"""What a search found, and the profile that it becomes."""
+
+from __future__ import annotations
+
+import datetime
+
+import msgspec
+
+from autotune import __version__
+from autotune.backends.base import Device
+from autotune.measurement import Interval, Trial
+from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledDevice, ProfiledWorkload
+from autotune.search.objective import Objective, PlannedRun
+from autotune.search.proof import Proof
+from autotune.workloads.base import Workload
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a search found."""
+
+    baseline: Trial
+    best: Trial
+    speedup: Interval
+    planned: PlannedRun
+    objective: Objective
+    trials: tuple[Trial, ...]
+    search_s: float
+    num_rounds: int
+    """Rounds in which baseline and best were timed in turns; at none, the interval is from their trials alone."""
+    proof: Proof | None
+    """The best's last test; None where the search was interrupted before it, and for the plain baseline."""
+    was_interrupted: bool
+
+
+def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
+    """The profile that a search's result becomes."""
+    return Profile(
+        schema=SCHEMA,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        autotune=__version__,
+        device=ProfiledDevice(
+            fingerprint=device.fingerprint,
+            kind=device.kind,
+            name=device.name,
+            architecture=device.architecture,
+            num_cores=device.num_cores,
+            memory_total_bytes=device.memory_total_bytes,
+        ),
+        workload=ProfiledWorkload(
+            name=workload.name,
+            source=workload.source,
+            global_batch=workload.recipe.global_batch,
+            epochs=result.planned.epochs,
+            num_train=result.planned.num_train,
+            num_test=result.planned.num_test,
+        ),
+        strategy=result.best.strategy,
+        evidence=Evidence(
+            objective=result.objective,
+            search_s=round(result.search_s, 1),
+            num_trials=len(result.trials),
+            versions=device.versions,
+            speedup=result.speedup,
+            num_rounds=result.num_rounds,
+            soak_steps=result.proof.soak_steps if result.proof else 0,
+            loss_deviation=result.proof.loss_deviation if result.proof else None,
+            baseline_strategy=result.baseline.strategy,
+            baseline=figures(result.baseline, result.planned),
+            best=figures(result.best, result.planned),
+        ),
+    )
+
+
+def figures(trial: Trial, planned: PlannedRun) -> Figures:
+    """A finished trial's figures, with the planned run's projection. The trial must have a measurement."""
+    assert trial.measurement is not None
+    shared = {name: getattr(trial.measurement, name) for name in Figures.__struct_fields__ if name != "projected_s"}
+    return Figures(**shared, projected_s=planned.projected_s(trial.measurement))

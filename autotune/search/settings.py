@@ -1,0 +1,58 @@
+"""What a search is asked to do, and what it tells of itself while it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from autotune.measurement import Trial
+from autotune.search.objective import Objective
+from autotune.search.proof import Proof
+from autotune.search.space import Space
+from autotune.strategy import Strategy
+from autotune.trial.worker import Progress
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked of a search."""
+
+    objective: Objective = "time"
+    budget_s: float | None = 300.0
+    """Wall time for the trials, the race and the last test; None where only ``max_trials`` counts."""
+    max_trials: int | None = None
+    memory_budget_bytes: int | None = None
+    includes_slow: bool = False
+    """Whether what the probe found too slow is searched all the same."""
+    epochs: int | None = None
+    """Epochs of the planned run; the recipe's by default."""
+    seed: int = 0
+
+
+class Observer(Protocol):
+    """Hears what a search is doing; the terminal's live display is one."""
+
+    def on_space(self, space: Space) -> None:
+        """What will be searched."""
+
+    def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
+        """A trial starts; ``origin`` says who proposed it."""
+
+    def on_progress(self, progress: Progress) -> None:
+        """The trial under way got on."""
+
+    def on_trial_end(self, trial: Trial, best: Trial | None) -> None:
+        """A trial ended."""
+
+    def on_resume(self, trials: Sequence[Trial], best: Trial | None, spent_s: float) -> None:
+        """An earlier run of this search was interrupted; its trials count."""
+
+    def on_race(self, done: int, num_entrants: int) -> None:
+        """A round of the finals ended; at 0 they start."""
+
+    def on_proof(self, trial: Trial) -> None:
+        """The last test of a setting starts."""
+
+    def on_proof_end(self, trial: Trial, proof: Proof) -> None:
+        """The last test of a setting ended."""

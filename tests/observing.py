@@ -1,0 +1,54 @@
+"""An observer of a search that keeps what it heard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autotune.measurement import Trial
+from autotune.search.proof import Proof
+from autotune.search.space import Space
+from autotune.strategy import Strategy
+from autotune.trial.worker import Progress
+
+
+class Silent:
+    """Says nothing; ``origins`` are those of the trials, in order."""
+
+    def __init__(self) -> None:
+        self.origins: list[str] = []
+        self.resumed = 0
+        """Trials taken over from an interrupted search."""
+
+    def on_space(self, space: Space) -> None: ...
+
+    def on_resume(self, trials: Sequence[Trial], best: Trial | None, spent_s: float) -> None:
+        self.resumed = len(trials)
+
+    def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
+        self.origins.append(origin)
+
+    def on_progress(self, progress: Progress) -> None: ...
+
+    def on_trial_end(self, trial: Trial, best: Trial | None) -> None: ...
+
+    def on_race(self, done: int, num_entrants: int) -> None: ...
+
+    def on_proof(self, trial: Trial) -> None: ...
+
+    def on_proof_end(self, trial: Trial, proof: Proof) -> None: ...
+
+
+class SilentPulse:
+    """A device whose own speed is not measured."""
+
+    def __init__(self, backend_name: str) -> None: ...
+
+    def __enter__(self) -> SilentPulse:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def close(self) -> None: ...
+
+    def beat(self) -> float | None:
+        return None

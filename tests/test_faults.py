@@ -1,0 +1,194 @@
+"""Everything that can go wrong in a trial, in real processes: each time the search ends normally, the trial is on
+record with the right outcome, nothing is left running, and the best of the healthy settings wins.
+
+``python -m tests.test_faults`` prints the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import msgspec
+import psutil
+import pytest
+
+from autotune import backends
+from autotune.measurement import Outcome, Trial
+from autotune.search import finals, study
+from autotune.search.result import Result
+from autotune.search.settings import Settings
+from autotune.search.study import search
+from autotune.strategy import Strategy
+from autotune.trial import runner
+from tests import factories
+from tests.faulty import BASELINE, BEST, FAULTY, WORKLOAD
+from tests.observing import Silent, SilentPulse
+
+MEMORY_BUDGET = 400 * 2**20
+"""More than a healthy trial takes, less than a growing one is let have."""
+
+
+class Expected(NamedTuple):
+    """What a fault must end as."""
+
+    outcome: Outcome
+    words: str = ""
+    """Part of the reason."""
+
+
+EXPECTED: dict[str, Expected] = {
+    "an allocation that torch cannot serve": Expected("oom", "can't allocate memory"),
+    "an allocation that Python cannot serve": Expected("oom", "MemoryError"),
+    "std::bad_alloc": Expected("oom", "bad_alloc"),
+    "resident memory over the budget": Expected("oom", "over the memory budget"),
+    "a grandchild's memory over the budget": Expected("oom", "over the memory budget"),
+    "a leak that shows in the soak": Expected("oom", "in the last test: "),
+    "SIGKILL, as by the kernel's OOM killer": Expected("oom", "SIGKILL"),
+    "fake device: full": Expected("oom", "fake device out of memory"),
+    "fake device: hangs in synchronize": Expected("timeout", "no sign of life"),
+    "fake device: lost": Expected("crashed", "device lost"),
+    "while True": Expected("timeout", "no sign of life"),
+    "sleeps for ever": Expected("timeout", "no sign of life"),
+    "SIGSTOP": Expected("timeout", "no sign of life"),
+    "os._exit(3)": Expected("crashed", "exited with status 3"),
+    "sys.exit(4)": Expected("crashed", "SystemExit: 4"),
+    "SIGSEGV": Expected("crashed", "killed by SIGSEGV"),
+    "SIGABRT": Expected("crashed", "killed by SIGABRT"),
+    "an exception that is not torch's": Expected("crashed", "no such key"),
+    "an exception with a message of 10 MB": Expected("crashed", "KeyError: 'xxx"),
+    "NaN at step 7": Expected("diverged", "loss nan at step 7"),
+    "a gradient that is no number": Expected("diverged", "gradient norm nan"),
+    "a model that learns nothing": Expected("diverged", "in the last test: its losses leave the fp32 baseline's"),
+    "a kernel that torch refuses": Expected("invalid", "No viable backend"),
+    "100 MB of stderr": Expected("ok"),
+    "100 MB of stderr, then death": Expected("crashed", "the last line"),
+    "a daemon that outlives the trial": Expected("crashed", "exited with status 5"),
+    "twenty forks in sessions of their own": Expected("crashed", "after twenty forks"),
+    "a thread that never ends": Expected("crashed", "with a thread left over"),
+    "a broken pipe": Expected("crashed", "closed its pipe"),
+    "garbage in the pipe": Expected("crashed", "no message"),
+    "a clock that jumps": Expected("ok"),
+    "an exception in a loader worker": Expected("crashed", "DataLoader worker"),
+    "a loader worker that hangs": Expected("timeout", "no sign of life"),
+    "a loader worker that dies": Expected("crashed", "DataLoader worker"),
+}
+
+
+class Seen(NamedTuple):
+    """What a fault did end as."""
+
+    result: Result
+    faulty: Trial
+    goes_on_s: float
+    """Seconds from the faulty trial's start to the next thing that the search did."""
+    left_over: list[psutil.Process]
+
+
+class Clock(Silent):
+    """Takes the time at which the search starts each thing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts: list[tuple[int, float]] = []
+
+    def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
+        super().on_trial_start(number, strategy, origin)
+        self.starts.append((number, time.monotonic()))
+
+
+def search_with(fault: str, folder: Path) -> Seen:
+    """A search in which the second trial is the faulty one."""
+    backend = backends.get("fake" if fault.startswith("fake") else "cpu")
+    ref = WORKLOAD.prepare(Path(fault), limit=None, on_progress=lambda _: None)
+    faulty = Strategy(
+        micro_batch=FAULTY,
+        accumulation=BASELINE // FAULTY,
+        padding="longest",
+        workers=1 if "loader worker" in fault else 0,
+    )
+    settings = Settings(budget_s=None, max_trials=4, epochs=1000, memory_budget_bytes=MEMORY_BUDGET)
+    clock = Clock()
+    before = set(psutil.Process().children(recursive=True))
+    with quick(), mock.patch.object(study, "expert_guess", return_value=faulty):
+        result = search(
+            ref,
+            WORKLOAD.open_workload(ref),
+            factories.plain_hardware(),
+            backend,
+            settings,
+            clock,
+            journal_path=folder / "faulty.journal",
+        )
+    starts = dict(clock.starts)
+    after = time.monotonic()
+    left_over = [process for process in _new_processes(before) if process.is_running()]
+    return Seen(result, result.trials[1], starts.get(2, after) - starts[1], left_over)
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """Hangs are found sooner, trials and races are shorter than a user would want."""
+    short = msgspec.structs.replace(runner.ORDINARY, min_s=0.3, narrow=float("inf"))
+    with (
+        mock.patch.object(study, "SILENCE_S", 2.0),
+        mock.patch.object(finals, "MAX_ROUNDS", 3),
+        mock.patch.object(runner, "ORDINARY", short),
+        mock.patch.object(study, "Pulse", SilentPulse),
+    ):
+        yield
+
+
+def _new_processes(before: set[psutil.Process]) -> Iterator[psutil.Process]:
+    """This process's, but for the warm server and Python's resource tracker; and orphans of whatever kind."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            is_ours = process in set(psutil.Process().children(recursive=True)) - before
+            is_orphan = process.ppid() == 1 and "forkserver" in command
+            is_server = process.ppid() == os.getpid() and ("forkserver" in command or "resource_tracker" in command)
+            if (is_ours and not is_server) or is_orphan:
+                yield process
+
+
+@pytest.mark.parametrize("fault", EXPECTED)
+def test_a_fault_is_on_record_and_the_best_healthy_setting_wins(fault: str, tmp_path: Path) -> None:
+    seen = search_with(fault, tmp_path)
+    expected = EXPECTED[fault]
+    assert (seen.faulty.outcome, expected.words in seen.faulty.reason) == (expected.outcome, True), seen.faulty.reason
+    assert len(seen.faulty.reason) < 1000
+    assert seen.result.best.strategy.micro_batch == BEST
+    assert seen.result.proof is not None
+    assert seen.result.proof.outcome == "ok"
+    assert not seen.left_over
+    assert len(seen.result.trials) >= 4
+
+
+def main() -> None:
+    """Prints the table."""
+    from tests import faulty
+
+    assert set(EXPECTED) == {*faulty.MODEL_FAULTS, *faulty.LOADER_FAULTS}
+    print(f"{'fault':<42} {'outcome':<9} {'s':>5}  best    reason")
+    for fault in sys.argv[1:] or EXPECTED:
+        with tempfile.TemporaryDirectory() as folder:
+            seen = search_with(fault, Path(folder))
+        wrong = "" if seen.faulty.outcome == EXPECTED[fault].outcome else f"  WRONG, not {EXPECTED[fault].outcome}"
+        best = "right" if seen.result.best.strategy.micro_batch == BEST else "WRONG"
+        left = f"  LEFT OVER {len(seen.left_over)}" if seen.left_over else ""
+        print(
+            f"{fault:<42} {seen.faulty.outcome:<9} {seen.goes_on_s:5.1f}  {best:<6}  {seen.faulty.reason[:60]}"
+            f"{wrong}{left}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Searches that are killed, that meet each other, and that run out of disk: real processes and a real small disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from autotune.profile import format_profile, read_profile, write_profile
+from autotune.store import profile_path
+from tests import factories
+from tests.commands import autotune, refused
+from tests.faulty import NAME
+
+pytestmark = [pytest.mark.xdist_group("cli"), pytest.mark.usefixtures("probed")]
+
+SEARCH = ("search", "--model", NAME, "--trials", "6", "--epochs", "1000")
+
+
+@contextmanager
+def searching(until: str, profiles: Path) -> Iterator[subprocess.Popen[str]]:
+    """A search that has printed a line that starts so."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autotune", *SEARCH, "--profiles", str(profiles)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if line.startswith(until):
+                break
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def assert_gone(family: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_after_a_kill_the_same_command_goes_on_with_nothing_lost_and_nothing_run_twice(tmp_path: Path) -> None:
+    with searching("trial  2", tmp_path) as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        assert len(family) >= 3, "the server, a guard and its trial, at least"
+        assert_gone(family)
+    done = autotune(*SEARCH, "--profiles", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "going on after 3 trials" in done.stderr
+    trials = json.loads(done.stdout)["trials"]
+    assert [trial["number"] for trial in trials] == list(range(6))
+    assert len({json.dumps(trial["strategy"]) for trial in trials}) == 6
+    assert "trial  0" not in done.stderr
+
+
+def test_a_search_outlives_its_warm_server(tmp_path: Path) -> None:
+    with searching("trial  1", tmp_path) as process:
+        servers = [
+            child for child in psutil.Process(process.pid).children() if "forkserver" in " ".join(child.cmdline())
+        ]
+        assert len(servers) == 1
+        servers[0].kill()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.glob("*/*.toml"))
+
+
+def test_a_second_search_on_the_device_is_refused_in_a_line(tmp_path: Path) -> None:
+    with searching("trial  0", tmp_path):
+        line = refused(1, *SEARCH, "--profiles", tmp_path / "others")
+        assert "another search is measuring on this device" in line
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mount.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_ends_the_search_with_a_line_and_leaves_the_old_profile(small_disk: Path) -> None:
+    from autotune import backends
+
+    device = backends.get("cpu").device()
+    path = profile_path(device, NAME, small_disk)
+    write_profile(factories.profile(), path)
+    before = path.read_bytes()
+    (small_disk / "other").write_bytes(b"x" * (52 * 1024))
+    done = autotune(*SEARCH, "--profiles", small_disk)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "cannot be written: No space left on device" in last
+    assert "--profiles" in last
+    assert "Traceback" not in done.stderr
+    assert path.read_bytes() == before
+    (small_disk / "other").unlink()
+    done = autotune(*SEARCH, "--profiles", small_disk)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() != before
+
+
+def test_two_writers_never_tear_a_profile(tmp_path: Path) -> None:
+    path = tmp_path / "imdb.toml"
+    profiles = [factories.profile(autotune=version) for version in ("1" * 3000, "2" * 6000)]
+    write_profile(profiles[0], path)
+    is_over = threading.Event()
+
+    def write(profile: object) -> None:
+        while not is_over.is_set():
+            write_profile(profile, path)  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=write, args=(profile,)) for profile in profiles]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 1.0
+    seen = set()
+    while time.monotonic() < end:
+        seen.add(format_profile(read_profile(path)))
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    assert seen <= {format_profile(profile) for profile in profiles}
+    assert len(list(tmp_path.iterdir())) == 1, "no temporary file is left"
+
+
+def test_an_interrupt_is_not_lost_in_a_search_without_a_terminal(tmp_path: Path) -> None:
+    with searching("trial  2", tmp_path) as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert_gone(family)
+    done = autotune(*SEARCH, "--profiles", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on after" in done.stderr

@@ -14,7 +14,7 @@ from autotune import backends, workloads
 from autotune.measurement import Trial
 from autotune.profile import read_profile
 from autotune.report.terminal import describe, interval_words
-from autotune.search.finals import Entrant, race
+from autotune.search.finals import Entrant, Race
 from autotune.stats import paired_ratio
 from autotune.strategy import Strategy, baseline
 from autotune.trial.worker import Job
@@ -39,12 +39,17 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
         job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0)
         return Entrant(trial=Trial(number=number, strategy=strategy, outcome="ok"), job=job)
 
-    finals = race(
+    race = Race(
         [entrant(number, name) for number, name in enumerate(settings)],
-        rounds=rounds,
         timeout_s=600,
         memory_limit_bytes=int(0.9 * backend.device().memory_free_bytes),
     )
+    race.run(enough_s=float("inf"), max_rounds=rounds)
+    for number, failure in race.failures.items():
+        print(f"{settings[number]}: {failure.outcome}, {failure.reason}")
+    finals = race.finals()
+    if race.num_disturbed:
+        print(f"{race.num_disturbed} of {race.num_rounds} rounds were disturbed by other work and do not count")
     first = finals[0]
     for final in finals:
         rates = sorted(num_train / epoch_s for epoch_s in final.epoch_s)

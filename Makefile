@@ -18,7 +18,7 @@ train: $(VENV)/.installed       ## train imdb with this device's profile
 	$(BIN)/autotune train --model imdb $(ARGS)
 
 test: $(VENV)/.test             ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
 
 check: $(VENV)/.check           ## lint, format, types, import layers
 	$(BIN)/ruff check .

@@ -102,9 +102,7 @@ def build_space(
     allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]
     if has_memory_budget and "retain" in allocators:
         allocators.remove("retain")
-        left_out["allocator=retain"] = (
-            "takes up to twice its trial's memory in a long run; there is a memory budget"
-        )
+        left_out["allocator=retain"] = "takes up to twice its trial's memory in a long run; there is a memory budget"
     checkpoints = [c for c in get_args(Checkpoint) if workload.num_blocks >= _EVERY_NEEDS_BLOCKS[c]]
     for checkpoint in set(get_args(Checkpoint)) - set(checkpoints):
         left_out[f"checkpoint={checkpoint}"] = f"nothing of its own to recompute with {workload.num_blocks} blocks"

@@ -12,8 +12,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from autotune import backends, store
+from autotune import backends, store, workloads
 from autotune.probe import probe
+from autotune.search import study, trials
+from autotune.workloads.base import Workload, WorkloadRef
+from tests import scripted
+from tests.observing import SilentPulse
 
 # How long an example takes says nothing here: tests run beside each other, on machines of any speed.
 settings.register_profile("autotune", deadline=None)
@@ -66,3 +70,22 @@ def imdb_folder() -> Path:
     if not path.is_dir():
         pytest.skip(f"the real reviews are not at {path}; AUTOTUNE_TEST_DATA names another folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny_reviews: Path) -> tuple[WorkloadRef, Workload]:
+    """The imdb workload on the short reviews."""
+    module = workloads.get("imdb")
+    ref = module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None)
+    return ref, module.open_workload(ref)
+
+
+@pytest.fixture
+def scripted_device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Searches run on the scripted device."""
+    monkeypatch.setattr(trials, "run_trial", scripted.run_scripted)
+    monkeypatch.setattr(study, "Race", scripted.ScriptedRace)
+    monkeypatch.setattr(study, "Pulse", SilentPulse)
+    monkeypatch.setattr(study, "prove", scripted.prove_scripted)
+    monkeypatch.setattr(study, "reference_losses", lambda job, **_: (0.7,))
+    return monkeypatch

@@ -22,10 +22,11 @@ import pytest
 
 from autotune import backends
 from autotune.measurement import Outcome, Trial
-from autotune.search import finals, study
+from autotune.search import finals, study, trials
 from autotune.search.result import Result
 from autotune.search.settings import Settings
 from autotune.search.study import search
+from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial import runner
 from tests import factories
@@ -117,13 +118,15 @@ def search_with(fault: str, folder: Path) -> Seen:
     settings = Settings(budget_s=None, max_trials=4, epochs=1000, memory_budget_bytes=MEMORY_BUDGET)
     clock = Clock()
     before = set(psutil.Process().children(recursive=True))
-    with quick(), mock.patch.object(study, "expert_guess", return_value=faulty):
+    with quick(), mock.patch.object(trials, "expert_guess", return_value=faulty):
         result = search(
-            ref,
-            WORKLOAD.open_workload(ref),
-            factories.plain_hardware(),
-            backend,
-            settings,
+            Task(
+                ref=ref,
+                workload=WORKLOAD.open_workload(ref),
+                hardware=factories.plain_hardware(),
+                backend=backend,
+                settings=settings,
+            ),
             clock,
             journal_path=folder / "faulty.journal",
         )
@@ -138,7 +141,7 @@ def quick() -> Iterator[None]:
     """Hangs are found sooner, trials and races are shorter than a user would want."""
     short = msgspec.structs.replace(runner.ORDINARY, min_s=0.3, narrow=float("inf"))
     with (
-        mock.patch.object(study, "SILENCE_S", 2.0),
+        mock.patch.object(trials, "SILENCE_S", 2.0),
         mock.patch.object(finals, "MAX_ROUNDS", 3),
         mock.patch.object(runner, "ORDINARY", short),
         mock.patch.object(study, "Pulse", SilentPulse),

@@ -81,6 +81,7 @@ def command(
     from autotune.search.result import profile_of
     from autotune.search.settings import Settings
     from autotune.search.study import search
+    from autotune.search.task import Task
 
     workloads.get(name)
     backend = find_backend(device_name)
@@ -112,11 +113,7 @@ def command(
         with SearchDisplay(title, budget_s=budget_s, max_trials=trials) as display:
             display.say(f"{title}: {workload.source}")
             result = search(
-                ref,
-                workload,
-                hardware,
-                backend,
-                settings,
+                Task(ref=ref, workload=workload, hardware=hardware, backend=backend, settings=settings),
                 display,
                 journal_path=path.with_suffix(".journal"),
                 is_fresh=fresh,

@@ -209,6 +209,18 @@ def _middle(measurements: Sequence[Measurement]) -> Measurement:
     )
 
 
+def shortest_s(baseline_step_s: float, finalists: Sequence[Trial]) -> float:
+    """Seconds that the shortest race of these and the baseline takes: starting, warming up and evaluating, then the
+    rounds."""
+    if not finalists:
+        return 0.0
+    measured = [trial.measurement for trial in finalists if trial.measurement]
+    steps_s = sum(measurement.step_ms for measurement in measured) / 1000
+    warm_up_s = sum(measurement.warm_up_s for measurement in measured)
+    start_s = 2 * baseline_step_s + warm_up_s + 3 * steps_s + 1
+    return start_s + MIN_ROUNDS * (baseline_step_s + MAX_LAPS * steps_s)
+
+
 def ranked(finals: Sequence[Final], loss: Callable[[Final], float]) -> list[Final]:
     """The entrants, the best first; those that tie with the best go by simplicity, then by memory."""
     by_loss = sorted(finals, key=loss)

@@ -28,6 +28,11 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int = 0
 
 
+def needed_s(baseline_step_s: float) -> float:
+    """Seconds that the last test of one setting takes, with the reference's losses."""
+    return min(SOAK.enough_s, 2 * SOAK.enough_steps * baseline_step_s) + 3 * baseline_step_s + 1
+
+
 def reference_losses(job: Job, *, timeout_s: float, memory_limit_bytes: int) -> tuple[float, ...]:
     """The plain baseline's losses on the batches that settings are compared on. Raises TrialEndedError.
 

@@ -1,0 +1,98 @@
+"""What one search is about, and the limits that follow from it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from autotune import __version__
+from autotune.backends.base import Backend
+from autotune.measurement import Measurement
+from autotune.probe import Hardware
+from autotune.search.objective import PlannedRun
+from autotune.search.settings import Settings
+from autotune.search.space import Space, build_space
+from autotune.strategy import Strategy, baseline
+from autotune.trial.worker import Job
+from autotune.workloads.base import Workload, WorkloadRef
+
+FREE_MEMORY_SHARE = 0.9
+"""Without a budget of the user's, trials may take this much of the memory that is free when the search starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A workload to be searched on a device, as the user wants it."""
+
+    ref: WorkloadRef
+    workload: Workload
+    hardware: Hardware
+    backend: Backend
+    settings: Settings
+
+    @functools.cached_property
+    def planned(self) -> PlannedRun:
+        """The training that the search prepares."""
+        return PlannedRun(
+            num_train=self.workload.num_train,
+            num_test=self.workload.num_test,
+            epochs=self.settings.epochs or self.workload.recipe.epochs,
+        )
+
+    @functools.cached_property
+    def space(self) -> Space:
+        """What may be tried."""
+        return build_space(
+            self.hardware,
+            self.backend,
+            self.workload,
+            includes_slow=self.settings.includes_slow,
+            has_memory_budget=self.settings.memory_budget_bytes is not None,
+        )
+
+    @property
+    def baseline(self) -> Strategy:
+        """The plain setting that everything is compared with."""
+        return baseline(self.workload.recipe.global_batch)
+
+    @property
+    def machine_limit_bytes(self) -> int:
+        """What any process of the search may take."""
+        return int(FREE_MEMORY_SHARE * self.hardware.device.memory_free_bytes)
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """What a setting that is to win may take."""
+        return self.settings.memory_budget_bytes or self.machine_limit_bytes
+
+    def fits(self, measurement: Measurement) -> bool:
+        """Whether the peak is within the limit."""
+        return measurement.peak_memory_bytes <= self.memory_limit_bytes
+
+    def job(self, strategy: Strategy) -> Job:
+        """The baseline is what others are compared with, so it may go over the user's budget; it cannot win then."""
+        return Job(
+            workload=self.ref,
+            strategy=strategy,
+            backend=self.backend.name,
+            memory_limit_bytes=None if strategy == self.baseline else self.settings.memory_budget_bytes,
+            seed=self.settings.seed,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """All that the figures of the search depend on; how long it may take is not among it."""
+        return {
+            "autotune": __version__,
+            "device": self.hardware.device.fingerprint,
+            "versions": self.hardware.device.versions,
+            "workload": msgspec.to_builtins(self.ref),
+            "recipe": msgspec.to_builtins(self.workload.recipe),
+            "planned": msgspec.to_builtins(self.planned),
+            "space": [list(map(list, self.space.values.items())), sorted(self.space.pairs)],
+            "objective": self.settings.objective,
+            "memory_budget_bytes": self.settings.memory_budget_bytes,
+            "seed": self.settings.seed,
+        }

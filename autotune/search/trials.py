@@ -1,0 +1,216 @@
+"""The trials of a search: which is next, how long it may take, what is on record, and which are the best so far."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from autotune.measurement import Measurement, Trial
+from autotune.search.journal import MAX_STARTS, Journal
+from autotune.search.memory import MemoryModel
+from autotune.search.objective import hopeless, loss_of, slowdown
+from autotune.search.proof import Proof
+from autotune.search.sampling import Sampler
+from autotune.search.settings import Observer
+from autotune.search.space import expert_guess
+from autotune.search.task import Task
+from autotune.strategy import Strategy
+from autotune.trial.pulse import Pulse
+from autotune.trial.runner import run_trial
+from autotune.trial.worker import Progress
+
+NUM_FINALISTS = 3
+CLOSE_TO_BEST = 1.15
+"""Settings whose trial came within this factor of the best enter the race."""
+MIN_TIMEOUT_S = 20.0
+"""However little is left of the budget, a trial gets so long."""
+SILENCE_S = 20.0
+"""A trial that says nothing for this and four of the baseline's steps hangs."""
+
+
+class Trials:
+    """All trials of a search, those of its earlier, interrupted runs included; the first is the plain baseline's."""
+
+    def __init__(self, task: Task, observer: Observer, journal: Journal, pulse: Pulse) -> None:
+        self._task, self._observer, self._journal, self._pulse = task, observer, journal, pulse
+        self.all = journal.trials
+        self.failures: dict[int, Proof] = {}
+        """Why a setting that was fine in its trial cannot win all the same, by its trial's number."""
+        self._memory = MemoryModel()
+        for trial in self.all:
+            self._memory.learn(trial)
+        self._sampler = Sampler(
+            task.space,
+            journal.study,
+            seed=task.settings.seed,
+            seen=[trial.strategy for trial in self.all],
+            is_hopeless=lambda strategy: self._memory.is_over(strategy, task.memory_limit_bytes),
+        )
+        self._pulse_s: float | None = None
+        self._start = time.monotonic() - journal.spent_s
+
+    @property
+    def reference(self) -> Trial:
+        """The plain baseline's trial."""
+        return self.all[0]
+
+    @property
+    def reference_step_s(self) -> float | None:
+        """Seconds of the plain baseline's step; None until it is measured."""
+        measured = self.all[0].measurement if self.all else None
+        return None if measured is None else measured.step_ms / 1000
+
+    def run(self, reserved_s: Callable[[], float]) -> None:
+        """Tries until the budget is spent but for what ``reserved_s`` says, or there is nothing left to try."""
+        task = self._task
+        if self.all:
+            self._observer.on_resume(self.all, self.best(), self._journal.spent_s)
+        else:
+            self.try_now(task.baseline, "plain baseline")
+        if self.reference.measurement is None:
+            return
+        if self._journal.interrupted is not None:
+            strategy, starts = self._journal.interrupted
+            if starts < MAX_STARTS:
+                self.try_now(strategy, "again, the search was killed in it")
+            else:
+                self._give_up(strategy, starts)
+        origin = "search"
+        if len(self.all) == 1:
+            guess = expert_guess(task.space, task.hardware, task.backend)
+            self._sampler.enqueue(guess)
+            origin = "expert's guess" if guess != task.baseline else "search"
+        while self._goes_on(reserved_s):
+            best = self.best()
+            asked = self._sampler.ask(near=best.strategy if best else None)
+            if asked is None:
+                break
+            self._try(asked, origin)
+            origin = "search"
+        self._stop_pulse()
+
+    def try_now(self, strategy: Strategy, origin: str) -> None:
+        """Tries this one next, even where it was tried before."""
+        self._sampler.enqueue(strategy, again=True)
+        asked = self._sampler.ask()
+        assert asked == strategy
+        self._try(strategy, origin)
+
+    def reconsider(self) -> None:
+        """Tries the fastest of those again that were given up against a setting that has now failed, where it looks
+        faster than what is left."""
+        ended = {trial.strategy for trial in self.all if trial.outcome != "pruned"}
+        given_up = [trial for trial in self.all if trial.outcome == "pruned" and trial.strategy not in ended]
+        hopeful, best = max(given_up, key=self._rate, default=None), self.best()
+        if hopeful is not None and (best is None or self._rate(hopeful) > self._rate(best)):
+            self.try_now(hopeful.strategy, "given up before")
+            self._stop_pulse()
+
+    def finalists(self) -> list[Trial]:
+        """The best few by their own figures, the best first."""
+        losses = [(loss, trial) for trial in self._usable() if (loss := self._loss(trial)) is not None]
+        losses.sort(key=lambda pair: pair[0])
+        return [trial for loss, trial in losses[:NUM_FINALISTS] if loss <= losses[0][0] * CLOSE_TO_BEST]
+
+    def best(self) -> Trial | None:
+        """The best that may win, by its own figures."""
+        finalists = self.finalists()
+        return finalists[0] if finalists else None
+
+    def may_win(self, trial: Trial, measurement: Measurement) -> bool:
+        """Whether it fits the limit by these figures, and has not failed since its trial."""
+        return trial.number not in self.failures and self._task.fits(measurement)
+
+    def timeout_s(self, strategy: Strategy) -> float:
+        """A trial's limit: a third of the budget, and no more than is left of it."""
+        budget_s = self._task.settings.budget_s
+        if budget_s is None or strategy == self._task.baseline:
+            return 600.0
+        return max(MIN_TIMEOUT_S, min(budget_s / 3, budget_s - self.elapsed_s()))
+
+    def elapsed_s(self) -> float:
+        """Seconds that the search has taken, its interrupted runs included."""
+        return time.monotonic() - self._start
+
+    def _try(self, strategy: Strategy, origin: str) -> None:
+        number, best, task = len(self.all), self.best(), self._task
+        self._observer.on_trial_start(number, strategy, origin)
+        self._journal.start(strategy)
+        before_s = self._pulse_s or self._pulse.beat()
+        best_samples_per_s = None
+        if best and best.samples_per_s and task.settings.objective == "time":
+            best_samples_per_s = best.samples_per_s * slowdown(best.pulse_s, before_s)
+
+        def give_up(progress: Progress) -> str | None:
+            is_compiled = strategy.compile != "none"
+            return hopeless(progress, best_samples_per_s, is_compiled) if best_samples_per_s else None
+
+        trial = run_trial(
+            number,
+            task.job(strategy),
+            timeout_s=self.timeout_s(strategy),
+            silence_s=self._silence_s(strategy),
+            memory_limit_bytes=task.memory_limit_bytes if number else task.machine_limit_bytes,
+            hopeless=give_up,
+            on_progress=self._observer.on_progress,
+        )
+        self._pulse_s = self._pulse.beat()
+        if before_s and self._pulse_s:
+            trial = msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * self._pulse_s))
+        self._record(trial)
+
+    def _give_up(self, strategy: Strategy, starts: int) -> None:
+        """On record without a trial: it may be what takes the machine down."""
+        self._sampler.enqueue(strategy)
+        self._sampler.ask()
+        reason = f"the search was killed {starts} times while it ran"
+        self._record(Trial(number=len(self.all), strategy=strategy, outcome="crashed", reason=reason))
+
+    def _record(self, trial: Trial) -> None:
+        self._journal.record(trial, self._sampler.asked, self.elapsed_s())
+        self._memory.learn(trial)
+        self._sampler.tell(self._loss(trial))
+        self._observer.on_trial_end(trial, self.best())
+
+    def _goes_on(self, reserved_s: Callable[[], float]) -> bool:
+        settings = self._task.settings
+        if settings.max_trials is not None and len(self.all) >= settings.max_trials:
+            return False
+        if settings.budget_s is None or len(self.all) < 2:
+            return True
+        typical_s = statistics.median(trial.wall_s for trial in self.all[1:])
+        return self.elapsed_s() + typical_s < settings.budget_s - reserved_s()
+
+    def _silence_s(self, strategy: Strategy) -> float:
+        """How long a trial may say nothing: several of the baseline's steps; a compiler says nothing for minutes."""
+        step_s = self.reference_step_s
+        return math.inf if step_s is None or strategy.compile != "none" else SILENCE_S + 4 * step_s
+
+    def _usable(self) -> list[Trial]:
+        return [
+            trial
+            for trial in self.all
+            if trial.outcome == "ok" and trial.measurement is not None and self.may_win(trial, trial.measurement)
+        ]
+
+    def _loss(self, trial: Trial) -> float | None:
+        """At the speed that the device had during the baseline."""
+        return loss_of(
+            trial,
+            self._task.settings.objective,
+            self._task.planned,
+            pulse_s=self.reference.pulse_s,
+            reference=self.reference,
+        )
+
+    def _rate(self, trial: Trial) -> float:
+        """Samples a second, at the speed that the device had during the baseline."""
+        return (trial.samples_per_s or 0.0) * slowdown(trial.pulse_s, self.reference.pulse_s)
+
+    def _stop_pulse(self) -> None:
+        self._pulse.close()
+        self._pulse_s = None

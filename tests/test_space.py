@@ -1,0 +1,125 @@
+"""What may be tried, in which order, and what counts as better."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import optuna
+import pytest
+
+from autotune.measurement import Trial
+from autotune.search.memory import MemoryModel
+from autotune.search.objective import PlannedRun, hopeless, loss_of
+from autotune.search.sampling import Sampler
+from autotune.search.space import Space, build_space, expert_guess
+from autotune.strategy import Strategy
+from autotune.trial.worker import Progress
+from tests import factories
+from tests.scripted import CPU, Prepared
+
+GIB = 2**30
+
+
+def test_only_what_the_probe_allows_is_in_the_space(prepared: Prepared) -> None:
+    space = build_space(
+        factories.hardware(
+            matmul__fp16="too slow: 1 GFLOP/s against 200 in fp32",
+            attention__sdpa_flash__bf16="refused: no kernel",
+            compile__default="refused: no C++ compiler",
+        ),
+        CPU,
+        prepared[1],
+    )
+    assert "fp16" not in space.values["precision"]
+    assert "default" not in space.values["compile"]
+    assert space.left_out["precision=fp16"] == "too slow: 1 GFLOP/s against 200 in fp32"
+    assert ("sdpa_flash", "fp32") in space.pairs
+    assert ("sdpa_flash", "bf16") not in space.pairs
+    asked = [space.strategy(dict(zip(space.values, values, strict=True))) for values in _some(space)]
+    assert [s.precision for s in asked if s.attention == "sdpa_flash" and not space.refusal(s)].count("bf16") == 0
+
+
+def _some(space: Space) -> list[tuple[Any, ...]]:
+    return list(itertools.product(*space.values.values()))
+
+
+def test_what_is_too_slow_is_searched_when_asked_for_and_what_is_refused_is_not(prepared: Prepared) -> None:
+    hardware = factories.hardware(
+        matmul__fp16="too slow: 1 GFLOP/s against 200 in fp32", compile__default="refused: no C++ compiler"
+    )
+    space = build_space(hardware, CPU, prepared[1], includes_slow=True)
+    assert "fp16" in space.values["precision"]
+    assert space.values["compile"] == ("none",)
+
+
+def test_under_a_memory_budget_memory_that_grows_is_left_out(prepared: Prepared) -> None:
+    space = build_space(factories.hardware(), CPU, prepared[1], has_memory_budget=True)
+    assert space.values["allocator"] == ("default",)
+    assert "twice" in space.left_out["allocator=retain"]
+
+
+def test_cuda_graphs_are_not_combined_with_accumulation(prepared: Prepared) -> None:
+    space = build_space(factories.hardware(), CPU, prepared[1])
+    graphs = Strategy(micro_batch=8, accumulation=4, compile="reduce-overhead")
+    assert "169545" in (space.refusal(graphs) or "")
+    assert space.refusal(Strategy(micro_batch=32, compile="reduce-overhead")) is None
+
+
+def test_the_sampler_never_proposes_what_the_space_refuses(prepared: Prepared) -> None:
+    space = build_space(factories.hardware(attention__sdpa_flash__bf16="no"), CPU, prepared[1])
+    sampler = Sampler(space, optuna.create_study(), seed=0)
+    for _ in range(60):
+        strategy = sampler.ask()
+        assert strategy is not None
+        assert space.refusal(strategy) is None
+        sampler.tell(1.0)
+
+
+def test_the_guess_takes_the_fastest_that_the_probe_measured(prepared: Prepared) -> None:
+    hardware = factories.hardware(matmul__bf16="refused: no", attention__sdpa_flash__fp16="refused: no")
+    guess = expert_guess(build_space(hardware, CPU, prepared[1]), hardware, CPU)
+    assert (guess.precision, guess.attention) == ("fp16", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("laps", "rate", "is_compiled", "is_hopeless"),
+    [
+        (1, 1.0, False, False),
+        (2, 4.0, False, True),
+        (2, 7.0, False, False),
+        (3, 7.0, False, True),
+        (3, 9.0, False, False),
+        (3, 1.0, True, False),
+        (4, 1.0, True, True),
+    ],
+)
+def test_a_trial_is_given_up_only_when_far_behind(laps: int, rate: float, is_compiled: bool, is_hopeless: bool) -> None:
+    progress = Progress(stage="timing", num_laps=laps, samples_per_s=rate)
+    assert (hopeless(progress, 10.0, is_compiled) is not None) == is_hopeless
+
+
+def test_the_loss_is_the_planned_run_or_the_peak() -> None:
+    planned = PlannedRun(num_train=1000, num_test=300, epochs=2)
+    trial = factories.trial(measurement=factories.measurement(10.0, warm_up_s=7.0))
+    assert loss_of(trial, "time", planned) == pytest.approx(7 + 2 * (100 + 10))
+    assert loss_of(trial, "memory", planned) == GIB
+    pruned = factories.trial(outcome="pruned", measurement=None, samples_per_s=5.0)
+    assert loss_of(pruned, "time", planned, reference=trial) == pytest.approx(2 * (7 + 2 * (100 + 10)))
+    assert loss_of(pruned, "memory", planned, reference=trial) is None
+
+
+def test_two_trials_of_a_kind_predict_the_others_peak() -> None:
+    model = MemoryModel()
+
+    def sized(micro_batch: int, peak_bytes: int) -> Trial:
+        strategy = Strategy(micro_batch=micro_batch, accumulation=32 // micro_batch)
+        return factories.trial(strategy=strategy, measurement=factories.measurement(peak_memory_bytes=peak_bytes))
+
+    assert model.predict(sized(8, 0).strategy) is None
+    model.learn(sized(1, 150))
+    model.learn(sized(2, 200))
+    assert model.predict(sized(32, 0).strategy) == pytest.approx(100 + 50 * 32, abs=1)
+    assert model.is_over(sized(32, 0).strategy, 1000)
+    assert not model.is_over(sized(16, 0).strategy, 1000)
+    assert model.predict(Strategy(micro_batch=32, precision="bf16")) is None

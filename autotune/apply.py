@@ -181,6 +181,8 @@ def apply(
     device = torch_device(backend)
     backend.set_precision(strategy.precision)
     backend.set_allocator(strategy.allocator)
+    if strategy.padding != "max":
+        backend.limit_kernel_caches()
     model = workload.build_model() if model is None else model
     _set_knobs(model, strategy)
     model.to(device).train()

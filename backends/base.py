@@ -97,6 +97,10 @@ class Backend(Protocol):
     def set_allocator(self, allocator: Allocator) -> None:
         """Puts the allocator setting in force for this process, for good. Raises RuntimeError where it cannot."""
 
+    def limit_kernel_caches(self) -> None:
+        """Called where inputs change their shape from batch to batch, before any is computed: keeps kernels that are
+        cached by shape from taking memory without end."""
+
     def start_memory_window(self) -> None:
         """Peak memory counts from here. Called before the model is built, so that the model counts."""
 

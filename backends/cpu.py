@@ -34,6 +34,9 @@ pins_memory = False
 guess_micro_batch: int | None = 8
 guess_compile: Compile = "none"
 
+KERNELS_KEPT = 64
+"""Three padded widths' worth for an encoder, whose layers share their shapes; 32 were as fast."""
+
 _OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "std::bad_alloc")
 
 # Units beyond the plain vector width that decide how fast bf16 and fp16 matmuls run: /proc/cpuinfo's words, ours
@@ -109,6 +112,17 @@ def set_allocator(allocator: Allocator) -> None:
     for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 64 * 2**20)):
         if mallopt(parameter, value) != 1:
             raise RuntimeError(f"mallopt({parameter}, {value}) was refused by the C library")
+
+
+def limit_kernel_caches() -> None:
+    """Lets oneDNN, and torch's layer over it, keep 64 kernels each, not 1024, unless the user set another number.
+
+    A kernel made for one shape takes about a quarter of a MiB, and an encoder's step some twenty a padded width: the
+    caches grew by 8 MiB a step through an imdb epoch, which in turn fragmented the heap to twice its size
+    (docs/LOG.md 2026-11-22; the growth is pytorch#32037's). Has no effect in a process that has used oneDNN before.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(KERNELS_KEPT))
 
 
 def start_memory_window() -> None:

@@ -35,6 +35,7 @@ _script: Callable[[], None] | None = None
 unavailable = cpu.unavailable
 set_precision = cpu.set_precision
 set_allocator = cpu.set_allocator
+limit_kernel_caches = cpu.limit_kernel_caches
 start_memory_window = cpu.start_memory_window
 peak_memory_bytes = cpu.peak_memory_bytes
 is_out_of_memory = cpu.is_out_of_memory

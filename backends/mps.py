@@ -73,6 +73,10 @@ def set_allocator(allocator: Allocator) -> None:
         raise RuntimeError(f"allocator {allocator} is for CPUs; torch retains this device's memory by itself")
 
 
+def limit_kernel_caches() -> None:
+    """Does nothing: Metal keeps its graphs in host memory, out of reach."""
+
+
 def start_memory_window() -> None:
     """Starts to sample what Metal has given to this process, each 20 ms, until the next window or the process's end."""
     import torch

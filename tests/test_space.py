@@ -53,12 +53,6 @@ def test_what_is_too_slow_is_searched_when_asked_for_and_what_is_refused_is_not(
     assert space.values["compile"] == ("none",)
 
 
-def test_under_a_memory_budget_memory_that_grows_is_left_out(prepared: Prepared) -> None:
-    space = build_space(factories.hardware(), CPU, prepared[1], has_memory_budget=True)
-    assert space.values["allocator"] == ("default",)
-    assert "twice" in space.left_out["allocator=retain"]
-
-
 def test_cuda_graphs_are_not_combined_with_accumulation(prepared: Prepared) -> None:
     space = build_space(factories.hardware(), CPU, prepared[1])
     graphs = Strategy(micro_batch=8, accumulation=4, compile="reduce-overhead")

@@ -46,7 +46,7 @@ def result() -> Result:
     trials = (
         factories.trial(0),
         factories.trial(1, BEST, measurement=fast),
-        factories.trial(2, outcome="oom", reason="7.10 GiB is over the memory budget of 6.00 GiB", measurement=None),
+        factories.trial(2, outcome="oom", reason="7.10 GiB is over the memory limit of 6.00 GiB", measurement=None),
     )
     return Result(
         baseline=trials[0],
@@ -117,7 +117,7 @@ def test_the_summary_tells_baseline_best_change_and_the_three_lines() -> None:
 def test_the_display_tells_the_trial_under_way_and_why_others_failed() -> None:
     text = "\n".join(rendered(search_display().render(), 120))
     assert "trial 2" in text
-    assert "7.10 GiB is over the memory budget" in text
+    assert "7.10 GiB is over the memory limit" in text
     assert "5.00x the baseline" in text
     assert "left" in text
 

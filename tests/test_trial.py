@@ -62,7 +62,7 @@ def test_a_trial_over_its_time_is_killed_and_recorded(ref: WorkloadRef) -> None:
 def test_a_trial_over_the_memory_budget_is_oom_with_both_figures(ref: WorkloadRef) -> None:
     trial = run_trial(0, job(ref), timeout_s=60, memory_limit_bytes=2**20)
     assert trial.outcome == "oom"
-    assert "over the memory budget of 1.00 MiB" in trial.reason
+    assert "over the memory limit of 1.00 MiB" in trial.reason
 
 
 def test_a_hopeless_trial_is_pruned_with_the_reason_given(ref: WorkloadRef) -> None:

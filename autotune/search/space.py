@@ -76,10 +76,8 @@ def build_space(
     workload: Workload,
     *,
     includes_slow: bool = False,
-    has_memory_budget: bool = False,
 ) -> Space:
-    """Only what the probe saw run, and run well; under a memory budget only what a trial's peak can be trusted for. The
-    baseline's own values are always in."""
+    """Only what the probe saw run, and run well. The baseline's own values are always in."""
     left_out: dict[str, str] = {}
 
     def allowed(knob: str, value: str, *capabilities: str) -> bool:
@@ -100,9 +98,6 @@ def build_space(
     attentions = [a for a in backend.attention if any((a, p) in pairs for p in precisions)]
     compile_modes = [c for c in backend.compile_modes if c == "none" or allowed("compile", c, f"compile.{c}")]
     allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]
-    if has_memory_budget and "retain" in allocators:
-        allocators.remove("retain")
-        left_out["allocator=retain"] = "takes up to twice its trial's memory in a long run; there is a memory budget"
     checkpoints = [c for c in get_args(Checkpoint) if workload.num_blocks >= _EVERY_NEEDS_BLOCKS[c]]
     for checkpoint in set(get_args(Checkpoint)) - set(checkpoints):
         left_out[f"checkpoint={checkpoint}"] = f"nothing of its own to recompute with {workload.num_blocks} blocks"

@@ -205,7 +205,7 @@ def run_trial(
 
 def over_budget(taken_bytes: int, limit_bytes: int) -> str:
     """The reason for a trial that took too much."""
-    return f"{format_bytes(taken_bytes)} is over the memory budget of {format_bytes(limit_bytes)}"
+    return f"{format_bytes(taken_bytes)} is over the memory limit of {format_bytes(limit_bytes)}"
 
 
 __all__ = ["ORDINARY", "Command", "Session", "TrialEndedError", "over_budget", "run_trial"]

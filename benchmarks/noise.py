@@ -66,7 +66,7 @@ class Slowed(nn.Module):
     def __init__(self, share: float) -> None:
         super().__init__()
         self.encoder = EncoderClassifier(
-            vocabulary_size=8, max_tokens=TOKENS, width=64, num_heads=4, ffn_width=256, num_layers=2
+            vocabulary_size=8, max_tokens=TOKENS, width=64, num_heads=4, ffn_width=256, num_layers=1
         )
         self.share = share
         self.start_s = 0.0
@@ -108,7 +108,7 @@ class Noise:
             train=data,
             test=data,
             max_tokens=TOKENS,
-            num_blocks=2,
+            num_blocks=1,
         )
 
 

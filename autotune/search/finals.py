@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import msgspec
+import numpy as np
 
 from autotune.backends.cpu import usable_cores
 from autotune.contention import Load
@@ -23,13 +24,19 @@ EVAL_BATCHES = 2
 EVAL_ROUNDS = 3
 QUIET_SHARE = 0.075
 """A round in which other processes, or the hypervisor, took more than this share of the cores is a disturbed one."""
+WAIT_S = 2.0
+"""Where rounds are shorter than this, one that others disturb is left unfinished, and begun again when they leave the
+cores alone or so much has passed."""
+LOOK_S = 0.1
+"""The cores' accounting goes by hundredths of a second: shorter looks see nothing or all."""
 MIN_QUIET = 5
 """With so many quiet rounds the disturbed ones do not count. Which they are is told by the cores, not by the times."""
 MAX_LAPS = 2
 """Laps of one turn at most: consecutive ones cover the lengths. The slowest entrant takes one."""
-MIN_ROUNDS, MAX_ROUNDS = 3, 60
-ROUNDS_A_PROCESS = 2
-"""A B, B A: both come first once."""
+MIN_ROUNDS, MAX_ROUNDS = 3, 1000
+PROCESSES, LIFE_S = 12, 2.0
+"""Where processes are replaced, each entrant gets about so many in a race, or more where they would live longer than
+this: enough for ranks, with some to spare for those that were disturbed all along."""
 OPENING_S = 0.4
 """About what a fresh process and its first lap cost where laps are short."""
 NARROW = 0.02
@@ -45,8 +52,8 @@ class Final(msgspec.Struct, frozen=True, kw_only=True):
     measurement: Measurement
     """All its laps in the race."""
     epoch_s: tuple[float, ...]
-    """Seconds of a training epoch, by round, or by process where processes were replaced; without the rounds that other
-    work disturbed, where enough were not."""
+    """Seconds of a training epoch, by round, or by process where processes were replaced (the median of its rounds,
+    relative to the other entrants'); without the rounds that other work disturbed, where enough were not."""
 
 
 class Entrant(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,8 +68,8 @@ class Race:
     time; an entrant that fails is left out, as its rivals go on.
 
     Two processes of one setting differ by some percent for as long as they live, by where their memory came to lie. So
-    processes are replaced after every two rounds, and the two count as one, where enough of such pairs fit into the
-    time; else every process lives through the race and every round counts.
+    processes are replaced after some rounds, which then count as one, where enough such lives fit into the time; else
+    every process lives through the race and every round counts.
     """
 
     def __init__(self, entrants: Sequence[Entrant], *, timeout_s: float, memory_limit_bytes: int) -> None:
@@ -73,6 +80,9 @@ class Race:
         self._measurements: dict[int, list[Measurement]] = {entrant.trial.number: [] for entrant in entrants}
         self._num_cores = usable_cores()
         self._is_quiet: list[bool] = []
+        self._lives: list[int] = []
+        """Which process of an entrant's, by round: the first, the second, ..."""
+        self._num_lives = 0
         self._is_replacing = False
         self.num_rounds = 0
         """Rounds that all entrants have finished."""
@@ -87,23 +97,30 @@ class Race:
         Never ends before ``MIN_ROUNDS``. The rule looks at the intervals' width only: one that also waited for a
         verdict would find one in noise.
         """
-        start = time.monotonic()
+        start = born = time.monotonic()
+        life_s, round_s = 0.0, math.inf
         max_rounds = MAX_ROUNDS if max_rounds is None else max_rounds
         with contextlib.ExitStack() as stack:
             self._open(stack, longest=True)
             while len(self._running) > 1 or self.num_rounds == 0:
                 began = time.monotonic()
-                self._round()
+                if not self._round(gives_up=round_s <= WAIT_S):
+                    self._await_quiet()
+                    began = time.monotonic()
+                    self._round(gives_up=False)
                 on_round(self.num_rounds)
                 now = time.monotonic()
+                round_s = min(round_s, now - began)
                 is_out = self.num_rounds >= max_rounds or 2 * now - began - start > enough_s
                 if not self._running or (self.num_rounds >= MIN_ROUNDS and (is_out or self._is_known())):
                     return
-                if self.num_rounds == ROUNDS_A_PROCESS:
-                    pair_s = ROUNDS_A_PROCESS * (now - began) + OPENING_S * len(self._running)
+                if self.num_rounds == 2:  # A B, B A: both came first once
+                    shortest_s = 2 * round_s + OPENING_S * len(self._running)
                     is_cheap = all(entrant.job.strategy.compile == "none" for entrant in self._running)
-                    self._is_replacing = is_cheap and min(enough_s / pair_s, max_rounds / 2) >= MIN_RANKED
-                if self._is_replacing and self.num_rounds % ROUNDS_A_PROCESS == 0:
+                    self._is_replacing = is_cheap and min(enough_s / shortest_s, max_rounds / 2) >= MIN_RANKED
+                    life_s = max(shortest_s, min(enough_s / PROCESSES, LIFE_S))
+                if self._is_replacing and self.num_rounds % 2 == 0 and now - born >= life_s:
+                    born = now
                     self._open(stack, longest=False)
 
     @property
@@ -120,24 +137,27 @@ class Race:
             Final(
                 trial=entrant.trial,
                 measurement=_middle(self._measurements[entrant.trial.number]),
-                epoch_s=self._counted(self._epochs[entrant.trial.number]),
+                epoch_s=epoch_s,
             )
-            for entrant in self._running
+            for entrant, epoch_s in zip(self._running, self._counted(), strict=True)
         ]
 
-    def _counted(self, epoch_s: list[float]) -> tuple[float, ...]:
-        """One figure for each process's rounds, or for each round; those that do not count left out."""
-        size = ROUNDS_A_PROCESS if self._is_replacing else 1
-        counts = [is_quiet or not self.num_disturbed for is_quiet in self._is_quiet]
-        found = []
-        for first in range(0, self.num_rounds, size):
-            rounds = range(first, min(first + size, self.num_rounds))
-            if kept := [epoch_s[number] for number in rounds if counts[number]]:
-                found.append(statistics.geometric_mean(kept))
-        return tuple(found)
+    def _counted(self) -> list[tuple[float, ...]]:
+        """Each entrant's figures: one for each life, or for each round; rounds that do not count left out."""
+        logs = np.log([self._epochs[entrant.trial.number][: self.num_rounds] for entrant in self._running])
+        levels = logs.mean(0)
+        counts = np.array(self._is_quiet) | (not self.num_disturbed)
+        lives = np.array(self._lives) if self._is_replacing else np.arange(self.num_rounds)
+        found = [
+            np.median(levels[rounds]) + np.median(logs[:, rounds] - levels[rounds], axis=1)
+            for life in range(lives[-1] + 1)
+            if (rounds := counts & (lives == life)).any()
+        ]
+        return [tuple(epoch_s) for epoch_s in np.exp(found).T.tolist()]
 
     def _open(self, stack: contextlib.ExitStack, *, longest: bool) -> None:
         """Fresh processes for all, warmed up. With ``longest``, their peak memory is that of the longest batch."""
+        self._num_lives += 1
         for entrant in list(self._running):
             number = entrant.trial.number
             if number in self._sessions:
@@ -153,18 +173,39 @@ class Race:
             if (done := self._turn(entrant, Command(min_laps=laps, longest=longest))) is not None:
                 self._measurements[number].append(done.measurement)
 
-    def _round(self) -> None:
+    def _round(self, *, gives_up: bool) -> bool:
+        """One turn of each. With ``gives_up``, a round that others disturb is left unfinished: False."""
         eval_batches = EVAL_BATCHES if self.num_rounds < EVAL_ROUNDS else 0
         order = list(self._running) if self.num_rounds % 2 == 0 else list(reversed(self._running))
         before_s, load = self._cpu_s(), Load()
+        epochs: dict[int, float] = {}
+        is_quiet = True
         for entrant in order:
             done = self._turn(entrant, Command(min_laps=self._laps(entrant), eval_batches=eval_batches))
             if done is not None:
-                self._epochs[entrant.trial.number].append(done.epoch_s)
+                epochs[entrant.trial.number] = done.epoch_s
                 self._measurements[entrant.trial.number][-1] = done.measurement
-        spent_s = sum(after - before_s[number] for number, after in self._cpu_s().items())
-        self._is_quiet.append(load.busy_cores(self._num_cores, spent_s) <= QUIET_SHARE * self._num_cores)
+            spent_s = sum(after - before_s[number] for number, after in self._cpu_s().items())
+            is_quiet = self._finds_quiet(load, spent_s)
+            if gives_up and not is_quiet and entrant is not order[-1]:
+                return False
+        for number, epoch_s in epochs.items():
+            self._epochs[number].append(epoch_s)
+        self._is_quiet.append(is_quiet)
+        self._lives.append(self._num_lives - 1)
         self.num_rounds += 1
+        return True
+
+    def _await_quiet(self) -> None:
+        end = time.monotonic() + WAIT_S
+        while (left_s := end - time.monotonic()) > 0:
+            load = Load()
+            time.sleep(min(LOOK_S, left_s))
+            if self._finds_quiet(load, 0.0):
+                return
+
+    def _finds_quiet(self, load: Load, spent_s: float) -> bool:
+        return load.busy_cores(self._num_cores, spent_s) <= QUIET_SHARE * self._num_cores
 
     def _turn(self, entrant: Entrant, command: Command) -> Done | None:
         try:

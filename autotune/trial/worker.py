@@ -148,6 +148,7 @@ def _serve(connection: Connection, job: Job) -> None:
             )
             return Soaked(num_steps=num_steps, peak_memory_bytes=backend.peak_memory_bytes())
         first = len(timer.laps)
+        timer.resume()
         time_until(
             timer,
             min_laps=command.min_laps,

@@ -11,13 +11,14 @@ from autotune.measurement import Interval
 MIN_RANKED = 8
 """Pairs from which on the interval rests on ranks; fewer have too few orders for one of 95 %."""
 _RESAMPLES = 4000
+_MAX_SHIFTS = 2000
 Values = NDArray[np.float64]
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % quantiles of Student's t for 1 to 10 degrees of freedom (Fisher and Yates 1938, table III); the last serves
 for more."""
 
 
-def paired_ratio(slow_s: Sequence[float], fast_s: Sequence[float]) -> Interval:
+def paired_ratio(slow_s: Sequence[float], fast_s: Sequence[float], clusters: Sequence[int] | None = None) -> Interval:
     """How many times longer ``slow_s`` took than ``fast_s``, round by round, with a 95 % interval.
 
     Drift that hits both sides of a round cancels. From eight rounds on the ratio is the Hodges-Lehmann estimate of the
@@ -25,13 +26,18 @@ def paired_ratio(slow_s: Sequence[float], fast_s: Sequence[float]) -> Interval:
     that other work disturbed moves neither far. With fewer rounds, their geometric mean and Student's t. Not the
     bootstrap: where few rounds happen to agree it claims a certainty that nobody has. A single round has no interval:
     it is 0 to infinity.
+
+    ``clusters`` names the rounds that may share an error, such as those of one pair of processes: the interval is then
+    the signed-rank one for clustered data (Rosner, Glynn and Lee 2006, Biometrics 62), its quantile Student's.
     """
     if len(slow_s) != len(fast_s) or not slow_s:
         raise ValueError(f"paired rounds must match and exist, got {len(slow_s)} and {len(fast_s)}")
     logs = np.log(np.asarray(slow_s) / np.asarray(fast_s))
     if len(logs) == 1:
         return Interval(ratio=math.exp(logs[0]), low=0.0, high=math.inf)
-    if len(logs) >= MIN_RANKED:
+    if len(logs) >= MIN_RANKED and clusters is not None and len(set(clusters)) > 1:
+        low, middle, high = _clustered_signed_rank(logs, clusters)
+    elif len(logs) >= MIN_RANKED:
         low, middle, high = _signed_rank(logs)
     else:
         middle, margin = float(logs.mean()), _t_margin(logs)
@@ -60,18 +66,45 @@ def ratio_of_means(slow_s: Sequence[float], fast_s: Sequence[float], seed: int =
     return Interval(ratio=float(slow.mean() / fast.mean()), low=float(low), high=float(high))
 
 
+def _t_quantile(degrees: int) -> float:
+    return _T_975[min(degrees, len(_T_975)) - 1]
+
+
 def _t_margin(values: Values) -> float:
-    quantile = _T_975[min(len(values) - 1, len(_T_975)) - 1]
-    return quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return _t_quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def _signed_rank(values: Values) -> tuple[float, float, float]:
     """Lower end, estimate and upper end: the averages of all pairs in order, and as many left out at either side as the
     signed-rank statistic falls below with a probability of 2.5 %."""
-    rows, columns = np.triu_indices(len(values))
-    averages = np.sort((values[rows] + values[columns]) / 2)
+    averages = _walsh_averages(values)
     rank = _signed_rank_quantile(len(values))
     return float(averages[rank - 1]), float(np.median(averages)), float(averages[-rank])
+
+
+def _clustered_signed_rank(values: Values, clusters: Sequence[int]) -> tuple[float, float, float]:
+    """The shifts that the clustered test does not reject, and the middle one.
+
+    The sum of the signed ranks over the root of the summed squares of its clusters' parts is a mean of k cluster sums
+    over its own spread about zero: of the size z where Student's t of k - 1 degrees is z sqrt((k - 1) / (k - z^2)).
+    """
+    averages = _walsh_averages(values)
+    shifts = np.quantile(averages, np.linspace(0, 1, min(len(averages), _MAX_SHIFTS)))
+    distances = values - shifts[:, None]
+    ranks = np.abs(distances).argsort(1).argsort(1) + 1
+    _, cluster_of = np.unique(clusters, return_inverse=True)
+    count = int(cluster_of.max()) + 1
+    sums = (np.sign(distances) * ranks) @ (cluster_of[:, None] == np.arange(count))
+    quantile = _t_quantile(count - 1)
+    limit = quantile * math.sqrt(count / (count - 1 + quantile**2))
+    kept = shifts[np.abs(sums.sum(1)) <= limit * np.sqrt((sums**2).sum(1))]
+    return float(kept.min()), float(np.median(averages)), float(kept.max())
+
+
+def _walsh_averages(values: Values) -> Values:
+    """The averages of all pairs, each value with itself among them, in order."""
+    rows, columns = np.triu_indices(len(values))
+    return np.sort((values[rows] + values[columns]) / 2)
 
 
 def _signed_rank_quantile(count: int) -> int:

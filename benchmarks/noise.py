@@ -26,8 +26,7 @@ from autotune.apply import apply
 from autotune.data.batching import Indices
 from autotune.measurement import Interval, Trial
 from autotune.models.encoder import EncoderClassifier
-from autotune.search.finals import Entrant, Race
-from autotune.stats import paired_ratio
+from autotune.search.finals import Entrant, Race, ratio
 from autotune.strategy import Strategy
 from autotune.trial.worker import Job
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
@@ -127,7 +126,7 @@ def raced(share: float, seconds: float) -> tuple[Interval, str]:
     race = Race([entrant(0, "0"), entrant(1, str(share))], timeout_s=120, memory_limit_bytes=2**40)
     race.run(enough_s=seconds)
     a, b = race.finals()
-    return paired_ratio(b.epoch_s, a.epoch_s), f"{race.num_rounds} rounds, {race.num_disturbed} disturbed"
+    return ratio(b, a), f"{race.num_rounds} rounds, {race.num_disturbed} disturbed"
 
 
 def calibrated() -> float:

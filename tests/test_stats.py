@@ -87,6 +87,24 @@ def test_the_interval_of_rivals_that_are_the_same_holds_one(count: int) -> None:
     assert holds >= 0.935 * 400
 
 
+@pytest.mark.parametrize(("between", "lives", "longest"), [(0.02, 12, 8), (0.0, 12, 8), (0.05, 8, 6), (0.02, 5, 6)])
+def test_rounds_that_share_their_processes_are_not_taken_for_independent(
+    between: float, lives: int, longest: int
+) -> None:
+    generator = np.random.default_rng(0)
+    holds, holds_alone = 0, 0
+    for _ in range(300):
+        sizes = generator.integers(1, longest + 1, lives)
+        clusters = np.repeat(np.arange(lives), sizes)
+        logs = np.repeat(generator.normal(0, between, lives), sizes) + 0.02 * generator.standard_t(3, sizes.sum())
+        found = paired_ratio(list(np.exp(logs)), [1.0] * len(logs), clusters.tolist())
+        alone = paired_ratio(list(np.exp(logs)), [1.0] * len(logs))
+        holds += found.low <= 1 <= found.high
+        holds_alone += alone.low <= 1 <= alone.high
+    assert 0.92 * 300 <= holds <= 0.99 * 300
+    assert holds_alone < 0.85 * 300 or between < 0.05, "the test must be able to fail"
+
+
 def test_the_margin_of_one_value_is_unknown_and_shrinks_with_their_number() -> None:
     assert math.isinf(relative_margin([1.0]))
     assert relative_margin([1.0, 1.1, 0.9] * 5) < relative_margin([1.0, 1.1, 0.9])

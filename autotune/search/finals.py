@@ -7,9 +7,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
-import numpy as np
 
 from autotune.backends.cpu import usable_cores
 from autotune.contention import Load
@@ -18,6 +18,8 @@ from autotune.stats import MIN_RANKED, paired_ratio
 from autotune.strategy import Strategy
 from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Command, Done, Job
+
+T = TypeVar("T")
 
 EVAL_BATCHES = 2
 """Evaluation batches of each of the first rounds."""
@@ -36,7 +38,7 @@ MAX_LAPS = 2
 MIN_ROUNDS, MAX_ROUNDS = 3, 1000
 PROCESSES, LIFE_S = 12, 2.0
 """Where processes are replaced, each entrant gets about so many in a race, or more where they would live longer than
-this: enough for ranks, with some to spare for those that were disturbed all along."""
+this: enough clusters for an interval, with some to spare for those that were disturbed all along."""
 OPENING_S = 0.4
 """About what a fresh process and its first lap cost where laps are short."""
 NARROW = 0.02
@@ -52,8 +54,9 @@ class Final(msgspec.Struct, frozen=True, kw_only=True):
     measurement: Measurement
     """All its laps in the race."""
     epoch_s: tuple[float, ...]
-    """Seconds of a training epoch, by round, or by process where processes were replaced (the median of its rounds,
-    relative to the other entrants'); without the rounds that other work disturbed, where enough were not."""
+    """Seconds of a training epoch, by round; without the rounds that other work disturbed, where enough were not."""
+    lives: tuple[int, ...] | None = None
+    """Which process ran each of these rounds, the same for all entrants, where processes were replaced."""
 
 
 class Entrant(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,8 +71,8 @@ class Race:
     time; an entrant that fails is left out, as its rivals go on.
 
     Two processes of one setting differ by some percent for as long as they live, by where their memory came to lie. So
-    processes are replaced after some rounds, which then count as one, where enough such lives fit into the time; else
-    every process lives through the race and every round counts.
+    processes are replaced after some rounds, which the interval takes as a cluster, where enough such lives fit into
+    the time; else every process lives through the race.
     """
 
     def __init__(self, entrants: Sequence[Entrant], *, timeout_s: float, memory_limit_bytes: int) -> None:
@@ -137,23 +140,19 @@ class Race:
             Final(
                 trial=entrant.trial,
                 measurement=_middle(self._measurements[entrant.trial.number]),
-                epoch_s=epoch_s,
+                epoch_s=self._counted(self._epochs[entrant.trial.number]),
+                lives=self._counted(self._lives) if self._is_replacing else None,
             )
-            for entrant, epoch_s in zip(self._running, self._counted(), strict=True)
+            for entrant in self._running
         ]
 
-    def _counted(self) -> list[tuple[float, ...]]:
-        """Each entrant's figures: one for each life, or for each round; rounds that do not count left out."""
-        logs = np.log([self._epochs[entrant.trial.number][: self.num_rounds] for entrant in self._running])
-        levels = logs.mean(0)
-        counts = np.array(self._is_quiet) | (not self.num_disturbed)
-        lives = np.array(self._lives) if self._is_replacing else np.arange(self.num_rounds)
-        found = [
-            np.median(levels[rounds]) + np.median(logs[:, rounds] - levels[rounds], axis=1)
-            for life in range(lives[-1] + 1)
-            if (rounds := counts & (lives == life)).any()
-        ]
-        return [tuple(epoch_s) for epoch_s in np.exp(found).T.tolist()]
+    def _counted(self, by_round: list[T]) -> tuple[T, ...]:
+        """The rounds that count."""
+        return tuple(
+            value
+            for value, is_quiet in zip(by_round, self._is_quiet, strict=True)
+            if is_quiet or not self.num_disturbed
+        )
 
     def _open(self, stack: contextlib.ExitStack, *, longest: bool) -> None:
         """Fresh processes for all, warmed up. With ``longest``, their peak memory is that of the longest batch."""
@@ -231,10 +230,10 @@ class Race:
 
     def _is_known(self) -> bool:
         first, *others = self.finals()
-        if len(first.epoch_s) < MIN_RANKED:
+        if len(first.epoch_s if first.lives is None else set(first.lives)) < MIN_RANKED:
             return False
-        ratios = [paired_ratio(first.epoch_s, other.epoch_s) for other in others]
-        return all(ratio.high / ratio.ratio - 1 <= NARROW and 1 - ratio.low / ratio.ratio <= NARROW for ratio in ratios)
+        ratios = [ratio(first, other) for other in others]
+        return all(found.high / found.ratio - 1 <= NARROW and 1 - found.low / found.ratio <= NARROW for found in ratios)
 
 
 def _middle(measurements: Sequence[Measurement]) -> Measurement:
@@ -279,11 +278,11 @@ def num_changed(strategy: Strategy) -> int:
     return len(strategy.changed(plain).keys() - {"accumulation"})
 
 
-def speedup(baseline: Final, best: Final) -> Interval:
-    """How many times faster the best trains than the baseline, paired by round."""
-    return paired_ratio(baseline.epoch_s, best.epoch_s)
+def ratio(slow: Final, fast: Final) -> Interval:
+    """How many times faster one trains than the other, paired by round."""
+    return paired_ratio(slow.epoch_s, fast.epoch_s, slow.lives)
 
 
 def _ties(best: Final, other: Final, loss_ratio: float) -> bool:
-    interval = paired_ratio(other.epoch_s, best.epoch_s)
+    interval = ratio(other, best)
     return loss_ratio <= 1 + TIE and interval.low <= 1.0 <= interval.high

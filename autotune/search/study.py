@@ -12,7 +12,7 @@ import msgspec
 from autotune.errors import AutotuneError, InterruptedSearchError
 from autotune.measurement import Interval, Measurement, Trial
 from autotune.search import finals, proof
-from autotune.search.finals import Entrant, Final, Race, ranked, speedup
+from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.search.journal import open_journal
 from autotune.search.objective import loss_of
 from autotune.search.proof import Proof, prove, reference_losses
@@ -113,9 +113,7 @@ class _Search:
             memory_limit_bytes=task.machine_limit_bytes,
         )
         self.observer.on_race(0, len(entrants) + 1)
-        race.run(
-            enough_s=min(share_s, left_s), on_round=lambda done: self.observer.on_race(done, len(entrants) + 1)
-        )
+        race.run(enough_s=min(share_s, left_s), on_round=lambda done: self.observer.on_race(done, len(entrants) + 1))
         for number, end in race.failures.items():
             self.trials.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
 
@@ -208,7 +206,7 @@ class _Search:
         was_raced = {reference.number, best.number} <= entered.keys()
         ratio = Interval(ratio=1.0, low=1.0, high=1.0)
         if best is not reference and was_raced:
-            ratio = speedup(entered[reference.number], entered[best.number])
+            ratio = finals.ratio(entered[reference.number], entered[best.number])
         elif best is not reference and best.measurement and reference.measurement:
             ratio = ratio_of_means(reference.measurement.epoch_s, best.measurement.epoch_s)
 

@@ -28,14 +28,14 @@ QUIET_SHARE = 0.075
 """A round in which other processes, or the hypervisor, took more than this share of the cores is a disturbed one."""
 WAIT_S = 2.0
 """Where rounds are shorter than this, one that others disturb is left unfinished, and begun again when they leave the
-cores alone or so much has passed."""
+cores alone or so much has passed. Each wait in vain doubles the rounds that are finished before the next."""
 LOOK_S = 0.1
 """The cores' accounting goes by hundredths of a second: shorter looks see nothing or all."""
 MIN_QUIET = 5
 """With so many quiet rounds the disturbed ones do not count. Which they are is told by the cores, not by the times."""
 MAX_LAPS = 2
 """Laps of one turn at most: consecutive ones cover the lengths. The slowest entrant takes one."""
-MIN_ROUNDS, MAX_ROUNDS = 3, 1000
+MIN_ROUNDS, MAX_ROUNDS = 3, 60
 PROCESSES, LIFE_S = 12, 2.0
 """Where processes are replaced, each entrant gets about so many in a race, or more where they would live longer than
 this: enough clusters for an interval, with some to spare for those that were disturbed all along."""
@@ -102,13 +102,16 @@ class Race:
         """
         start = born = time.monotonic()
         life_s, round_s = 0.0, math.inf
+        patient_until, patience = 0, 1
         max_rounds = MAX_ROUNDS if max_rounds is None else max_rounds
         with contextlib.ExitStack() as stack:
             self._open(stack, longest=True)
             while len(self._running) > 1 or self.num_rounds == 0:
                 began = time.monotonic()
-                if not self._round(gives_up=round_s <= WAIT_S):
-                    self._await_quiet()
+                if not self._round(gives_up=round_s <= WAIT_S and self.num_rounds >= patient_until):
+                    if not self._await_quiet():
+                        patience *= 2
+                        patient_until = self.num_rounds + patience
                     began = time.monotonic()
                     self._round(gives_up=False)
                 on_round(self.num_rounds)
@@ -195,13 +198,14 @@ class Race:
         self.num_rounds += 1
         return True
 
-    def _await_quiet(self) -> None:
+    def _await_quiet(self) -> bool:
         end = time.monotonic() + WAIT_S
         while (left_s := end - time.monotonic()) > 0:
             load = Load()
             time.sleep(min(LOOK_S, left_s))
             if self._finds_quiet(load, 0.0):
-                return
+                return True
+        return False
 
     def _finds_quiet(self, load: Load, spent_s: float) -> bool:
         return load.busy_cores(self._num_cores, spent_s) <= QUIET_SHARE * self._num_cores

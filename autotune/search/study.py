@@ -27,7 +27,7 @@ from autotune.units import format_bytes
 
 FINALS_SHARE = 0.3
 """At most this share of the budget goes to the race of the finalists."""
-FINALS_S = 90.0
+FINALS_S = 20.0
 """So long is the race at most where there is no budget."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""

@@ -141,7 +141,7 @@ def quick() -> Iterator[None]:
     """Hangs are found sooner, trials and races are shorter than a user would want."""
     short = msgspec.structs.replace(runner.ORDINARY, min_s=0.3, narrow=float("inf"))
     with (
-        mock.patch.object(trials, "SILENCE_S", 2.0),
+        mock.patch.object(trials, "SILENCE_S", 3.0),
         mock.patch.object(finals, "MAX_ROUNDS", 3),
         mock.patch.object(runner, "ORDINARY", short),
         mock.patch.object(study, "Pulse", SilentPulse),
@@ -150,24 +150,33 @@ def quick() -> Iterator[None]:
 
 
 def _new_processes(before: set[psutil.Process]) -> Iterator[psutil.Process]:
-    """This process's, but for the warm server and Python's resource tracker; and orphans of whatever kind."""
+    """This process's, but for the warm server and Python's resource tracker; and orphans of whatever kind, but for
+    those of the suite's other workers."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             command = " ".join(process.cmdline())
             is_ours = process in set(psutil.Process().children(recursive=True)) - before
-            is_orphan = process.ppid() == 1 and "forkserver" in command
+            is_orphan = (
+                process.ppid() == 1
+                and "forkserver" in command
+                and process.environ().get("PYTEST_XDIST_WORKER") == worker
+            )
             is_server = process.ppid() == os.getpid() and ("forkserver" in command or "resource_tracker" in command)
             if (is_ours and not is_server) or is_orphan:
                 yield process
 
 
+# One at a time: which setting is the fastest is no question for a machine on which several hang and spin.
+@pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize("fault", EXPECTED)
 def test_a_fault_is_on_record_and_the_best_healthy_setting_wins(fault: str, tmp_path: Path) -> None:
     seen = search_with(fault, tmp_path)
     expected = EXPECTED[fault]
     assert (seen.faulty.outcome, expected.words in seen.faulty.reason) == (expected.outcome, True), seen.faulty.reason
     assert len(seen.faulty.reason) < 1000
-    assert seen.result.best.strategy.micro_batch == BEST
+    records = [(trial.outcome, trial.reason, trial.samples_per_s) for trial in seen.result.trials]
+    assert seen.result.best.strategy.micro_batch == BEST, records
     assert seen.result.proof is not None
     assert seen.result.proof.outcome == "ok"
     assert not seen.left_over

@@ -116,12 +116,20 @@ class Child:
             self._cut_stderr()
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"no answer within {timeout_s:.0f} s")
-        patience = threading.Timer(_MESSAGE_S, self._kill_worker)
+        gave_up = threading.Event()
+
+        def give_up() -> None:
+            gave_up.set()
+            self._kill_worker()
+
+        patience = threading.Timer(_MESSAGE_S, give_up)
         patience.daemon = True
         patience.start()
         try:
             return self.connection.recv()
         except (EOFError, OSError) as exc:
+            if gave_up.is_set():
+                raise TimeoutError(f"a message was not finished within {_MESSAGE_S:.0f} s") from exc
             raise self._died() from exc
         except Exception as exc:
             what = f"sent what is no message ({type(exc).__name__})"

@@ -60,7 +60,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_rounds: int = 0
     """Rounds that baseline and best were timed in, in turns."""
     soak_steps: int = 0
-    """Steps on the longest samples that the best has lasted; none where the search was interrupted."""
+    """Steps, the longest samples' in a row first, that the best has lasted; none where the search was interrupted."""
     loss_deviation: float | None = None
     """Largest distance of the best's first losses from the fp32 baseline's on the same batches, as a share of them."""
     baseline_strategy: Strategy

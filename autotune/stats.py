@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from autotune.measurement import Interval
 
 MIN_RANKED = 8
-"""Pairs from which on the interval rests on ranks; fewer have too few orders for one of 95 %."""
+"""Pairs from which on the interval rests on ranks: with fewer it would be nearly all of their range."""
+MIN_CLUSTERS = 6
+"""Clusters from which on ranks serve; fewer have too few orders for an interval of 95 %."""
 _RESAMPLES = 4000
 _MAX_SHIFTS = 2000
 Values = NDArray[np.float64]
@@ -28,14 +30,19 @@ def paired_ratio(slow_s: Sequence[float], fast_s: Sequence[float], clusters: Seq
     it is 0 to infinity.
 
     ``clusters`` names the rounds that may share an error, such as those of one pair of processes: the interval is then
-    the signed-rank one for clustered data (Rosner, Glynn and Lee 2006, Biometrics 62), its quantile Student's.
+    the signed-rank one for clustered data (Rosner, Glynn and Lee 2006, Biometrics 62), its quantile Student's. With
+    fewer than six clusters it is Student's t of their geometric means.
+
+    Raises ValueError where the rounds do not match, or there are none.
     """
     if len(slow_s) != len(fast_s) or not slow_s:
         raise ValueError(f"paired rounds must match and exist, got {len(slow_s)} and {len(fast_s)}")
     logs = np.log(np.asarray(slow_s) / np.asarray(fast_s))
+    if clusters is not None and (len(logs) < MIN_RANKED or len(set(clusters)) < MIN_CLUSTERS):
+        logs, clusters = np.array([logs[np.equal(clusters, cluster)].mean() for cluster in sorted(set(clusters))]), None
     if len(logs) == 1:
         return Interval(ratio=math.exp(logs[0]), low=0.0, high=math.inf)
-    if len(logs) >= MIN_RANKED and clusters is not None and len(set(clusters)) > 1:
+    if clusters is not None:
         low, middle, high = _clustered_signed_rank(logs, clusters)
     elif len(logs) >= MIN_RANKED:
         low, middle, high = _signed_rank(logs)

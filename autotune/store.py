@@ -91,6 +91,14 @@ def read_for(path: Path, device: Device, workload: str, global_batch: int) -> Pr
     return profile
 
 
+def is_tested(path: Path, device: Device, name: str, global_batch: int) -> bool:
+    """Whether there is a profile for this there that has passed its last test."""
+    try:
+        return read_for(path, device, name, global_batch).evidence.soak_steps > 0
+    except AutotuneError:
+        return False
+
+
 def check_writable(path: Path, option: str = "--profiles") -> None:
     """Raises AutotuneError when a file could not be written at ``path``; makes its folder."""
     try:

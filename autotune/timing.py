@@ -7,11 +7,13 @@ batches to the epoch by the ratio of their cost (the ratio estimator, Cochran 19
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,13 +36,27 @@ SOAK_EVAL_BATCHES = 4
 _MAX_STREAM = 200_000
 
 
-class Timer:
-    """Times one run; laps accumulate over calls, so that rivals can be timed in turns."""
+class Epoch(NamedTuple):
+    """What an epoch of a run consists of."""
 
-    def __init__(self, run: Run) -> None:
+    work: Work
+    num_samples: int
+    num_steps: int
+
+
+class Timer:
+    """Times one run; laps accumulate over calls, so that rivals can be timed in turns.
+
+    ``start`` says where in the order of the batches it begins, as a share of them, 0 to 1: timers of one run that begin
+    apart do not all time the same few batches.
+    """
+
+    def __init__(self, run: Run, start: float = 0.0) -> None:
         self._run = run
         self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
         self._order = list(_low_discrepancy(len(self._plan)))
+        first = int(start * len(self._order))
+        self._order = self._order[first:] + self._order[:first]
         self._visited = self._visit()
         self._batches = run.loader.over([self._plan[index] for index in islice(cycle(self._order), _MAX_STREAM)])
         self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
@@ -155,13 +171,19 @@ class Timer:
             if self._eval_seconds - first_s >= enough_s:
                 return
 
+    @functools.cached_property
+    def epoch(self) -> Epoch:
+        """What an epoch of the run consists of."""
+        num_samples = sum(batch.num_samples for batch in self._plan)
+        return Epoch(work=total(map(_work, self._plan)), num_samples=num_samples, num_steps=len(self._plan))
+
     def epoch_s(self, laps: list[Lap]) -> float:
         """Seconds of a whole training epoch at the rate of some laps."""
-        return self._rate(laps) * self._cost().of(total(map(_work, self._plan)))
+        return self._rate(laps) * self._cost().of(self.epoch.work)
 
     def samples_per_s(self) -> float:
         """Real samples per second by what has been timed so far."""
-        return sum(batch.num_samples for batch in self._plan) / self.epoch_s(self.steady()[1])
+        return self.epoch.num_samples / self.epoch_s(self.steady()[1])
 
     def margin(self, laps: list[Lap]) -> float:
         """Half the 95 % interval of the rate that some laps give, relative."""
@@ -218,6 +240,14 @@ class Timer:
 
     def _visit(self) -> Iterator[PlannedBatch]:
         return (self._plan[index] for index in cycle(self._order))
+
+
+def epoch_seconds(rounds: Sequence[Sequence[Lap]], epoch: Work) -> list[float]:
+    """Seconds of a whole epoch by each round's laps, carried over to the epoch by one cost, fitted to all of them."""
+    laps = [lap for found in rounds for lap in found]
+    cost = fit([_lap_work(lap) for lap in laps], [lap.seconds for lap in laps])
+    whole = cost.of(epoch)
+    return [sum(lap.seconds for lap in found) * whole / cost.of(total(map(_lap_work, found))) for found in rounds]
 
 
 def steady(laps: list[Lap], cost: Cost = BY_TOKENS) -> tuple[list[Lap], list[Lap]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from autotune.strategy import Precision, Strategy
@@ -31,8 +31,11 @@ for other orders of summing. Settings that train alike stay far below: on imdb 3
 fp32 (2-core CPU, docs/LOG.md 2026-11-21)."""
 
 
-def losses(run: Run, num_steps: int = NUM_STEPS) -> tuple[float, ...]:
-    """Trains a fresh run for some steps; the loss of each. Its schedule is taken from it: the rate stays as it is."""
+def losses(run: Run, num_steps: int = NUM_STEPS, on_step: Callable[[], None] = lambda: None) -> tuple[float, ...]:
+    """Trains a fresh run for some steps; the loss of each. Its schedule is taken from it: the rate stays at its peak.
+
+    ``on_step`` is called before each step.
+    """
     import numpy as np
     import torch
 
@@ -42,10 +45,16 @@ def losses(run: Run, num_steps: int = NUM_STEPS) -> tuple[float, ...]:
     short = np.argsort(lengths, kind="stable")[: max(wanted, len(lengths) // 4)]
     samples = np.resize(np.random.default_rng(0).permutation(short), wanted)
     batches = np.split(samples, NUM_BATCHES)
-    run.step.scheduler = None
+    if run.step.scheduler is not None:
+        for group, rate in zip(run.optimizer.param_groups, run.step.scheduler.base_lrs, strict=True):
+            group["lr"] = rate
+        run.step.scheduler = None
     plan = (run.loader.plan_of(batches) * NUM_PASSES)[:num_steps]
+    steps: list[Tensor] = []
     with _without_dropout(run.model):
-        steps = [_unskipped(run, batch) for batch in run.loader.over(plan)]
+        for batch in run.loader.over(plan):
+            on_step()
+            steps.append(_unskipped(run, batch))
     return tuple(torch.stack(steps).float().tolist())
 
 

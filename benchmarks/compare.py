@@ -1,11 +1,12 @@
 """Settings timed in turns on one workload: python benchmarks/compare.py [--data PATH] [--rounds 6] A.toml B.toml ...
 
-Each argument is a profile's file, or ``none`` for the plain baseline. All live in processes of their own and are timed
-A B C, C B A, ...; the ratios to the first are paired by round, with a 95 % interval.
+Each argument is a profile's file, or ``none`` for the plain baseline. They are timed in turns by the search's own race;
+the ratios to the first are paired by round, with a 95 % interval.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -14,8 +15,7 @@ from autotune import backends, workloads
 from autotune.measurement import Trial
 from autotune.profile import read_profile
 from autotune.report.terminal import describe, interval_words
-from autotune.search.finals import Entrant, Race
-from autotune.stats import paired_ratio
+from autotune.search.finals import Entrant, Race, ratio
 from autotune.strategy import Strategy, baseline
 from autotune.trial.worker import Job
 
@@ -50,10 +50,12 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
     finals = race.finals()
     if race.num_disturbed:
         print(f"{race.num_disturbed} of {race.num_rounds} rounds were disturbed by other work and do not count")
+    if not finals or finals[0].trial.number != 0:
+        sys.exit(f"{settings[0]} has failed: there is nothing to compare with")
     first = finals[0]
     for final in finals:
         rates = sorted(num_train / epoch_s for epoch_s in final.epoch_s)
-        words = interval_words(paired_ratio(first.epoch_s, final.epoch_s))
+        words = interval_words(ratio(first, final))
         print(
             f"{describe(final.trial.strategy)}: samples/s {rates[0]:.1f} .. {rates[len(rates) // 2]:.1f} .. "
             f"{rates[-1]:.1f}; {words} the first; peak {final.measurement.peak_memory_bytes / 2**30:.2f} GiB"

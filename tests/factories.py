@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from autotune.backends.base import Capability, Device
-from autotune.measurement import Interval, Measurement, Trial
+from autotune.measurement import Interval, Lap, Measurement, Trial
 from autotune.probe import Hardware
 from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledDevice, ProfiledWorkload
 from autotune.strategy import Strategy, baseline
@@ -91,6 +91,19 @@ def measurement(samples_per_s: float = 10.0, **changes: Any) -> Measurement:
         losses=(0.7,) * 5,
     )
     return msgspec.structs.replace(plain, **changes)
+
+
+def lap(seconds: float, padded_tokens: int = 100) -> Lap:
+    return Lap(
+        seconds=seconds,
+        wait_s=0.0,
+        num_steps=1,
+        num_samples=8,
+        num_tokens=50,
+        padded_tokens=padded_tokens,
+        padded_squares=padded_tokens,
+        losses=(0.7,),
+    )
 
 
 def trial(number: int = 0, strategy: Strategy | None = None, **changes: Any) -> Trial:

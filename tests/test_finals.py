@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import get_args
 
 import msgspec
 import pytest
 
+from autotune import stats
+from autotune.cost import Work
 from autotune.search import finals
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.strategy import Padding, Strategy
+from autotune.timing import Epoch
 from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Command, Done, Job
 from tests import factories
@@ -31,35 +36,53 @@ def test_a_tie_goes_to_the_simpler_setting() -> None:
     assert [final.trial.number for final in order] == [1, 2], "1 % apart, but surely so"
 
 
-def test_an_entrant_that_fails_in_the_race_is_ended_at_once_and_the_others_go_on(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scripted sessions: the second entrant fails in its first round."""
-    closed: list[str] = []
+class Scripted:
+    """A session whose laps take the seconds that ``lap_s`` says of it."""
 
-    class Scripted:
+    lap_s: Callable[[Scripted], float]
+
+    def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
+        self.padding, self.start = job.strategy.padding, job.start
+        self.turns = 0
+        self.is_closed = False
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def cpu_s(self) -> float:
+        return 0.0
+
+    def time(self, command: Command, *, timeout_s: float, silence_s: float) -> Done:
+        self.turns += 1
+        seconds = type(self).lap_s(self)
+        time.sleep(0.002)
+        # ten steps are an epoch
+        return Done(
+            measurement=factories.measurement(),
+            laps=(factories.lap(seconds),),
+            epoch=Epoch(work=Work(steps=10, tokens=1000, squares=1000), num_samples=320, num_steps=10),
+        )
+
+
+def scripted_race(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Scripted], float]
+) -> tuple[Race, list[Scripted]]:
+    """A race of the three paddings, and its sessions as they are made."""
+    made: list[Scripted] = []
+
+    class Session(Scripted):
+        lap_s = staticmethod(seconds)
+
         def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
-            self.name = job.strategy.padding
-            self.turns = 0
+            super().__init__(job, memory_limit_bytes=memory_limit_bytes)
+            made.append(self)
 
-        def __enter__(self) -> Scripted:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def close(self) -> None:
-            closed.append(self.name)
-
-        def cpu_s(self) -> float:
-            return 0.0
-
-        def time(self, command: Command, *, timeout_s: float) -> Done:
-            self.turns += 1
-            if self.name == "longest" and self.turns == 2:
-                raise TrialEndedError("oom", "scripted")
-            return Done(measurement=factories.measurement(), epoch_s=100.0)
-
-    monkeypatch.setattr(finals, "Session", Scripted)
+    monkeypatch.setattr(finals, "Session", Session)
     entrants = [
         Entrant(
             trial=factories.trial(number, strategy),
@@ -67,8 +90,96 @@ def test_an_entrant_that_fails_in_the_race_is_ended_at_once_and_the_others_go_on
         )
         for number, strategy in enumerate(Strategy(micro_batch=32, padding=p) for p in get_args(Padding))
     ]
-    race = Race(entrants, timeout_s=1, memory_limit_bytes=1)
+    return Race(entrants, timeout_s=1, memory_limit_bytes=1), made
+
+
+class Cores:
+    """In place of the cores' accounting: others keep them busy in the given looks, counted from the first."""
+
+    busy: Callable[[int], bool]
+    num_looks = 0
+
+    def busy_cores(self, num_cores: int, children_s: float = 0.0) -> float:
+        Cores.num_looks += 1
+        return float(num_cores) if Cores.busy(Cores.num_looks - 1) else 0.0
+
+
+def with_cores(monkeypatch: pytest.MonkeyPatch, busy: Callable[[int], bool]) -> None:
+    monkeypatch.setattr(Cores, "busy", staticmethod(busy), raising=False)
+    monkeypatch.setattr(Cores, "num_looks", 0)
+    monkeypatch.setattr(finals, "Load", Cores)
+
+
+def test_disturbed_rounds_decide_nothing(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine rounds of three turns, a look after each; in the third and the sixth others work, and ``buckets`` takes ten
+    times as long."""
+
+    def seconds(session: Scripted) -> float:
+        if session.padding != "buckets":
+            return 1.0
+        return 5.0 if session.turns - 2 in (2, 5) else 0.5
+
+    with_cores(monkeypatch, lambda look: look // 3 in (2, 5))
+    monkeypatch.setattr(finals, "WAIT_S", 0.0)
+    race, _ = scripted_race(prepared, monkeypatch, seconds)
+    race.run(enough_s=60, max_rounds=9)
+    first, _, third = race.finals()
+    assert (race.num_rounds, race.num_disturbed, len(third.epoch_s)) == (9, 2, 7)
+    assert (first.epoch_s[0], third.epoch_s[0]) == pytest.approx((10.0, 5.0))
+    assert finals.ratio(first, third).ratio == pytest.approx(2.0)
+    assert third.measurement.samples_per_s == pytest.approx(320 / 5.0)
+    assert third.measurement.step_ms == pytest.approx(500)
+
+
+def test_a_round_that_others_disturb_is_begun_again_when_they_leave(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_cores(monkeypatch, lambda look: look == 3)  # in the first turn of the second round
+    race, sessions = scripted_race(prepared, monkeypatch, lambda _: 1.0)
     race.run(enough_s=60, max_rounds=3)
-    assert closed == ["longest"]
+    assert (race.num_rounds, race.num_disturbed) == (3, 0)
+    turns = {session.padding: session.turns for session in sessions}
+    assert turns == {"max": 4, "longest": 4, "buckets": 5}, "the second round is begun by the last"
+
+
+def test_processes_are_replaced_where_rounds_are_short_and_each_starts_elsewhere(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finals, "NARROW", 0.0)
+    with_cores(monkeypatch, lambda _: False)
+    lives: dict[float, float] = {}
+
+    def seconds(session: Scripted) -> float:
+        # two processes of one setting differ for as long as they live
+        by_life = lives.setdefault(session.start, 1 + 0.02 * len(lives))
+        return by_life if session.padding == "buckets" else 1.0
+
+    race, sessions = scripted_race(prepared, monkeypatch, seconds)
+    race.run(enough_s=1.0, max_rounds=400)
+    first, _, third = race.finals()
+    assert third.lives == first.lives
+    assert third.lives is not None
+    assert len(set(third.lives)) >= stats.MIN_RANKED
+    starts = [session.start for session in sessions if session.padding == "max"]
+    assert len(set(starts)) == len(starts) == len(set(third.lives))
+    assert all(session.is_closed for session in sessions[:-3])
+    clustered = finals.ratio(third, first)
+    alone = finals.ratio(*(msgspec.structs.replace(final, lives=None) for final in (third, first)))
+    assert clustered.high - clustered.low > 1.3 * (alone.high - alone.low), "rounds of a life are no independent ones"
+
+
+def test_an_entrant_that_fails_in_the_race_is_ended_at_once_and_the_others_go_on(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripted sessions: the second entrant fails in its first round."""
+
+    def fails(session: Scripted) -> float:
+        if session.padding == "longest" and session.turns == 2:
+            raise TrialEndedError("oom", "scripted")
+        return 1.0
+
+    race, sessions = scripted_race(prepared, monkeypatch, fails)
+    race.run(enough_s=60, max_rounds=3)
+    assert [session.padding for session in sessions if session.is_closed] == ["longest"]
     assert [(final.trial.number, len(final.epoch_s)) for final in race.finals()] == [(0, 3), (2, 3)]
     assert race.failures[1].outcome == "oom"

@@ -9,12 +9,13 @@ import pytest
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Trial
-from autotune.search import trials
+from autotune.search import study, trials
 from autotune.search.journal import open_journal
 from autotune.strategy import Strategy
 from autotune.trial.worker import Job
+from tests import factories
 from tests.observing import Silent
-from tests.scripted import Prepared, interrupted_at, run_scripted, searched
+from tests.scripted import Prepared, ScriptedRace, interrupted_at, run_scripted, searched
 
 
 def test_a_killed_search_goes_on_with_nothing_lost_and_nothing_run_twice(
@@ -108,6 +109,33 @@ def test_a_setting_in_which_the_search_died_twice_is_not_tried_a_third_time(
     result = searched(prepared, journal_path=path, max_trials=6)
     assert (result.trials[3].strategy, result.trials[3].outcome) == (deadly[0], "crashed")
     assert "killed 2 times" in result.trials[3].reason
+
+
+def test_a_trial_that_ended_pruned_is_not_taken_for_the_one_that_the_search_died_in(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The search dies after its last trial, in the race, every time."""
+    path = tmp_path / "imdb.journal"
+    run: list[Strategy] = []
+
+    def prunes(number: int, job: Job, **_: Any) -> Trial:
+        run.append(job.strategy)
+        if number < 3:
+            return run_scripted(number, job)
+        return factories.trial(number, job.strategy, outcome="pruned", measurement=None, samples_per_s=1.0)
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise SystemExit("as good as killed")
+
+    scripted_device.setattr(trials, "run_trial", prunes)
+    scripted_device.setattr(study, "Race", dies)
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            searched(prepared, journal_path=path, max_trials=5)
+    scripted_device.setattr(study, "Race", ScriptedRace)
+    result = searched(prepared, journal_path=path, max_trials=5)
+    assert len(run) == 5
+    assert [trial.outcome for trial in result.trials] == ["ok", "ok", "ok", "pruned", "pruned"]
 
 
 def test_a_file_that_is_no_journal_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -155,6 +155,19 @@ def test_a_profile_for_another_global_batch_is_refused(tmp_path: Path) -> None:
         store.read_for(save(tmp_path), factories.device(), "imdb", 64)
 
 
+def test_only_a_profile_of_this_device_that_lasted_is_a_tested_one(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    evidence = read_profile(path).evidence
+    for steps in (0, 50):
+        profile = msgspec.structs.replace(
+            read_profile(path), evidence=msgspec.structs.replace(evidence, soak_steps=steps)
+        )
+        write_profile(profile, path)
+        assert store.is_tested(path, factories.device(), "imdb", 32) == bool(steps)
+    assert not store.is_tested(path, factories.device(), "imdb", 64)
+    assert not store.is_tested(tmp_path / "none.toml", factories.device(), "imdb", 32)
+
+
 def test_the_folders_name_is_for_people_and_unique_by_fingerprint() -> None:
     device = factories.device()
     assert store.folder_name(device) == f"cpu-intel-xeon-2-cores-{device.fingerprint}"

@@ -25,7 +25,16 @@ from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Job
 from tests import factories
 from tests.observing import Silent
-from tests.scripted import CPU, Prepared, ScriptedRace, prove_scripted, run_scripted, scripted, searched
+from tests.scripted import (
+    CPU,
+    Prepared,
+    ScriptedRace,
+    interrupted_at,
+    prove_scripted,
+    run_scripted,
+    scripted,
+    searched,
+)
 
 GIB = 2**30
 
@@ -114,7 +123,7 @@ def test_a_memory_budget_keeps_bigger_settings_from_winning_the_baseline_too(
     result = searched(prepared, memory_budget_bytes=270 * 2**20)
     assert result.best.strategy.micro_batch == 4
     assert result.baseline.measurement is not None
-    with pytest.raises(AutotuneError, match=r"no setting fits the memory budget.*raise --memory-budget"):
+    with pytest.raises(AutotuneError, match=r"no setting stays below .*raise --memory-budget"):
         searched(prepared, memory_budget_bytes=2**20)
 
 
@@ -149,6 +158,15 @@ def test_interrupting_before_the_baseline_is_done_says_that_nothing_is_saved(
 
     scripted_device.setattr(trials, "run_trial", interrupted)
     with pytest.raises(AutotuneError, match="before the baseline") as caught:
+        searched(prepared)
+    assert caught.value.exit_code == 130
+
+
+def test_interrupting_before_anything_is_faster_than_the_baseline_saves_nothing(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    scripted_device.setattr(trials, "run_trial", interrupted_at(1))
+    with pytest.raises(AutotuneError, match="before a setting was faster") as caught:
         searched(prepared)
     assert caught.value.exit_code == 130
 

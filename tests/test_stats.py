@@ -43,6 +43,23 @@ def test_a_single_round_claims_nothing() -> None:
     assert (interval.low, interval.ratio, interval.high) == (0, 2, float("inf"))
 
 
+def test_a_single_pair_of_processes_claims_nothing() -> None:
+    interval = paired_ratio([2.0] * 12, [1.0] * 12, [0] * 12)
+    assert (interval.low, interval.ratio, interval.high) == pytest.approx((0, 2, math.inf))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_few_pairs_of_processes_have_one_inside_19_times_in_20(count: int) -> None:
+    """Four rounds each; what the processes differ by is more than what the rounds do."""
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        logs = np.repeat(generator.normal(0, 0.02, count), 4) + generator.normal(0, 0.01, 4 * count)
+        interval = paired_ratio(np.exp(logs).tolist(), [1.0] * (4 * count), np.repeat(np.arange(count), 4).tolist())
+        inside += interval.low <= 1 <= interval.high
+    assert 365 <= inside <= 394
+
+
 def test_rounds_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match="paired rounds"):
         paired_ratio([1.0], [])

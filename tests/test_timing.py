@@ -17,19 +17,7 @@ from autotune.measurement import Lap
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import Padding, Strategy
 from autotune.timing import Timer, _low_discrepancy, steady, time_until
-
-
-def lap(seconds: float, padded_tokens: int = 100) -> Lap:
-    return Lap(
-        seconds=seconds,
-        wait_s=0.0,
-        num_steps=1,
-        num_samples=8,
-        num_tokens=50,
-        padded_tokens=padded_tokens,
-        padded_squares=padded_tokens,
-        losses=(0.7,),
-    )
+from tests.factories import lap
 
 
 @given(st.integers(1, 3000))

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Minimise the planned run's wall time, or peak memory.",
 )
-@click.option("--memory-budget", metavar="SIZE", help="Only settings that stay below this, e.g. 6GiB.")
+@click.option("--memory-budget", metavar="SIZE", help="Only settings that stay below this (on a CPU: 90 % of it).")
 @click.option("--include-slow", is_flag=True, help="Search what the probe found too slow as well.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs of the planned run. Default: the recipe's.")
 @data_options
@@ -109,6 +109,16 @@ def command(
             epochs=epochs,
             seed=seed,
         )
+        is_saved = True
+
+        def save(found: Result) -> None:
+            nonlocal is_saved
+            is_untested = found.was_interrupted and found.proof is None
+            if is_untested and store.is_tested(path, device, name, workload.recipe.global_batch):
+                is_saved = False
+            else:
+                write_profile(profile_of(found, device, workload), path)
+
         title = f"autotune search · {name} · {device.name}, {device.num_cores} cores"
         with SearchDisplay(title, budget_s=budget_s, max_trials=trials) as display:
             display.say(f"{title}: {workload.source}")
@@ -117,13 +127,13 @@ def command(
                 display,
                 journal_path=path.with_suffix(".journal"),
                 is_fresh=fresh,
-                save=lambda found: write_profile(profile_of(found, device, workload), path),
+                save=save,
             )
         display.console.print(f"Planned run: {planned_words(result.planned)}.", style="bright_black")
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(_report(result, device, workload, path)), indent=2).decode())
     else:
-        stdout().print(search_summary(result, name, path))
+        stdout().print(search_summary(result, name, path, is_saved=is_saved))
     return 130 if result.was_interrupted else 0
 
 

@@ -178,7 +178,7 @@ def trial_line(trial: Trial) -> str:
     return f"trial {number:>2}  {outcome.plain:8} {setting.plain}" + (f"  [{figures}]" if figures else "")
 
 
-def search_summary(result: Result, name: str, path: Path) -> RenderableType:
+def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = True) -> RenderableType:
     """Baseline beside best, what changed, and what to do with it."""
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None
@@ -212,12 +212,14 @@ def search_summary(result: Result, name: str, path: Path) -> RenderableType:
         format_duration(best_s),
         f"saves {format_duration(base_s - best_s)}" if base_s > best_s else "",
     )
+    found = (table, "", Text(_confidence(result), style="bright_black"), "")
+    knobs = changed_knobs(result.best.strategy, result.baseline.strategy)
+    if not is_saved:
+        kept = "Not saved: the profile that is there has passed its last test, and this has not ("
+        return Group(*found, knobs, "", Text.assemble(kept, (str(path), "bold"), "). The same command goes on."))
     return Group(
-        table,
-        "",
-        Text(_confidence(result), style="bright_black"),
-        "",
-        changed_knobs(result.best.strategy, result.baseline.strategy),
+        *found,
+        knobs,
         "",
         Text.assemble("Saved ", (str(path), "bold"), ". To use it:"),
         "",
@@ -276,10 +278,10 @@ def _proof_words(result: Result) -> str:
         return ""
     if proof is None:
         return " Interrupted before its losses were compared and it was soaked: search again to go on."
-    compared = "The baseline could not be trained for its losses to be compared; "
+    compared = f"Losses not compared, the baseline did not train these batches ({proof.not_compared}); "
     if proof.loss_deviation is not None:
         compared = f"First losses within {proof.loss_deviation:.2%} of the fp32 baseline's on the same batches; "
-    return f" {compared}{proof.soak_steps} steps on the longest samples lasted."
+    return f" {compared}{proof.soak_steps} steps lasted, the longest samples in a row first."
 
 
 def _change(before: float, after: float, less: str, more: str) -> str:

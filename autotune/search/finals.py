@@ -7,19 +7,17 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import msgspec
 
 from autotune.backends.cpu import usable_cores
 from autotune.contention import Load
-from autotune.measurement import Interval, Measurement, Trial
+from autotune.measurement import Interval, Lap, Measurement, Trial
 from autotune.stats import MIN_RANKED, paired_ratio
 from autotune.strategy import Strategy
+from autotune.timing import Epoch, epoch_seconds
 from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Command, Done, Job
-
-T = TypeVar("T")
 
 EVAL_BATCHES = 2
 """Evaluation batches of each of the first rounds."""
@@ -39,8 +37,9 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 60
 PROCESSES, LIFE_S = 12, 2.0
 """Where processes are replaced, each entrant gets about so many in a race, or more where they would live longer than
 this: enough clusters for an interval, with some to spare for those that were disturbed all along."""
-OPENING_S = 0.4
-"""About what a fresh process and its first lap cost where laps are short."""
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, less their whole part, never come close to one another (Weyl 1916): every life starts at other
+batches."""
 NARROW = 0.02
 """A race may end when every ratio's 95 % interval reaches no further than this to either side."""
 TIE = 0.02
@@ -52,7 +51,7 @@ class Final(msgspec.Struct, frozen=True, kw_only=True):
 
     trial: Trial
     measurement: Measurement
-    """All its laps in the race."""
+    """Its figures. The rates are those of the rounds that count: the first entrant's median, times the paired ratio."""
     epoch_s: tuple[float, ...]
     """Seconds of a training epoch, by round; without the rounds that other work disturbed, where enough were not."""
     lives: tuple[int, ...] | None = None
@@ -64,6 +63,19 @@ class Entrant(msgspec.Struct, frozen=True, kw_only=True):
 
     trial: Trial
     job: Job
+    silence_s: float = math.inf
+    """Its process hangs if it says nothing for so long."""
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn of each entrant that is still in the race."""
+
+    laps: dict[int, tuple[Lap, ...]]
+    """By the trial's number."""
+    life: int
+    """Which of its processes an entrant ran it in: the first, the second, ..."""
+    is_quiet: bool
+    """Whether other work left the cores alone."""
 
 
 class Race:
@@ -73,22 +85,22 @@ class Race:
     Two processes of one setting differ by some percent for as long as they live, by where their memory came to lie. So
     processes are replaced after some rounds, which the interval takes as a cluster, where enough such lives fit into
     the time; else every process lives through the race.
+
+    A turn that takes longer than ``timeout_s`` fails; ``memory_limit_bytes`` holds for each process alone.
     """
 
     def __init__(self, entrants: Sequence[Entrant], *, timeout_s: float, memory_limit_bytes: int) -> None:
         self._running = list(entrants)
         self._timeout_s, self._memory_limit_bytes = timeout_s, memory_limit_bytes
         self._sessions: dict[int, Session] = {}
-        self._epochs: dict[int, list[float]] = {entrant.trial.number: [] for entrant in entrants}
         self._measurements: dict[int, list[Measurement]] = {entrant.trial.number: [] for entrant in entrants}
+        """The latest of each of an entrant's processes."""
+        self._epochs: dict[int, Epoch] = {}
+        self._rounds: list[Round] = []
         self._num_cores = usable_cores()
-        self._is_quiet: list[bool] = []
-        self._lives: list[int] = []
-        """Which process of an entrant's, by round: the first, the second, ..."""
         self._num_lives = 0
-        self._is_replacing = False
-        self.num_rounds = 0
-        """Rounds that all entrants have finished."""
+        self._life_s = math.inf
+        """How long processes live before they are replaced."""
         self.failures: dict[int, TrialEndedError] = {}
         """Why an entrant is no longer in the race, by its trial's number."""
 
@@ -97,15 +109,16 @@ class Race:
     ) -> None:
         """Races until every ratio to the first entrant is known, or ``enough_s`` or ``max_rounds`` are spent.
 
-        Never ends before ``MIN_ROUNDS``. The rule looks at the intervals' width only: one that also waited for a
-        verdict would find one in noise.
+        Never ends before ``MIN_ROUNDS``, but where fewer than two entrants are left. The rule looks at the intervals'
+        width only: one that also waited for a verdict would find one in noise.
         """
         start = born = time.monotonic()
-        life_s, round_s = 0.0, math.inf
+        round_s = math.inf
         patient_until, patience = 0, 1
         max_rounds = MAX_ROUNDS if max_rounds is None else max_rounds
         with contextlib.ExitStack() as stack:
             self._open(stack, longest=True)
+            opening_s = time.monotonic() - start
             while len(self._running) > 1 or self.num_rounds == 0:
                 began = time.monotonic()
                 if not self._round(gives_up=round_s <= WAIT_S and self.num_rounds >= patient_until):
@@ -121,51 +134,54 @@ class Race:
                 if not self._running or (self.num_rounds >= MIN_ROUNDS and (is_out or self._is_known())):
                     return
                 if self.num_rounds == 2:  # A B, B A: both came first once
-                    shortest_s = 2 * round_s + OPENING_S * len(self._running)
+                    shortest_life_s = 2 * round_s + opening_s
                     is_cheap = all(entrant.job.strategy.compile == "none" for entrant in self._running)
-                    self._is_replacing = is_cheap and min(enough_s / shortest_s, max_rounds / 2) >= MIN_RANKED
-                    life_s = max(shortest_s, min(enough_s / PROCESSES, LIFE_S))
-                if self._is_replacing and self.num_rounds % 2 == 0 and now - born >= life_s:
+                    if is_cheap and min(enough_s / shortest_life_s, max_rounds / 2) >= MIN_RANKED:
+                        self._life_s = max(shortest_life_s, min(enough_s / PROCESSES, LIFE_S))
+                if self.num_rounds % 2 == 0 and now - born >= self._life_s:
                     born = now
                     self._open(stack, longest=False)
 
     @property
+    def num_rounds(self) -> int:
+        """Rounds that all entrants have finished."""
+        return len(self._rounds)
+
+    @property
     def num_disturbed(self) -> int:
         """Rounds left out because other work kept the cores busy in them."""
-        num_quiet = sum(self._is_quiet)
+        num_quiet = sum(found.is_quiet for found in self._rounds)
         return self.num_rounds - num_quiet if num_quiet >= MIN_QUIET else 0
 
     def finals(self) -> list[Final]:
         """What the entrants that are still in the race have shown in the rounds that all of them finished."""
-        if not self.num_rounds:
-            return []
-        return [
-            Final(
+        counted = [found for found in self._rounds if found.is_quiet or not self.num_disturbed]
+        lives = None if math.isinf(self._life_s) else tuple(found.life for found in counted)
+        finals: list[Final] = []
+        for entrant in self._running if counted else ():
+            number = entrant.trial.number
+            epoch_s = tuple(epoch_seconds([found.laps[number] for found in counted], self._epochs[number].work))
+            final = Final(
                 trial=entrant.trial,
-                measurement=_middle(self._measurements[entrant.trial.number]),
-                epoch_s=self._counted(self._epochs[entrant.trial.number]),
-                lives=self._counted(self._lives) if self._is_replacing else None,
+                measurement=_middle(self._measurements[number]),
+                epoch_s=epoch_s,
+                lives=lives,
             )
-            for entrant in self._running
-        ]
-
-    def _counted(self, by_round: list[T]) -> tuple[T, ...]:
-        """The rounds that count."""
-        return tuple(
-            value
-            for value, is_quiet in zip(by_round, self._is_quiet, strict=True)
-            if is_quiet or not self.num_disturbed
-        )
+            seconds = statistics.median(finals[0].epoch_s) / ratio(finals[0], final).ratio if finals else None
+            finals.append(_at_rate(final, self._epochs[number], seconds or statistics.median(epoch_s)))
+        return finals
 
     def _open(self, stack: contextlib.ExitStack, *, longest: bool) -> None:
         """Fresh processes for all, warmed up. With ``longest``, their peak memory is that of the longest batch."""
+        start = GOLDEN * self._num_lives % 1
         self._num_lives += 1
         for entrant in list(self._running):
             number = entrant.trial.number
             if number in self._sessions:
                 self._sessions.pop(number).close()
             try:
-                session = Session(entrant.job, memory_limit_bytes=self._memory_limit_bytes)
+                job = msgspec.structs.replace(entrant.job, start=start)
+                session = Session(job, memory_limit_bytes=self._memory_limit_bytes)
                 self._sessions[number] = stack.enter_context(session)
             except TrialEndedError as end:
                 self._leave(entrant, end)
@@ -174,28 +190,25 @@ class Race:
             laps = 0 if entrant.job.strategy.compile == "none" else 3
             if (done := self._turn(entrant, Command(min_laps=laps, longest=longest))) is not None:
                 self._measurements[number].append(done.measurement)
+                self._epochs[number] = done.epoch
 
     def _round(self, *, gives_up: bool) -> bool:
         """One turn of each. With ``gives_up``, a round that others disturb is left unfinished: False."""
         eval_batches = EVAL_BATCHES if self.num_rounds < EVAL_ROUNDS else 0
         order = list(self._running) if self.num_rounds % 2 == 0 else list(reversed(self._running))
         before_s, load = self._cpu_s(), Load()
-        epochs: dict[int, float] = {}
+        laps: dict[int, tuple[Lap, ...]] = {}
         is_quiet = True
         for entrant in order:
             done = self._turn(entrant, Command(min_laps=self._laps(entrant), eval_batches=eval_batches))
             if done is not None:
-                epochs[entrant.trial.number] = done.epoch_s
+                laps[entrant.trial.number] = done.laps
                 self._measurements[entrant.trial.number][-1] = done.measurement
             spent_s = sum(after - before_s[number] for number, after in self._cpu_s().items())
             is_quiet = self._finds_quiet(load, spent_s)
             if gives_up and not is_quiet and entrant is not order[-1]:
                 return False
-        for number, epoch_s in epochs.items():
-            self._epochs[number].append(epoch_s)
-        self._is_quiet.append(is_quiet)
-        self._lives.append(self._num_lives - 1)
-        self.num_rounds += 1
+        self._rounds.append(Round(laps=laps, life=self._num_lives - 1, is_quiet=is_quiet))
         return True
 
     def _await_quiet(self) -> bool:
@@ -212,7 +225,8 @@ class Race:
 
     def _turn(self, entrant: Entrant, command: Command) -> Done | None:
         try:
-            return self._sessions[entrant.trial.number].time(command, timeout_s=self._timeout_s)
+            session = self._sessions[entrant.trial.number]
+            return session.time(command, timeout_s=self._timeout_s, silence_s=entrant.silence_s)
         except TrialEndedError as end:
             self._leave(entrant, end)
             return None
@@ -233,6 +247,8 @@ class Race:
         return {entrant.trial.number: self._sessions[entrant.trial.number].cpu_s() for entrant in self._running}
 
     def _is_known(self) -> bool:
+        if self.num_rounds < MIN_RANKED:
+            return False
         first, *others = self.finals()
         if len(first.epoch_s if first.lives is None else set(first.lives)) < MIN_RANKED:
             return False
@@ -251,6 +267,18 @@ def _middle(measurements: Sequence[Measurement]) -> Measurement:
         peak_memory_bytes=max(found.peak_memory_bytes for found in measurements),
         eval_samples_per_s=statistics.median(evaluated) if evaluated else middle.eval_samples_per_s,
     )
+
+
+def _at_rate(final: Final, epoch: Epoch, epoch_s: float) -> Final:
+    """With the rates that an epoch of so many seconds has."""
+    samples_per_s = epoch.num_samples / epoch_s
+    measurement = msgspec.structs.replace(
+        final.measurement,
+        samples_per_s=samples_per_s,
+        tokens_per_s=final.measurement.tokens_per_s * samples_per_s / final.measurement.samples_per_s,
+        step_ms=1000 * epoch_s / epoch.num_steps,
+    )
+    return msgspec.structs.replace(final, measurement=measurement)
 
 
 def shortest_s(baseline_step_s: float, finalists: Sequence[Trial]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -23,9 +24,12 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """Why the outcome is not ``ok``."""
     loss_deviation: float | None = None
     """Largest distance of the first losses from the fp32 baseline's, as a share of them."""
+    not_compared: str = ""
+    """Why there were no losses of the baseline's to compare with."""
     soak_steps: int = 0
-    """Steps taken on the longest samples."""
+    """Steps taken, on the longest samples in a row and then as an epoch has them."""
     peak_memory_bytes: int = 0
+    """Of those steps and an evaluation among them."""
 
 
 def needed_s(baseline_step_s: float) -> float:
@@ -33,7 +37,9 @@ def needed_s(baseline_step_s: float) -> float:
     return min(SOAK.enough_s, 2 * SOAK.enough_steps * baseline_step_s) + 3 * baseline_step_s + 1
 
 
-def reference_losses(job: Job, *, timeout_s: float, memory_limit_bytes: int) -> tuple[float, ...]:
+def reference_losses(
+    job: Job, *, timeout_s: float, silence_s: float = math.inf, memory_limit_bytes: int
+) -> tuple[float, ...]:
     """The plain baseline's losses on the batches that settings are compared on. Raises TrialEndedError.
 
     A model that masks its padding gives the same losses where a batch is padded to its longest sample only, and sooner:
@@ -42,8 +48,9 @@ def reference_losses(job: Job, *, timeout_s: float, memory_limit_bytes: int) -> 
 
     def losses(padding: Padding, num_steps: int) -> tuple[float, ...]:
         strategy = msgspec.structs.replace(job.strategy, padding=padding)
-        with _fresh(msgspec.structs.replace(job, strategy=strategy), memory_limit_bytes) as session:
-            return session.trace(num_steps, timeout_s=timeout_s)
+        padded = msgspec.structs.replace(job, strategy=strategy)
+        with Session(padded, memory_limit_bytes=memory_limit_bytes) as session:
+            return session.trace(num_steps, timeout_s=timeout_s, silence_s=silence_s)
 
     found = losses("longest", trace.NUM_STEPS)
     if trace.deviation(losses(job.strategy.padding, 1), found[:1]) <= trace.TOLERANCE["fp32"]:
@@ -53,33 +60,38 @@ def reference_losses(job: Job, *, timeout_s: float, memory_limit_bytes: int) -> 
 
 def prove(
     job: Job,
-    reference: tuple[float, ...] | None,
+    reference: tuple[float, ...] | TrialEndedError,
     *,
     timeout_s: float,
+    silence_s: float = math.inf,
     memory_limit_bytes: int,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Proof:
-    """Compares a setting's losses with the reference's, where there is one, then soaks it. Never raises for what the
-    setting does."""
-    deviation = None
+    """Compares a setting's losses with the reference's, then soaks it. Never raises for what the setting does.
+
+    Where the reference does not train these batches there is nothing to compare with: the proof says so.
+    """
+    deviation, not_compared = None, ""
     try:
-        with _fresh(job, memory_limit_bytes) as session:
-            if reference is not None:
-                losses = session.trace(trace.NUM_STEPS, timeout_s=timeout_s, on_progress=on_progress)
+        with Session(job, memory_limit_bytes=memory_limit_bytes) as session:
+            if isinstance(reference, TrialEndedError):
+                not_compared = f"{reference.outcome}: {reference.reason}"
+            else:
+                losses = session.trace(
+                    trace.NUM_STEPS, timeout_s=timeout_s, silence_s=silence_s, on_progress=on_progress
+                )
                 deviation = trace.deviation(reference, losses)
                 if (reason := trace.difference(job.strategy, reference, losses)) is not None:
                     return Proof(outcome="diverged", reason=reason, loss_deviation=deviation)
-            soaked = session.soak(SOAK, timeout_s=timeout_s + SOAK.enough_s, on_progress=on_progress)
+            soaked = session.soak(
+                SOAK, timeout_s=timeout_s + SOAK.enough_s, silence_s=silence_s, on_progress=on_progress
+            )
     except TrialEndedError as end:
         return Proof(outcome=end.outcome, reason=end.reason, loss_deviation=deviation)
     return Proof(
         outcome="ok",
         loss_deviation=deviation,
+        not_compared=not_compared,
         soak_steps=soaked.num_steps,
         peak_memory_bytes=soaked.peak_memory_bytes,
     )
-
-
-def _fresh(job: Job, memory_limit_bytes: int) -> Session:
-    """A session at the full learning rate: so short a schedule has no warm-up."""
-    return Session(msgspec.structs.replace(job, total_steps=trace.NUM_STEPS), memory_limit_bytes=memory_limit_bytes)

@@ -27,8 +27,8 @@ from autotune.units import format_bytes
 
 FINALS_SHARE = 0.3
 """At most this share of the budget goes to the race of the finalists."""
-FINALS_S = 20.0
-"""So long is the race at most where there is no budget."""
+FINALS_S = 60.0
+"""So long is the race at most where there is no budget, and no longer than the trials took."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""
 MAX_PROOFS = 6
@@ -97,7 +97,7 @@ class _Search:
         entrants = [trial for trial in self.trials.finalists() if trial is not reference]
         if not entrants or step_s is None:
             return
-        share_s, left_s = FINALS_S, math.inf
+        share_s, left_s = min(FINALS_S, self.trials.elapsed_s()), math.inf
         if task.settings.budget_s is not None:
             share_s = FINALS_SHARE * task.settings.budget_s
             left_s = task.settings.budget_s - self.trials.elapsed_s() - proof.needed_s(step_s)
@@ -108,7 +108,10 @@ class _Search:
         if not entrants:
             return
         self.race = race = Race(
-            [Entrant(trial=trial, job=task.job(trial.strategy)) for trial in [reference, *entrants]],
+            [
+                Entrant(trial=trial, job=task.job(trial.strategy), silence_s=self.trials.silence_s(trial.strategy))
+                for trial in [reference, *entrants]
+            ],
             timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(entrants[0].strategy)),
             memory_limit_bytes=task.machine_limit_bytes,
         )
@@ -116,6 +119,8 @@ class _Search:
         race.run(enough_s=min(share_s, left_s), on_round=lambda done: self.observer.on_race(done, len(entrants) + 1))
         for number, end in race.failures.items():
             self.trials.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
+        if race.failures:
+            self.trials.reconsider()
 
     def _fits_together(self, trials: list[Trial]) -> bool:
         peaks = [trial.measurement.peak_memory_bytes for trial in trials if trial.measurement]
@@ -128,7 +133,7 @@ class _Search:
         for _ in range(MAX_PROOFS):
             trial = self._standing()
             if trial is None:
-                return
+                break
             if trial.strategy == self.task.baseline:
                 self.winner = trial, None
                 return
@@ -154,6 +159,7 @@ class _Search:
             self.task.job(trial.strategy),
             self._reference_losses,
             timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(trial.strategy) + warm_up_s),
+            silence_s=self.trials.silence_s(trial.strategy),
             memory_limit_bytes=self.task.memory_limit_bytes,
             on_progress=self.observer.on_progress,
         )
@@ -161,16 +167,19 @@ class _Search:
         return found
 
     @functools.cached_property
-    def _reference_losses(self) -> tuple[float, ...] | None:
-        """The baseline's losses; None where it does not train these batches."""
+    def _reference_losses(self) -> tuple[float, ...] | TrialEndedError:
+        """The baseline's losses, or why it does not train these batches."""
         timeout_s = MIN_LAST_TEST_S + 40 * (self.trials.reference_step_s or 0.0)
         limit_bytes = self.task.machine_limit_bytes
         try:
             return reference_losses(
-                self.task.job(self.task.baseline), timeout_s=timeout_s, memory_limit_bytes=limit_bytes
+                self.task.job(self.task.baseline),
+                timeout_s=timeout_s,
+                silence_s=self.trials.silence_s(self.task.baseline),
+                memory_limit_bytes=limit_bytes,
             )
-        except TrialEndedError:
-            return None
+        except TrialEndedError as end:
+            return end
 
     def _standing(self) -> Trial | None:
         """The best by the race; by the trials where that is no help, or where those who raced have failed since."""
@@ -203,6 +212,8 @@ class _Search:
         best, found = self.winner or (self._standing() if self.was_interrupted else None, None)
         if best is None:
             raise self._no_winner()
+        if self.was_interrupted and best is reference:
+            raise InterruptedSearchError("interrupted before a setting was faster than the baseline; nothing to save")
         was_raced = {reference.number, best.number} <= entered.keys()
         ratio = Interval(ratio=1.0, low=1.0, high=1.0)
         if best is not reference and was_raced:
@@ -225,7 +236,7 @@ class _Search:
             objective=self.task.settings.objective,
             trials=tuple(map(self._as_it_ended, self.trials.all)),
             search_s=self.trials.elapsed_s(),
-            num_rounds=self.race.num_rounds if self.race and was_raced else 0,
+            num_rounds=len(entered[best.number].epoch_s) if was_raced else 0,
             proof=found,
             was_interrupted=self.was_interrupted,
         )
@@ -240,7 +251,11 @@ class _Search:
                 f"no setting is left (trial {number}: {failure.outcome} {failure.reason}); nothing saved"
             )
         leanest = format_bytes(min(measurement.peak_memory_bytes for measurement in measured))
-        return AutotuneError(f"no setting fits the memory budget; the leanest took {leanest}, raise --memory-budget")
+        limit = format_bytes(self.task.memory_limit_bytes)
+        return AutotuneError(
+            f"no setting stays below {limit}, which the memory budget allows; the leanest took {leanest}, raise "
+            "--memory-budget"
+        )
 
     def _as_it_ended(self, trial: Trial) -> Trial:
         failure = self.trials.failures.get(trial.number)

@@ -37,7 +37,7 @@ class Trials:
 
     def __init__(self, task: Task, observer: Observer, journal: Journal, pulse: Pulse) -> None:
         self._task, self._observer, self._journal, self._pulse = task, observer, journal, pulse
-        self.all = journal.trials
+        self.all = journal.trials  # the journal adds to it
         self.failures: dict[int, Proof] = {}
         """Why a setting that was fine in its trial cannot win all the same, by its trial's number."""
         self._memory = MemoryModel()
@@ -132,6 +132,11 @@ class Trials:
             return 600.0
         return max(MIN_TIMEOUT_S, min(budget_s / 3, budget_s - self.elapsed_s()))
 
+    def silence_s(self, strategy: Strategy) -> float:
+        """How long its process may say nothing: several of the baseline's steps; compilers say nothing for minutes."""
+        step_s = self.reference_step_s
+        return math.inf if step_s is None or strategy.compile != "none" else SILENCE_S + 4 * step_s
+
     def elapsed_s(self) -> float:
         """Seconds that the search has taken, its interrupted runs included."""
         return time.monotonic() - self._start
@@ -153,7 +158,7 @@ class Trials:
             number,
             task.job(strategy),
             timeout_s=self.timeout_s(strategy),
-            silence_s=self._silence_s(strategy),
+            silence_s=self.silence_s(strategy),
             memory_limit_bytes=task.memory_limit_bytes if number else task.machine_limit_bytes,
             hopeless=give_up,
             on_progress=self._observer.on_progress,
@@ -165,7 +170,7 @@ class Trials:
 
     def _give_up(self, strategy: Strategy, starts: int) -> None:
         """On record without a trial: it may be what takes the machine down."""
-        self._sampler.enqueue(strategy)
+        self._sampler.enqueue(strategy, again=True)
         self._sampler.ask()
         reason = f"the search was killed {starts} times while it ran"
         self._record(Trial(number=len(self.all), strategy=strategy, outcome="crashed", reason=reason))
@@ -184,11 +189,6 @@ class Trials:
             return True
         typical_s = statistics.median(trial.wall_s for trial in self.all[1:])
         return self.elapsed_s() + typical_s < settings.budget_s - reserved_s()
-
-    def _silence_s(self, strategy: Strategy) -> float:
-        """How long a trial may say nothing: several of the baseline's steps; a compiler says nothing for minutes."""
-        step_s = self.reference_step_s
-        return math.inf if step_s is None or strategy.compile != "none" else SILENCE_S + 4 * step_s
 
     def _usable(self) -> list[Trial]:
         return [

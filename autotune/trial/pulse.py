@@ -18,6 +18,8 @@ from typing import Self
 from autotune.process import Child, ChildDied
 
 _REPEATS = 5
+_PIECE_S = 0.02
+"""A piece of work is done as often as fills this: on a fast device a single one would measure how it is launched."""
 _START_S, _ANSWER_S = 60.0, 20.0
 
 
@@ -65,22 +67,26 @@ def _serve(connection: Connection, backend_name: str) -> None:
     scores = torch.randn(32, 512, 512, device=device)
     flat = scores.view(-1)
 
-    def seconds(repeats: int) -> float:
-        pieces = []
-        piece: Callable[[], torch.Tensor]
-        for piece in (lambda: flat.add(1.0), lambda: scores.softmax(-1)):
-            times = []
-            for _ in range(repeats):
-                backend.synchronize()
-                start = time.perf_counter()
-                piece()
-                piece()
-                backend.synchronize()
-                times.append(time.perf_counter() - start)
-            pieces.append(statistics.median(times))
-        return math.sqrt(pieces[0] * pieces[1])
+    pieces: tuple[Callable[[], torch.Tensor], ...] = (lambda: flat.add(1.0), lambda: scores.softmax(-1))
 
+    def piece_s(piece: Callable[[], torch.Tensor], times: int) -> float:
+        backend.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            piece()
+        backend.synchronize()
+        return (time.perf_counter() - start) / times
+
+    def seconds(repeats: int) -> float:
+        medians = [
+            statistics.median(piece_s(piece, times) for _ in range(repeats))
+            for piece, times in zip(pieces, how_often, strict=True)
+        ]
+        return math.sqrt(medians[0] * medians[1])
+
+    how_often = [2] * len(pieces)
     seconds(2)
+    how_often = [max(2, round(_PIECE_S / piece_s(piece, 2))) for piece in pieces]
     while True:
         try:
             connection.recv()

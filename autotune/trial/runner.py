@@ -39,7 +39,8 @@ class TrialEndedError(Exception):
 class Session:
     """A trial process that waits for commands. A context manager: leaving it ends the process and all it started.
 
-    Its methods raise TrialEndedError when the trial fails, hangs or takes too much memory.
+    Its methods raise TrialEndedError when the trial fails, when it takes too much memory, when a command is not done
+    within ``timeout_s``, and when the process says nothing for ``silence_s``.
     """
 
     def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
@@ -78,17 +79,31 @@ class Session:
             done, measurement=msgspec.structs.replace(done.measurement, peak_memory_bytes=peak_bytes)
         )
 
-    def soak(self, command: Soak, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Soaked:
+    def soak(
+        self,
+        command: Soak,
+        *,
+        timeout_s: float,
+        silence_s: float = math.inf,
+        on_progress: OnProgress = lambda _: None,
+    ) -> Soaked:
         """Trains on the longest samples; also fails when the peak is over the memory limit."""
-        soaked: Soaked = self._ask(command, timeout_s, on_progress)
+        soaked: Soaked = self._ask(command, timeout_s, on_progress, silence_s)
         peak_bytes = self._peak_bytes(soaked.peak_memory_bytes)
         if peak_bytes > self._memory_limit_bytes:
-            raise TrialEndedError("oom", over_budget(peak_bytes, self._memory_limit_bytes))
+            raise TrialEndedError("oom", _over_budget(peak_bytes, self._memory_limit_bytes))
         return msgspec.structs.replace(soaked, peak_memory_bytes=peak_bytes)
 
-    def trace(self, num_steps: int, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> tuple[float, ...]:
+    def trace(
+        self,
+        num_steps: int,
+        *,
+        timeout_s: float,
+        silence_s: float = math.inf,
+        on_progress: OnProgress = lambda _: None,
+    ) -> tuple[float, ...]:
         """The losses of the first few steps; the session must be a fresh one."""
-        traced: Traced = self._ask(Trace(num_steps=num_steps), timeout_s, on_progress)
+        traced: Traced = self._ask(Trace(num_steps=num_steps), timeout_s, on_progress, silence_s)
         return traced.losses
 
     def _ask(
@@ -122,7 +137,7 @@ class Session:
             return
         taken_bytes = self._memory.taken_bytes(self._child)
         if taken_bytes > self._memory_limit_bytes:
-            raise TrialEndedError("oom", over_budget(taken_bytes, self._memory_limit_bytes))
+            raise TrialEndedError("oom", _over_budget(taken_bytes, self._memory_limit_bytes))
 
     def _peak_bytes(self, reported_bytes: int) -> int:
         return reported_bytes if self._memory is None else max(reported_bytes, self._memory.peak_bytes)
@@ -199,13 +214,10 @@ def run_trial(
         return ended(end.outcome, end.reason)
     peak_bytes = done.measurement.peak_memory_bytes
     if peak_bytes > memory_limit_bytes:
-        return ended("oom", over_budget(peak_bytes, memory_limit_bytes), done.measurement)
+        return ended("oom", _over_budget(peak_bytes, memory_limit_bytes), done.measurement)
     return ended("ok", "", done.measurement)
 
 
-def over_budget(taken_bytes: int, limit_bytes: int) -> str:
+def _over_budget(taken_bytes: int, limit_bytes: int) -> str:
     """The reason for a trial that took too much."""
     return f"{format_bytes(taken_bytes)} is over the memory limit of {format_bytes(limit_bytes)}"
-
-
-__all__ = ["ORDINARY", "Command", "Session", "TrialEndedError", "over_budget", "run_trial"]

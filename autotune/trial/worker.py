@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -16,6 +16,9 @@ from autotune.measurement import Lap, Measurement, Outcome
 from autotune.strategy import Strategy
 from autotune.units import format_bytes
 from autotune.workloads.base import WorkloadRef
+
+if TYPE_CHECKING:
+    from autotune.timing import Epoch
 
 EVAL_ENOUGH_S = 1.0
 """Seconds of evaluation after which no further batch is timed."""
@@ -31,8 +34,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit_bytes: int | None
     """Device memory that the process may take, where the platform can enforce it."""
     seed: int
-    total_steps: int | None = None
-    """Length of the learning rate's schedule; the recipe's by default."""
+    start: float = 0.0
+    """Where in the order of the timed batches it begins, as a share of them."""
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,8 +78,9 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     """A command is done: the laps it took, and the figures of all laps so far."""
 
     measurement: Measurement
-    epoch_s: float
-    """Seconds of a whole epoch at the rate of this command's laps alone."""
+    laps: tuple[Lap, ...]
+    """This command's."""
+    epoch: Epoch
 
 
 class Soaked(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,8 +129,8 @@ def _serve(connection: Connection, job: Job) -> None:
         backend.limit_memory(job.memory_limit_bytes)
     free_bytes = backend.device().memory_free_bytes
     backend.start_memory_window()
-    run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
-    timer = Timer(run)
+    run = apply(job.strategy, workload, backend, seed=job.seed)
+    timer = Timer(run, job.start)
     connection.send(Progress(stage="first step"))
     say = _seldom(connection)
 
@@ -138,8 +142,8 @@ def _serve(connection: Connection, job: Job) -> None:
 
     def serve(command: Command | Soak | Trace) -> Done | Soaked | Traced:
         if isinstance(command, Trace):
-            connection.send(Progress(stage="comparing losses"))
-            return Traced(losses=trace.losses(run, command.num_steps))
+            comparing = Progress(stage="comparing losses")
+            return Traced(losses=trace.losses(run, command.num_steps, on_step=lambda: connection.send(comparing)))
         if isinstance(command, Soak):
             num_steps = timer.soak(
                 enough_steps=command.enough_steps,
@@ -162,7 +166,7 @@ def _serve(connection: Connection, job: Job) -> None:
         if command.eval_batches:
             connection.send(Progress(stage="evaluating"))
             timer.evaluate(command.eval_batches, EVAL_ENOUGH_S)
-        return Done(measurement=timer.measurement(), epoch_s=timer.epoch_s(timer.laps[first:]))
+        return Done(measurement=timer.measurement(), laps=tuple(timer.laps[first:]), epoch=timer.epoch)
 
     while True:
         try:

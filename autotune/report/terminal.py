@@ -265,7 +265,10 @@ def _confidence(result: Result) -> str:
     assert best is not None
     gained_s = result.planned.projected_s(base) - result.planned.projected_s(best)
     epochs_to_pay = result.search_s / (gained_s / result.planned.epochs) if gained_s > 0 else math.inf
-    pays = f"; pays for itself after {epochs_to_pay:.1f} epochs" if epochs_to_pay < result.planned.epochs else ""
+    pays = ""
+    if epochs_to_pay < result.planned.epochs:
+        when = "within the first epoch" if epochs_to_pay < 1 else f"after {epochs_to_pay:.1f} epochs"
+        pays = f"; pays for itself {when}"
     return (
         f"Speed-up {interval_words(result.speedup)}, {how}. {len(result.trials)} trials ({counts}) in "
         f"{format_duration(result.search_s)}{pays}.{_proof_words(result)}"

@@ -33,7 +33,7 @@ MIN_QUIET = 5
 """With so many quiet rounds the disturbed ones do not count. Which they are is told by the cores, not by the times."""
 MAX_LAPS = 2
 """Laps of one turn at most: consecutive ones cover the lengths. The slowest entrant takes one."""
-MIN_ROUNDS, MAX_ROUNDS = 3, 60
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
 PROCESSES, LIFE_S = 12, 2.0
 """Where processes are replaced, each entrant gets about so many in a race, or more where they would live longer than
 this: enough clusters for an interval, with some to spare for those that were disturbed all along."""

@@ -6,18 +6,17 @@ import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from autotune import backends, store
 from autotune.backends.base import Backend
 from autotune.profile import Profile
-from autotune.strategy import Strategy
+from autotune.strategy import Attention, Strategy
 
 if TYPE_CHECKING:
     from torch import nn
 
     from autotune.apply import OptimizerFactory, Run
-    from autotune.data.batching import SequenceData
     from autotune.workloads.base import Workload
 
 
@@ -51,7 +50,7 @@ class Tuned:
         model: nn.Module | None = None,
         *,
         optimizer: OptimizerFactory | None = None,
-        dataset: SequenceData | None = None,
+        dataset: Any = None,
         total_steps: int | None = None,
         seed: int = 0,
     ) -> Run:
@@ -84,19 +83,24 @@ def load(name: str, *, profiles: Path | None = None, data: Path | None = None, l
 
     recipe = workloads.get(name).RECIPE
     backend = backends.find()
-    found = store.find_profile(backend.device(), name, recipe.global_batch, profiles)
+    found = store.find_profile(backend.device(), workloads.label(name), recipe.global_batch, profiles)
     if found is None:
         warnings.warn(
             f"no profile for {name} on this device, safe defaults are used; make one: autotune search --model {name}",
             stacklevel=2,
         )
-        strategy, profile, path = safe_defaults(recipe.global_batch), None, None
+        strategy, profile, path = safe_defaults(name), None, None
     else:
         profile, path = found
         strategy = profile.strategy
     return Tuned(name=name, strategy=strategy, profile=profile, path=path, backend=backend, data=data, limit=limit)
 
 
-def safe_defaults(global_batch: int) -> Strategy:
+def safe_defaults(name: str) -> Strategy:
     """What helps everywhere and risks nothing: torch's choice of attention kernel, padding to the longest."""
-    return Strategy(attention="sdpa", padding="longest", micro_batch=global_batch)
+    from autotune import workloads
+
+    module = workloads.get(name)
+    attentions = getattr(module, "attentions", get_args(Attention))
+    attention: Attention = "sdpa" if "sdpa" in attentions else attentions[0]
+    return Strategy(attention=attention, padding="longest", micro_batch=module.RECIPE.global_batch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,26 +20,38 @@ from autotune.data.batching import (
     Indices,
     MicroBatch,
     PlannedBatch,
-    SequenceData,
-    collate,
     plan_batch,
     plan_epoch,
     plan_evaluation,
 )
 from autotune.errors import AutotuneError
 from autotune.models.attention import set_attention
-from autotune.step import Step
+from autotune.models.blocks import find_blocks, set_checkpoint
+from autotune.step import Step, weights_dtype
+from autotune.store import cache_dir
 from autotune.strategy import Strategy
 from autotune.workloads.base import Recipe, Workload
 
+KEPT_SHARE = 0.5
+"""Of the activations' memory, what ``checkpoint = memory_budget`` has the compiler keep."""
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Loader:
     """Global batches for ``Step``: every iteration is the next epoch, reshuffled from the seed."""
 
-    def __init__(self, data: SequenceData, strategy: Strategy, *, max_tokens: int, seed: int, is_pinned: bool) -> None:
+    def __init__(
+        self,
+        data: Any,
+        strategy: Strategy,
+        *,
+        max_tokens: int,
+        seed: int,
+        is_pinned: bool,
+        collate: Callable[[Any, Indices, int], MicroBatch],
+    ) -> None:
         self._data = data
+        self._collate = collate
         self._strategy = strategy
         self._max_tokens = max_tokens
         self._seed = seed
@@ -82,15 +96,17 @@ class Loader:
     @property
     def lengths(self) -> Indices:
         """Tokens in each sample."""
-        return self._data.lengths
+        lengths: Indices = self._data.lengths
+        return lengths
 
     def over(self, batches: Sequence[PlannedBatch]) -> Iterator[list[MicroBatch]]:
         """The given batches, loaded as an epoch's are."""
         workers = self._strategy.workers
         loader: DataLoader[list[MicroBatch]] = DataLoader(
-            _GlobalBatches(self._data, batches),
+            _GlobalBatches(self._data, batches, self._collate),
             batch_size=None,
             num_workers=workers,
+            prefetch_factor=self._strategy.prefetch if workers else None,
             pin_memory=self._is_pinned,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
@@ -98,9 +114,12 @@ class Loader:
 
 
 class _GlobalBatches(Dataset[list[MicroBatch]]):
-    def __init__(self, data: SequenceData, batches: Sequence[PlannedBatch]) -> None:
+    def __init__(
+        self, data: Any, batches: Sequence[PlannedBatch], collate: Callable[[Any, Indices, int], MicroBatch]
+    ) -> None:
         self._data = data
         self._batches = batches
+        self._collate = collate
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -108,7 +127,7 @@ class _GlobalBatches(Dataset[list[MicroBatch]]):
     def __getitem__(self, index: int) -> list[MicroBatch]:
         batch = self._batches[index]
         return [
-            collate(self._data, indices, width)
+            self._collate(self._data, indices, width)
             for indices, width in zip(batch.micro_batches, batch.widths, strict=True)
         ]
 
@@ -127,6 +146,17 @@ class Run:
     backend: Backend
     workload: Workload
 
+    def split(self, batch: Any) -> list[MicroBatch]:
+        """A batch of a loader of one's own, as ``step`` takes it: ``run.step(run.split(batch))``.
+
+        Raises AutotuneError where the workload's batches come from its own loader only.
+        """
+        if self.workload.split is None:
+            raise AutotuneError(
+                f"{self.workload.name} has a loader of its own: for batch in run.loader: run.step(batch)"
+            )
+        return self.workload.split(batch, self.strategy)
+
     def evaluation_plan(self) -> list[PlannedBatch]:
         """The test set in micro batches."""
         return plan_evaluation(
@@ -138,11 +168,18 @@ class Run:
 
     def evaluation_batches(self, plan: Sequence[PlannedBatch]) -> Iterator[list[MicroBatch]]:
         """The planned part of the test set, loaded as training batches are."""
-        data = self.workload.test
-        return Loader(data, self.strategy, max_tokens=0, seed=0, is_pinned=self.backend.pins_memory).over(plan)
+        return Loader(
+            self.workload.test,
+            self.strategy,
+            max_tokens=0,
+            seed=0,
+            is_pinned=self.backend.pins_memory,
+            collate=self.workload.collate,
+        ).over(plan)
 
     def evaluate(self, batches: Iterable[list[MicroBatch]] | None = None) -> tuple[float, float]:
-        """Mean loss and share classified correctly, over the test set or the given part of it."""
+        """Mean loss and share classified correctly, over the test set or the given part of it; where samples have no
+        class, the share is no number."""
         if batches is None:
             batches = self.evaluation_batches(self.evaluation_plan())
         loss_sum = torch.zeros((), device=torch_device(self.backend))
@@ -154,10 +191,12 @@ class Run:
             for micro in batch:
                 output, targets = self.step.forward_only(micro)
                 loss_sum += self.workload.loss(output, targets)
-                num_correct += self.workload.num_correct(output, targets)
+                if self.workload.num_correct is not None:
+                    num_correct += self.workload.num_correct(output, targets)
                 num_samples += micro.num_samples
         self.model.train(was_training)
-        return float(loss_sum) / num_samples, float(num_correct) / num_samples
+        accuracy = float(num_correct) / num_samples if self.workload.num_correct is not None else math.nan
+        return float(loss_sum) / num_samples, accuracy
 
 
 def apply(
@@ -167,7 +206,7 @@ def apply(
     *,
     model: nn.Module | None = None,
     optimizer: OptimizerFactory | None = None,
-    dataset: SequenceData | None = None,
+    dataset: Any = None,
     total_steps: int | None = None,
     seed: int = 0,
 ) -> Run:
@@ -181,17 +220,27 @@ def apply(
     device = torch_device(backend)
     backend.set_precision(strategy.precision)
     backend.set_allocator(strategy.allocator)
+    if strategy.threads:
+        torch.set_num_threads(strategy.threads)
+    if strategy.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch.use_deterministic_algorithms asks for it
+        torch.use_deterministic_algorithms(True)
     if strategy.padding != "max":
         backend.limit_kernel_caches()
     model = workload.build_model() if model is None else model
-    _set_knobs(model, strategy)
+    forward_context = _set_knobs(model, strategy, workload)
+    if weights_dtype(strategy) is not torch.float32:
+        model.to(weights_dtype(strategy))
+    if strategy.memory_format == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.to(device).train()
     loader = Loader(
-        workload.train if dataset is None else dataset,
+        workload.train if dataset is None else workload.of_dataset(dataset),
         strategy,
         max_tokens=workload.max_tokens,
         seed=seed,
         is_pinned=backend.pins_memory,
+        collate=workload.collate,
     )
     scheduler = None
     if optimizer is None:
@@ -201,12 +250,14 @@ def apply(
         scheduler = warmup_cosine(own, recipe, total_steps or recipe.epochs * len(loader))
     else:
         own = optimizer(model.parameters())
+    _set_optimizer(own, strategy)
     step = Step(
         model,
         own,
         workload.loss,
         strategy=strategy,
         device=device,
+        forward_context=forward_context,
         clip_norm=recipe.clip_norm,
         scheduler=scheduler,
     )
@@ -237,29 +288,61 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps:
     return LambdaLR(optimizer, factor)
 
 
-def _set_knobs(model: nn.Module, strategy: Strategy) -> None:
-    if set_attention(model, strategy.attention) == 0 and strategy.attention != "eager":
+def _set_knobs(model: nn.Module, strategy: Strategy, workload: Workload) -> contextlib.AbstractContextManager[None]:
+    """Puts the model's knobs in effect; gives what its forward passes are to run in."""
+    if strategy.attention not in (attentions := workload.attentions_of(model)):
         raise AutotuneError(
-            f"attention={strategy.attention} needs a model with autotune's SelfAttention, {type(model).__name__} has "
-            "none; search with this model, or set attention to eager in the profile"
+            f"attention={strategy.attention} needs a model whose attention can be switched so, {type(model).__name__} "
+            f"has none; search with this model, or set attention to {attentions[0]} in the profile"
         )
-    if hasattr(model, "checkpointed"):
-        setattr(model, "checkpointed", strategy.checkpoint)  # noqa: B010 - not a declared attribute of nn.Module
-    elif strategy.checkpoint != "none":
+    forward_context = set_attention(model, strategy.attention)
+    num_recomputed = set_checkpoint(model, strategy.checkpoint)
+    if strategy.checkpoint == "memory_budget" and strategy.compile == "none":
         raise AutotuneError(
-            f"checkpoint={strategy.checkpoint} needs a model with a `checkpointed` attribute, {type(model).__name__} "
-            "has none; search with this model, or set checkpoint to none in the profile"
+            "checkpoint=memory_budget is the compiler's: set compile, or checkpoint to none, in the profile"
+        )
+    if num_recomputed == 0 and strategy.checkpoint not in ("none", "memory_budget"):
+        raise AutotuneError(
+            f"checkpoint={strategy.checkpoint} needs a model that repeats a block, {type(model).__name__} has none; "
+            "search with this model, or set checkpoint to none in the profile"
         )
     if strategy.compile != "none":
-        _skip_isa_tests()
+        _prepare_compiler(strategy)
         options: dict[str, Any] = {} if strategy.compile == "default" else {"mode": strategy.compile}
-        model.compile(dynamic=strategy.padding != "max", **options)
+        compiled = [model] if strategy.compile_scope == "model" else find_blocks(model)
+        for module in compiled:
+            module.compile(dynamic=strategy.padding != "max", **options)
+    return forward_context
 
 
-def _skip_isa_tests() -> None:
-    """Inductor compiles a test program for every CPU instruction set before its first kernel, 8 s on two cores; that
-    the kernels themselves compile and run is test enough."""
-    from torch._inductor import config
+def _set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
+    """Chooses the update's implementation, as the constructor's arguments ``foreach`` and ``fused`` would."""
+    chosen = strategy.optimizer
+    if chosen == "default":
+        return
+    if chosen not in optimizer.defaults:
+        raise AutotuneError(
+            f"optimizer={chosen} needs one of torch's optimizers that has it, {type(optimizer).__name__} has not; set "
+            "optimizer to default in the profile"
+        )
+    for group in optimizer.param_groups:
+        group["foreach"], group["fused"] = chosen == "foreach", chosen == "fused"
+    # what the constructor sets with fused=True, so that a GradScaler hands it the scale (torch 2.13, optim/adam.py)
+    optimizer._step_supports_amp_scaling = chosen == "fused"  # type: ignore[attr-defined]
 
-    if hasattr(config.cpp, "vec_isa_ok"):
-        config.cpp.vec_isa_ok = True
+
+def _prepare_compiler(strategy: Strategy) -> None:
+    """What is compiled is kept in autotune's cache folder, unless the user names another: training starts with what the
+    search has compiled.
+
+    Inductor compiles a test program for every CPU instruction set before its first kernel, 8 s on two cores; that the
+    kernels themselves compile and run is test enough.
+    """
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    for variable, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(variable, str(cache_dir() / "compiled" / folder))
+    if hasattr(inductor.cpp, "vec_isa_ok"):
+        inductor.cpp.vec_isa_ok = True
+    functorch.activation_memory_budget = KEPT_SHARE if strategy.checkpoint == "memory_budget" else 1.0

@@ -29,6 +29,8 @@ class Lap(msgspec.Struct, frozen=True, kw_only=True):
     """Padded width squared, summed over the samples: attention's cost grows with it."""
     losses: tuple[float, ...]
     """Mean loss of each step."""
+    num_compiled: int = 0
+    """Graphs that torch.compile compiled meanwhile."""
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +63,8 @@ class Measurement(Rates, frozen=True, kw_only=True):
     """Seconds of a training epoch as projected from each timed lap alone: how much the figures spread."""
     losses: tuple[float, ...]
     """Mean loss of each step, warm-up included."""
+    num_recompiled: int = 0
+    """Graphs that were compiled when the warm-up was over; the laps in which they were count as warm-up."""
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):

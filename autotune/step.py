@@ -13,6 +13,7 @@ from autotune.data.batching import MicroBatch
 from autotune.strategy import Strategy
 
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WEIGHTS_DTYPE = {"bf16_weights": torch.bfloat16}
 
 
 def uses_cuda_graphs(strategy: Strategy) -> bool:
@@ -31,6 +32,7 @@ class Step:
         *,
         strategy: Strategy,
         device: torch.device,
+        forward_context: contextlib.AbstractContextManager[Any] | None = None,
         clip_norm: float | None = None,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
@@ -40,9 +42,12 @@ class Step:
         self.grad_norm: Tensor | None = None
         """L2 norm of the last step's gradients before clipping."""
         self._loss = loss
+        self._forward_context = forward_context or contextlib.nullcontext()
         self._clip_norm = clip_norm
         self._device = device
         self._dtype = _AUTOCAST_DTYPE.get(strategy.precision)
+        self._weights_dtype = _WEIGHTS_DTYPE.get(strategy.precision)
+        self._is_channels_last = strategy.memory_format == "channels_last"
         self._scaler = torch.amp.GradScaler(device.type, enabled=strategy.precision == "fp16")
         self._uses_cuda_graphs = uses_cuda_graphs(strategy)
 
@@ -59,10 +64,11 @@ class Step:
             micro = self._on_device(micro)
             if self._uses_cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with self._autocast():
-                output = self.model(**micro.inputs)
+            with self._autocast(), self._forward_context:
+                output = _in_fp32(self.model(**micro.inputs))
             loss = self._loss(output, micro.targets) / num_samples
-            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            with self._forward_context:  # what is recomputed runs as it ran at first
+                self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self._update()
         return total
@@ -71,8 +77,8 @@ class Step:
         """Output and targets of one micro batch without gradients, in the same precision; never compiled, because a
         second graph for the few evaluation batches costs more than it gives. The caller sets eval mode."""
         micro = self._on_device(micro)
-        with torch.no_grad(), self._autocast():
-            return self.model.forward(**micro.inputs), micro.targets
+        with torch.no_grad(), self._autocast(), self._forward_context:
+            return _in_fp32(self.model.forward(**micro.inputs)), micro.targets
 
     def _update(self) -> None:
         self._scaler.unscale_(self.optimizer)
@@ -92,5 +98,27 @@ class Step:
         return torch.autocast(self._device.type, dtype=self._dtype)
 
     def _on_device(self, micro: MicroBatch) -> MicroBatch:
-        inputs = {name: tensor.to(self._device, non_blocking=True) for name, tensor in micro.inputs.items()}
-        return micro._replace(inputs=inputs, targets=micro.targets.to(self._device, non_blocking=True))
+        return micro._replace(
+            inputs={name: self._placed(tensor) for name, tensor in micro.inputs.items()},
+            targets=micro.targets.to(self._device, non_blocking=True),
+        )
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        is_images = self._is_channels_last and tensor.dim() == 4
+        return tensor.to(
+            self._device,
+            dtype=self._weights_dtype if tensor.is_floating_point() else None,
+            non_blocking=True,
+            memory_format=torch.channels_last if is_images else torch.preserve_format,
+        )
+
+
+def weights_dtype(strategy: Strategy) -> torch.dtype:
+    """What the model's parameters are kept in."""
+    return _WEIGHTS_DTYPE.get(strategy.precision, torch.float32)
+
+
+def _in_fp32(output: Any) -> Any:
+    """The loss is computed in fp32, whatever the model computes in."""
+    is_short = isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16)
+    return output.float() if is_short else output

@@ -50,7 +50,7 @@ def folder_name(device: Device) -> str:
 
 def profile_path(device: Device, workload: str, profiles: Path | None = None) -> Path:
     """Where a search saves this device's profile."""
-    return stores(profiles)[0] / folder_name(device) / _file_name(workload)
+    return stores(profiles)[0] / folder_name(device) / f"{file_stem(workload)}.toml"
 
 
 def find_profile(
@@ -58,13 +58,14 @@ def find_profile(
 ) -> tuple[Profile, Path] | None:
     """This device's profile from the first store that has one. Raises AutotuneError when that one is broken."""
     for store in stores(profiles):
-        for path in sorted(store.glob(f"*-{device.fingerprint}/{_file_name(workload)}")):
+        for path in sorted(store.glob(f"*-{device.fingerprint}/{file_stem(workload)}.toml")):
             return read_for(path, device, workload, global_batch), path
     return None
 
 
-def _file_name(workload: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", workload) + ".toml"
+def file_stem(workload: str) -> str:
+    """A workload's name as a file or a folder may be called: without slashes and colons."""
+    return re.sub(r"[^\w.-]+", "-", workload)
 
 
 def all_profiles(profiles: Path | None = None) -> list[Path]:

@@ -4,12 +4,31 @@ from typing import Any, Literal
 
 import msgspec
 
-Attention = Literal["eager", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"]
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-Checkpoint = Literal["none", "every_4th", "every_2nd", "every_block"]
-Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
+Attention = Literal[
+    "eager",
+    "sdpa",
+    "sdpa_math",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "sdpa_cudnn",
+    "window",
+    "window_global",
+    "window_global_random",
+]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "bf16_weights"]
+Checkpoint = Literal["none", "memory_budget", "selective", "every_4th", "every_2nd", "every_block"]
+Compile = Literal["none", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 Padding = Literal["max", "longest", "buckets"]
 Allocator = Literal["default", "retain"]
+Optimizer = Literal["default", "foreach", "fused"]
+CompileScope = Literal["model", "blocks"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+APPROXIMATE: dict[str, frozenset[str]] = {
+    "attention": frozenset({"window", "window_global", "window_global_random"}),
+    "precision": frozenset({"bf16_weights"}),
+}
+"""By knob, the values that change what is trained, not only how fast: searched where the user allows it."""
 
 
 class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,32 +39,54 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     attention: Attention = "eager"
     """``eager``: written out (matmul, softmax, matmul). ``sdpa``: torch's own choice of kernel. ``sdpa_*``: one
-    kernel of ``scaled_dot_product_attention`` pinned."""
+    kernel of ``scaled_dot_product_attention`` pinned. ``window*`` (approximate): part of the keys, models/sparse.py."""
     precision: Precision = "fp32"
-    """fp32 with TF32 off; tf32: fp32 storage, TF32 matmuls; bf16, fp16: autocast, fp16 with a GradScaler."""
+    """fp32 with TF32 off; tf32: fp32 storage, TF32 matmuls; bf16, fp16: autocast, fp16 with a GradScaler;
+    ``bf16_weights`` (approximate): weights, gradients and the optimizer's state in bf16, no autocast."""
     checkpoint: Checkpoint = "none"
-    """Which transformer blocks are recomputed in the backward pass."""
+    """Which repeated blocks are recomputed in the backward pass; ``selective``: all of them, but for the results of
+    their matrix products and attention kernels, which are kept; ``memory_budget``: the compiler chooses, to keep half
+    of the activations' memory."""
     micro_batch: int
     """Samples in one forward and backward pass."""
     accumulation: int = 1
     """Micro batches whose gradients are summed before an optimizer step."""
     compile: Compile = "none"
-    """torch.compile's mode for the whole model."""
+    """torch.compile's mode."""
+    compile_scope: CompileScope = "model"
+    """What is compiled: the whole ``model``, or each of its repeated ``blocks``, which share one compilation."""
     workers: int = 0
     """Loader processes; 0 loads in the training process."""
+    prefetch: int = 2
+    """Batches that each loader process has ready."""
     padding: Padding = "max"
     """``max``: every sequence to the model's limit. ``longest``: to the longest of its micro batch, the global batch
     sorted by length before it is cut up. ``buckets``: whole batches of similar length, in random order."""
+    threads: int = 0
+    """Threads that one operation is spread over on a CPU; 0 is torch's own choice, every core."""
     allocator: Allocator = "default"
     """``retain``: on a CPU, freed memory is kept by the process instead of going back to the kernel, which would have
     to clear every page of it again for the next batch."""
+    optimizer: Optimizer = "default"
+    """How the optimizer's arithmetic is run: torch's own choice, ``foreach`` a few kernels over all parameters at once,
+    ``fused`` one kernel for the whole update."""
+    memory_format: MemoryFormat = "contiguous"
+    """How the four dimensions of images and of convolutions' weights lie in memory."""
+    deterministic: bool = False
+    """Only algorithms that give the same result every time: a constraint that the user sets, never searched."""
 
     def __post_init__(self) -> None:
-        for knob in ("micro_batch", "accumulation"):
+        for knob in ("micro_batch", "accumulation", "prefetch"):
             if getattr(self, knob) < 1:
                 raise ValueError(f"{knob} must be >= 1, got {getattr(self, knob)}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be >= 0, got {self.workers}")
+        for knob in ("workers", "threads"):
+            if getattr(self, knob) < 0:
+                raise ValueError(f"{knob} must be >= 0, got {getattr(self, knob)}")
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether it trains something else than the baseline does."""
+        return any(getattr(self, knob) in values for knob, values in APPROXIMATE.items())
 
     @property
     def global_batch(self) -> int:
@@ -60,7 +101,7 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if getattr(self, knob) != getattr(other, knob)
         }
 
-    def to_dict(self) -> dict[str, str | int]:
+    def to_dict(self) -> dict[str, str | int | bool]:
         """Plain values in the order of declaration, as stored in profiles and in JSON."""
         return {knob: getattr(self, knob) for knob in self.__struct_fields__}
 

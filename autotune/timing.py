@@ -75,6 +75,7 @@ class Timer:
         planned: list[PlannedBatch] = []
         num_samples = num_tokens = 0
         wait_s = 0.0
+        compiled_before = _num_compiled()
         gc_was_enabled = gc.isenabled()
         gc.disable()
         synchronize()
@@ -104,6 +105,7 @@ class Timer:
             padded_tokens=sum(batch.padded_tokens for batch in planned),
             padded_squares=sum(batch.padded_squares for batch in planned),
             losses=self._finite(losses, norms),
+            num_compiled=_num_compiled() - compiled_before,
         )
         self.laps.append(lap)
         return lap
@@ -212,6 +214,7 @@ class Timer:
             peak_memory_bytes=self._run.backend.peak_memory_bytes(),
             epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
             losses=tuple(loss for lap in self.laps for loss in lap.losses),
+            num_recompiled=sum(lap.num_compiled for lap in warm_up[_first_steady(self.laps, cost) :]),
         )
 
     def _rate(self, laps: list[Lap]) -> float:
@@ -251,12 +254,27 @@ def epoch_seconds(rounds: Sequence[Sequence[Lap]], epoch: Work) -> list[float]:
 
 
 def steady(laps: list[Lap], cost: Cost = BY_TOKENS) -> tuple[list[Lap], list[Lap]]:
-    """Warm-up laps and timed laps. The first lap is always warm-up, unless it is the only one."""
+    """Warm-up laps and timed laps. The first lap is always warm-up, unless it is the only one; later ones are where
+    something was compiled in them, unless all are."""
+    start = _first_steady(laps, cost)
+    compiled = [lap for lap in laps[start:] if lap.num_compiled]
+    timed = [lap for lap in laps[start:] if not lap.num_compiled]
+    return (laps[:start] + compiled, timed) if timed else (laps[:start], laps[start:])
+
+
+def _first_steady(laps: list[Lap], cost: Cost) -> int:
     costs = [lap.seconds / cost.of(_lap_work(lap)) for lap in laps]
     start = min(1, len(laps) - 1)
     while start < len(laps) - 2 and costs[start] > STEADY * float(np.median(costs[start + 1 :])):
         start += 1
-    return laps[:start], laps[start:]
+    return start
+
+
+def _num_compiled() -> int:
+    """Graphs that torch.compile has compiled in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _work(batch: PlannedBatch) -> Work:

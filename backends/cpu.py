@@ -23,8 +23,16 @@ from autotune.strategy import Allocator, Attention, Compile, Precision
 
 name: str = "cpu"
 device_type: str = "cpu"
-attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash")
-precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
+attention: tuple[Attention, ...] = (
+    "eager",
+    "sdpa",
+    "sdpa_math",
+    "sdpa_flash",
+    "window",
+    "window_global",
+    "window_global_random",
+)
+precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "bf16_weights")
 # reduce-overhead is CUDA graphs: on a CPU it is `default` by another name
 compile_modes: tuple[Compile, ...] = ("none", "default")
 allocators: tuple[Allocator, ...] = ("default", "retain")

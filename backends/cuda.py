@@ -13,9 +13,25 @@ from autotune.strategy import Allocator, Attention, Compile, Precision
 
 name: str = "cuda"
 device_type: str = "cuda"
-attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
-precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
-compile_modes: tuple[Compile, ...] = ("none", "default", "reduce-overhead", "max-autotune")
+attention: tuple[Attention, ...] = (
+    "eager",
+    "sdpa",
+    "sdpa_math",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "sdpa_cudnn",
+    "window",
+    "window_global",
+    "window_global_random",
+)
+precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "bf16_weights")
+compile_modes: tuple[Compile, ...] = (
+    "none",
+    "default",
+    "reduce-overhead",
+    "max-autotune-no-cudagraphs",
+    "max-autotune",
+)
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = False
 pins_memory = True

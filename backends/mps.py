@@ -11,8 +11,15 @@ from autotune.strategy import Allocator, Attention, Compile, Precision
 
 name: str = "mps"
 device_type: str = "mps"
-attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math")
-precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+attention: tuple[Attention, ...] = (
+    "eager",
+    "sdpa",
+    "sdpa_math",
+    "window",
+    "window_global",
+    "window_global_random",
+)
+precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "bf16_weights")
 compile_modes: tuple[Compile, ...] = ("none", "default")
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = False

@@ -107,7 +107,6 @@ class Noise:
             train=data,
             test=data,
             max_tokens=TOKENS,
-            num_blocks=1,
         )
 
 

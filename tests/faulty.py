@@ -59,7 +59,6 @@ class FaultyWorkload:
             train=data,
             test=Data("none"),
             max_tokens=LONGEST,
-            num_blocks=0,
         )
 
 

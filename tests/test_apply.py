@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from autotune import backends, workloads
 from autotune.apply import Run, apply, warmup_cosine
 from autotune.data.batching import collate
 from autotune.errors import AutotuneError
 from autotune.models.encoder import EncoderClassifier
-from autotune.strategy import Padding, Precision, Strategy
+from autotune.strategy import MemoryFormat, Padding, Precision, Strategy
 from autotune.workloads.base import Workload
+from autotune.workloads.custom import workload_of
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,140 @@ def test_precision_is_the_dtype_that_the_matmuls_see(
     assert set(seen) == {dtype}
     assert np.isfinite(losses).all()
     assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kernels"), [("default", set()), ("foreach", {"_foreach_addcdiv_"}), ("fused", {"_fused_adamw_"})]
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_optimizers_arithmetic_is_run_as_chosen(
+    workload: Workload, optimizer: str, kernels: set[str], precision: Precision
+) -> None:
+    run = run_of(workload, optimizer=optimizer, precision=precision)
+    batch = next(iter(run.loader))
+    with torch.profiler.profile() as profile:
+        losses = [float(run.step(batch)) for _ in range(20)]
+    ran = {event.key.removeprefix("aten::") for event in profile.key_averages()}
+    assert ran & {"_foreach_addcdiv_", "_fused_adamw_"} == kernels
+    plain = run_of(workload, precision=precision)
+    assert losses == pytest.approx([float(plain.step(batch)) for _ in range(20)], rel=1e-3)
+
+
+def test_compiling_by_block_compiles_the_blocks_and_not_the_model(workload: Workload) -> None:
+    run = run_of(workload, compile="default", compile_scope="blocks")
+    assert run.model._compiled_call_impl is None
+    assert all(block._compiled_call_impl is not None for block in run.model.get_submodule("blocks").children())
+    batch = next(iter(run.loader))
+    assert float(run.step(batch)) == pytest.approx(float(run_of(workload).step(batch)), rel=1e-5)
+
+
+class Pictures(nn.Module):
+    """A convolution, and what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 2)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        output: Tensor = self.head(self.conv(x).mean((2, 3)))
+        return output
+
+
+@pytest.mark.parametrize("memory_format", get_args(MemoryFormat))
+def test_images_and_convolutions_lie_in_memory_as_chosen(memory_format: MemoryFormat) -> None:
+    def losses(chosen: MemoryFormat) -> tuple[Pictures, list[float]]:
+        torch.manual_seed(0)
+        images = workload_of("images", lambda: (Pictures(), (torch.randn(4, 3, 8, 8), torch.arange(4) % 2)))
+        assert images.has_convolutions
+        torch.manual_seed(0)
+        run = apply(Strategy(micro_batch=2, accumulation=2, memory_format=chosen), images, backends.get("cpu"))
+        batch = next(iter(run.loader))
+        found = [float(run.step(batch)) for _ in range(3)]
+        assert isinstance(run.model, Pictures)
+        return run.model, found
+
+    model, found = losses(memory_format)
+    is_last = memory_format == "channels_last"
+    for tensor in (model.conv.weight, *model.seen[-2:]):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == is_last
+    assert found == pytest.approx(losses("contiguous")[1], rel=1e-5)
+
+
+def test_pure_bf16_keeps_weights_gradients_and_state_in_bf16_and_the_loss_in_fp32(workload: Workload) -> None:
+    run = run_of(workload, precision="bf16_weights")
+    seen: list[torch.dtype] = []
+    first = run.model.get_submodule("blocks.0.attention.qkv")
+    first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    losses = [run.step(batch) for batch in run.loader]
+    assert set(seen) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.bfloat16}
+    state = [value for entry in run.optimizer.state.values() for value in entry.values() if value.dim()]
+    assert {value.dtype for value in state} == {torch.bfloat16}
+    assert losses[0].dtype == torch.float32
+    assert run.strategy.is_approximate
+
+
+def test_deterministic_refuses_what_cannot_be(workload: Workload) -> None:
+    run_of(workload)
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        run_of(workload, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("prefetch", [2, 5])
+def test_loader_processes_have_as_many_batches_ready(workload: Workload, prefetch: int) -> None:
+    batches: Any = iter(run_of(workload, micro_batch=2, accumulation=2, workers=1, prefetch=prefetch).loader)
+    assert batches._send_idx == prefetch, "asked for before the first is taken"
+
+
+def kept_bytes(run: Run) -> int:
+    """What the compiled forward pass keeps for the backward pass, the parameters not counted."""
+    own = {parameter.data_ptr() for parameter in run.model.parameters()}
+    micro = next(iter(run.loader))[0]
+    node: Any = run.model(**micro.inputs).grad_fn
+    return sum(t.numel() * t.element_size() for t in node.saved_tensors if t.data_ptr() not in own)
+
+
+def test_under_a_memory_budget_the_compiler_keeps_less(workload: Workload) -> None:
+    whole = kept_bytes(run_of(workload, compile="default"))
+    torch.compiler.reset()
+    assert kept_bytes(run_of(workload, compile="default", checkpoint="memory_budget")) < 0.8 * whole
+    with pytest.raises(AutotuneError, match="memory_budget is the compiler's"):
+        run_of(workload, checkpoint="memory_budget")
+
+
+def test_what_is_compiled_is_kept_in_the_cache_folder(workload: Workload) -> None:
+    run = run_of(workload, compile="default")
+    run.step(next(iter(run.loader)))
+    assert any(path.is_file() for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*"))
+
+
+def test_threads_are_what_torch_then_has(workload: Workload) -> None:
+    before = torch.get_num_threads()
+    try:
+        run_of(workload, threads=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_optimizer_that_has_no_such_way_is_refused_by_name(workload: Workload) -> None:
+    with pytest.raises(AutotuneError, match="LBFGS has not"):
+        apply(
+            Strategy(micro_batch=32, optimizer="fused"),
+            workload,
+            backends.get("cpu"),
+            model=small_model(),
+            optimizer=torch.optim.LBFGS,
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Trial
@@ -269,13 +270,17 @@ def test_a_small_space_is_exhausted_and_the_search_ends(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ref, workload = prepared
-    tiny = dataclasses.replace(workload, num_blocks=0, recipe=msgspec.structs.replace(workload.recipe, global_batch=1))
+    tiny = dataclasses.replace(
+        workload, build_model=torch.nn.Module, recipe=msgspec.structs.replace(workload.recipe, global_batch=1)
+    )
     refused = {f"attention__{a}__{p}": "no" for a in ("sdpa", "sdpa_math") for p in ("fp32", "bf16", "fp16")}
     hardware = factories.hardware(
         **refused,
         matmul__fp16="no",
         matmul__tf32="no",
         allocator__retain="no",
+        optimizer__foreach="no",
+        optimizer__fused="no",
         compile__default="no",
         **{"compile__max-autotune": "no"},
     )

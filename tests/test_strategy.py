@@ -14,9 +14,15 @@ def test_the_baseline_is_plain_fp32_with_the_whole_batch_at_once() -> None:
         "micro_batch": 32,
         "accumulation": 1,
         "compile": "none",
+        "compile_scope": "model",
         "workers": 0,
+        "prefetch": 2,
         "padding": "max",
+        "threads": 0,
         "allocator": "default",
+        "optimizer": "default",
+        "memory_format": "contiguous",
+        "deterministic": False,
     }
 
 

@@ -56,6 +56,7 @@ def result() -> Result:
         objective="time",
         trials=trials,
         search_s=300,
+        warm_up_cached_s=2.2,
         num_rounds=5,
         proof=Proof(outcome="ok", loss_deviation=0.0031, soak_steps=50, peak_memory_bytes=600 * 2**20),
         was_interrupted=False,

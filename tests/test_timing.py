@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -23,6 +24,14 @@ from tests.factories import lap
 @given(st.integers(1, 3000))
 def test_the_visiting_order_holds_every_batch_once(count: int) -> None:
     assert sorted(_low_discrepancy(count)) == list(range(count))
+
+
+def test_laps_in_which_something_is_compiled_are_warm_up() -> None:
+    first, *others = (lap(seconds) for seconds in (5.0, 1.0, 1.1, 4.0, 0.9))
+    others[2] = msgspec.structs.replace(others[2], num_compiled=2)
+    warm_up, timed = steady([first, *others])
+    assert [found.seconds for found in warm_up] == [5.0, 4.0]
+    assert [found.seconds for found in timed] == [1.0, 1.1, 0.9]
 
 
 @pytest.mark.parametrize("count", [64, 500, 782])

@@ -25,7 +25,7 @@ from autotune.checks.compute import (
 )
 from autotune.checks.kernels import ATTENTION_PRECISIONS, attention, flash_attn
 from autotune.checks.tools import Figures, RefusalError, first_line
-from autotune.strategy import Attention, Precision
+from autotune.strategy import APPROXIMATE, Attention, Precision
 
 __all__ = ["Check", "Figures", "RefusalError", "first_line", "standard"]
 
@@ -44,7 +44,8 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 def standard(backend: Backend) -> tuple[Check, ...]:
     """Every capability worth knowing of a device, quick ones first and torch.compile last."""
-    checks = [Check(name=f"matmul.{p}", run=functools.partial(matmul, precision=p)) for p in get_args(Precision)]
+    precisions = [p for p in get_args(Precision) if p not in APPROXIMATE["precision"]]  # those compute as others do
+    checks = [Check(name=f"matmul.{p}", run=functools.partial(matmul, precision=p)) for p in precisions]
     checks += [Check(name=f"autocast.{p}", run=functools.partial(autocast, precision=p)) for p in ("bf16", "fp16")]
     checks += [
         Check(name="grad_scaler", run=grad_scaler),
@@ -56,6 +57,7 @@ def standard(backend: Backend) -> tuple[Check, ...]:
     checks += [
         Check(name=f"attention.{kernel}.{p}", run=functools.partial(attention, kernel=kernel, precision=p))
         for kernel in get_args(Attention)
+        if kernel not in APPROXIMATE["attention"]
         for p in ATTENTION_PRECISIONS
     ]
     checks += [

@@ -17,7 +17,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def model_option(function: F) -> F:
     """--model"""
-    return click.option("--model", "name", required=True, metavar="NAME", help="The workload, e.g. imdb.")(function)
+    return click.option(
+        "--model",
+        "name",
+        required=True,
+        metavar="NAME",
+        help="imdb; my_train.py:FUNCTION or package.module:FUNCTION of your own; hf:NAME; timm:NAME.",
+    )(function)
 
 
 def data_options(function: F) -> F:

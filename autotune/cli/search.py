@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 @data_options
 @device_option
 @profiles_option
+@click.option(
+    "--allow-approximate", is_flag=True, help="Search what changes the training as well, such as bf16 weights."
+)
+@click.option("--deterministic", is_flag=True, help="Only algorithms that give the same result every time.")
+@click.option("--explain-space", is_flag=True, help="Only print what would be searched, and why not the rest.")
 @click.option("--refresh", is_flag=True, help="Probe the device again.")
 @click.option("--fresh", is_flag=True, help="Start anew, even where an interrupted search could go on.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -60,6 +65,9 @@ def command(
     limit: int | None,
     device_name: str | None,
     profiles: Path | None,
+    allow_approximate: bool,
+    deterministic: bool,
+    explain_space: bool,
     refresh: bool,
     fresh: bool,
     seed: int,
@@ -77,7 +85,7 @@ def command(
     from autotune.probe import describe_device, probe
     from autotune.profile import write_profile
     from autotune.report.live import ProbeDisplay, SearchDisplay
-    from autotune.report.terminal import busy_words, planned_words, search_summary, stdout
+    from autotune.report.terminal import busy_words, planned_words, search_summary, space_table, stdout
     from autotune.search.result import profile_of
     from autotune.search.settings import Settings
     from autotune.search.study import search
@@ -86,7 +94,8 @@ def command(
     workloads.get(name)
     backend = find_backend(device_name)
     device = describe_device(backend)
-    path = store.profile_path(device, name, profiles)
+    label = workloads.label(name)
+    path = store.profile_path(device, label, profiles)
     store.check_writable(path)
     with store.device_lock(device):
         ref, workload = prepare(name, data, limit)
@@ -106,24 +115,31 @@ def command(
             max_trials=trials,
             memory_budget_bytes=memory_budget_bytes,
             includes_slow=include_slow,
+            allows_approximate=allow_approximate,
+            is_deterministic=deterministic,
             epochs=epochs,
             seed=seed,
         )
+        task = Task(ref=ref, workload=workload, hardware=hardware, backend=backend, settings=settings)
+        if explain_space:
+            stdout().print(space_table(task.space))
+            stdout().print(f"{task.space.size:,} combinations; the probe has the figures: autotune probe")
+            return 0
         is_saved = True
 
         def save(found: Result) -> None:
             nonlocal is_saved
             is_untested = found.was_interrupted and found.proof is None
-            if is_untested and store.is_tested(path, device, name, workload.recipe.global_batch):
+            if is_untested and store.is_tested(path, device, label, workload.recipe.global_batch):
                 is_saved = False
             else:
                 write_profile(profile_of(found, device, workload), path)
 
-        title = f"autotune search · {name} · {device.name}, {device.num_cores} cores"
+        title = f"autotune search · {label} · {device.name}, {device.num_cores} cores"
         with SearchDisplay(title, budget_s=budget_s, max_trials=trials) as display:
             display.say(f"{title}: {workload.source}")
             result = search(
-                Task(ref=ref, workload=workload, hardware=hardware, backend=backend, settings=settings),
+                task,
                 display,
                 journal_path=path.with_suffix(".journal"),
                 is_fresh=fresh,

@@ -48,36 +48,35 @@ def command(
     from autotune.apply import apply
     from autotune.report.live import TrainDisplay
     from autotune.report.terminal import describe, epoch_table, stdout
-    from autotune.strategy import baseline
     from autotune.training import Training, write_metrics
     from autotune.units import format_bytes, format_duration
 
-    recipe = workloads.get(name).RECIPE
+    recipe, label = workloads.get(name).RECIPE, workloads.label(name)
     backend = find_backend(device_name)
     device = backend.device()
-    profile, path, strategy = None, None, safe_defaults(recipe.global_batch)
+    profile, path = None, None
     if profile_name is not None and profile_name != "none":
         path = Path(profile_name)
-        profile = store.read_for(path, device, name, recipe.global_batch)
+        profile = store.read_for(path, device, label, recipe.global_batch)
     else:
         found = None
         # without a profile's settings its projection is a courtesy, and a broken one no obstacle
         with contextlib.suppress(*([AutotuneError] if profile_name == "none" else [])):
-            found = store.find_profile(device, name, recipe.global_batch, profiles)
+            found = store.find_profile(device, label, recipe.global_batch, profiles)
         if found is not None:
             profile, path = found
         elif profile_name is None:
             click.echo(f"No profile for {name} on this device, safe defaults are used; make one: ", err=True, nl=False)
             click.echo(f"autotune search --model {name}", err=True)
-    if profile_name == "none":
-        strategy = baseline(recipe.global_batch)
-    elif profile is not None:
-        strategy = profile.strategy
     if metrics is None:
-        metrics = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}" / "metrics.json"
+        metrics = Path("runs") / f"{store.file_stem(label)}-{datetime.datetime.now():%Y%m%d-%H%M%S}" / "metrics.json"
     store.check_writable(metrics, "--metrics")
 
     _, workload = prepare(name, data, limit)
+    if profile_name == "none":
+        strategy = workload.baseline
+    else:
+        strategy = safe_defaults(name) if profile is None else profile.strategy
     num_epochs = epochs or recipe.epochs
     projected_s = _projected_s(profile, strategy, workload.num_train, workload.num_test, num_epochs)
     steps_per_epoch = -(-workload.num_train // recipe.global_batch)
@@ -89,7 +88,7 @@ def command(
     def record() -> None:
         write_metrics(training.metrics(profile=profile_words, projected_s=projected_s, seed=seed), metrics)
 
-    title = f"autotune train · {name} · {describe(strategy)} · {workload.source}"
+    title = f"autotune train · {label} · {describe(strategy)} · {workload.source}"
     was_interrupted = False
     with TrainDisplay(title, num_steps=steps_per_epoch, num_epochs=num_epochs) as display:
         display.say(title)
@@ -104,7 +103,7 @@ def command(
             was_interrupted = True
     record()
     console = stdout()
-    console.print(f"{name}: {describe(strategy)}", style="bold", markup=False)
+    console.print(f"{label}: {describe(strategy)}", style="bold", markup=False)
     console.print(f"profile {profile_words or 'none'}", markup=False, soft_wrap=True)
     if training.epochs:
         console.print(epoch_table(training.epochs))

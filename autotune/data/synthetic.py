@@ -101,6 +101,14 @@ def imdb_lengths() -> dict[str, Any]:
     return table
 
 
+def sample_lengths(count: int, seed: int) -> NDArray[np.int64]:
+    """Word pieces of some reviews, as IMDB's are distributed: [count]."""
+    table = imdb_lengths()["word_pieces"]
+    uniform = np.random.default_rng(seed).random(count)
+    lengths: NDArray[np.int64] = np.interp(uniform, table["quantiles"], table["values"]).round().astype(np.int64)
+    return lengths
+
+
 def _lengths(uniform: NDArray[np.float64]) -> NDArray[np.int64]:
     """Words of each review: the inverse of the measured distribution, interpolated between its quantiles."""
     table = imdb_lengths()["words"]

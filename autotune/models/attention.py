@@ -1,4 +1,5 @@
-"""Multi-head self-attention with a switchable backend. What each backend computes is the same; how is not.
+"""Multi-head self-attention with a switchable backend. What each backend computes is the same, but for the approximate
+ones (sparse.py); how is not.
 
 Shapes: B batch, T tokens, D model width, H heads, K width of a head.
 """
@@ -6,13 +7,16 @@ Shapes: B batch, T tokens, D model width, H heads, K width of a head.
 from __future__ import annotations
 
 import contextlib
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from autotune.strategy import Attention
+from autotune.models.sparse import attend_sparsely
+from autotune.strategy import APPROXIMATE, Attention
 
 SDPA_KERNELS: dict[Attention, SDPBackend] = {
     "sdpa_math": SDPBackend.MATH,
@@ -33,6 +37,8 @@ def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | N
             scores_BHTT = scores_BHTT.masked_fill(~mask_B11T, float("-inf"))
         attended_BHTK: Tensor = scores_BHTT.softmax(-1).to(v_BHTK.dtype) @ v_BHTK
         return attended_BHTK
+    if backend in APPROXIMATE["attention"]:
+        return attend_sparsely(q_BHTK, k_BHTK, v_BHTK, mask_B11T, backend)
     pinned = sdpa_kernel(SDPA_KERNELS[backend]) if backend in SDPA_KERNELS else contextlib.nullcontext()
     with pinned:
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask_B11T)
@@ -61,10 +67,71 @@ class SelfAttention(nn.Module):
         return out_BTD
 
 
-def set_attention(model: nn.Module, backend: Attention) -> int:
-    """Switches every SelfAttention in the model; returns how many there were."""
+def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention, ...]:
+    """The backends that a model can be switched to, its own way first where it has but one.
+
+    autotune's SelfAttention takes all; Hugging Face's ``set_attn_implementation`` and timm's ``fused_attn`` all that
+    compute the same. Of a model
+    that only calls ``scaled_dot_product_attention``, which ``forward`` finds out by running it once, the kernel can be
+    pinned: ``sdpa`` is its own way then. Of any other nothing can be changed: ``eager`` stands for its own way.
+    """
+    if (kind := _switches(model)) is not None:
+        everything: tuple[Attention, ...] = get_args(Attention)
+        return everything if kind == "autotune" else tuple(a for a in everything if a not in APPROXIMATE["attention"])
+    with _Kernels() as kernels, contextlib.suppress(Exception):  # what the model cannot run here, training will say
+        forward()
+    if kernels.are_called:
+        return ("sdpa", *(kernel for kernel in get_args(Attention) if kernel in SDPA_KERNELS))
+    return ("eager",)
+
+
+def set_attention(model: nn.Module, backend: Attention) -> contextlib.AbstractContextManager[None]:
+    """Switches the model's attention as far as the model goes; gives the context that its forward passes need for the
+    rest: the pinned kernel, where the model does not pin it itself."""
     assert backend in get_args(Attention)
-    modules = [module for module in model.modules() if isinstance(module, SelfAttention)]
-    for module in modules:
-        module.backend = backend
-    return len(modules)
+    kind = _switches(model)
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.backend = backend
+        elif kind == "timm" and hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", backend != "eager")  # noqa: B010 - torch declares no such attribute
+    if kind == "transformers":
+        model.set_attn_implementation("eager" if backend == "eager" else "sdpa")  # type: ignore[operator]
+    is_pinned = kind != "autotune" and backend in SDPA_KERNELS
+    return _Pinned(SDPA_KERNELS[backend]) if is_pinned else contextlib.nullcontext()
+
+
+def _switches(model: nn.Module) -> str | None:
+    """By whose switch the model's attention is changed; None where it has none."""
+    modules = list(model.modules())
+    if any(isinstance(module, SelfAttention) for module in modules):
+        return "autotune"
+    if hasattr(model, "set_attn_implementation") and getattr(model, "_supports_sdpa", False):
+        return "transformers"
+    if any(isinstance(getattr(module, "fused_attn", None), bool) for module in modules):
+        return "timm"
+    return None
+
+
+class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Whether a kernel of scaled_dot_product_attention is called, by whatever function of torch's or the model's."""
+
+    are_called = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.are_called |= "scaled_dot_product" in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+class _Pinned(contextlib.AbstractContextManager[None]):
+    """``sdpa_kernel`` for one kernel, that can be entered any number of times."""
+
+    def __init__(self, kernel: SDPBackend) -> None:
+        self._kernel = kernel
+
+    def __enter__(self) -> None:
+        self._entered = sdpa_kernel(self._kernel)
+        self._entered.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.__exit__(*exception)

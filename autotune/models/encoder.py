@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from autotune.models.attention import SelfAttention
-from autotune.strategy import Checkpoint
-
-_EVERY: dict[Checkpoint, int] = {"every_4th": 4, "every_2nd": 2, "every_block": 1}
 
 
 class Block(nn.Module):
@@ -36,8 +32,7 @@ class Block(nn.Module):
 class EncoderClassifier(nn.Module):
     """Token and learned position embeddings, pre-norm blocks, mean over the real tokens, a linear head.
 
-    With the default sizes it has 5,851,138 parameters. ``checkpointed`` says which blocks are recomputed in the
-    backward pass; it changes memory and time, not the result.
+    With the default sizes it has 5,851,138 parameters.
     """
 
     def __init__(
@@ -59,7 +54,6 @@ class EncoderClassifier(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads, ffn_width, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
-        self.checkpointed: Checkpoint = "none"
         for embedding in (self.token_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)  # GPT-2's initialisation (Radford et al. 2019)
 
@@ -68,18 +62,10 @@ class EncoderClassifier(nn.Module):
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_T))
         mask_B11T = mask_BT[:, None, None, :]
-        for index, block in enumerate(self.blocks):
-            if self.training and is_checkpointed(index, self.checkpointed):
-                x_BTD = checkpoint(block, x_BTD, mask_B11T, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, mask_B11T)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, mask_B11T)
         x_BTD = self.norm(x_BTD)
         weight_BT1 = mask_BT.unsqueeze(-1).to(x_BTD.dtype)
         mean_BD = (x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
         logits_BC: Tensor = self.head(mean_BD)
         return logits_BC
-
-
-def is_checkpointed(block_index: int, granularity: Checkpoint) -> bool:
-    """Whether a block is recomputed: with ``every_2nd`` blocks 0, 2, 4 ... are."""
-    return granularity != "none" and block_index % _EVERY[granularity] == 0

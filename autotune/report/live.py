@@ -18,6 +18,7 @@ from rich.text import Text
 from autotune.backends.base import Capability
 from autotune.measurement import Trial
 from autotune.report.terminal import (
+    accuracy_words,
     capability_row,
     describe,
     epoch_table,
@@ -275,7 +276,7 @@ class TrainDisplay(_Display):
         self._epochs.append(epoch)
         self.say(
             f"epoch {epoch.epoch}/{self._num_epochs} done: train loss {epoch.train_loss:.4f}, test loss "
-            f"{epoch.test_loss:.4f}, accuracy {epoch.test_accuracy:.2%}, {format_rate(epoch.samples_per_s)} samples/s"
+            f"{epoch.test_loss:.4f}, accuracy {accuracy_words(epoch)}, {format_rate(epoch.samples_per_s)} samples/s"
         )
 
     def render(self) -> RenderableType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from autotune.probe import MAX_BUSY_PART, Hardware
 from autotune.profile import Profile
 from autotune.search.objective import PlannedRun
 from autotune.search.result import Result
+from autotune.search.space import Space
 from autotune.strategy import Strategy, baseline
 from autotune.training import Epoch
 from autotune.units import format_bytes, format_duration, format_rate
@@ -56,7 +58,7 @@ def _console(*, stderr: bool) -> Console:
 
 def describe(strategy: Strategy) -> str:
     """The knobs that differ from the plain baseline, in a line: ``bf16 · sdpa_flash · 8x4 · buckets``."""
-    plain = baseline(strategy.global_batch)
+    plain = msgspec.structs.replace(baseline(strategy.global_batch), deterministic=strategy.deterministic)
     if strategy == plain:
         return "plain baseline"
     words = [
@@ -69,10 +71,22 @@ def describe(strategy: Strategy) -> str:
         words.append(f"ckpt {strategy.checkpoint}")
     if strategy.compile != "none":
         words.append("compile" if strategy.compile == "default" else f"compile {strategy.compile}")
+    if strategy.compile_scope != "model":
+        words.append("by block")
+    if strategy.threads:
+        words.append(f"{strategy.threads} thread{'s' if strategy.threads > 1 else ''}")
     if strategy.allocator != "default":
         words.append(strategy.allocator)
+    if strategy.optimizer != "default":
+        words.append(f"{strategy.optimizer} optimizer")
     if strategy.workers:
         words.append(f"{strategy.workers} worker{'s' if strategy.workers > 1 else ''}")
+    if strategy.prefetch != plain.prefetch:
+        words.append(f"prefetch {strategy.prefetch}")
+    if strategy.memory_format != "contiguous":
+        words.append(strategy.memory_format)
+    if strategy.deterministic:
+        words.append("deterministic")
     return " · ".join(words)
 
 
@@ -101,6 +115,23 @@ def capability_table(capabilities: tuple[Capability, ...]) -> Table:
     table.add_column("measured, or why not", overflow="fold")
     for capability in capabilities:
         table.add_row(*capability_row(capability))
+    return table
+
+
+def space_table(space: Space) -> Table:
+    """Every value of every knob: whether a search tries it, and if not, why."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("knob", no_wrap=True)
+    table.add_column("value", no_wrap=True)
+    table.add_column("searched, or why not", overflow="fold")
+    for knob, values in space.values.items():
+        verdict = Text("yes", style="green") if knob != "deterministic" else Text("as asked", style="bright_black")
+        rows = [(str(value), verdict) for value in values]
+        for key, reason in space.left_out.items():
+            if key.startswith(f"{knob}="):
+                rows.append((key.removeprefix(f"{knob}="), Text(reason, style="yellow")))
+        for index, (value, verdict) in enumerate(rows):
+            table.add_row("" if index else knob, value, verdict)
     return table
 
 
@@ -203,7 +234,8 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
         _change(base.peak_memory_bytes, best.peak_memory_bytes, "less memory", "more memory"),
     )
     table.add_row("waiting for data", f"{base.loader_wait:.1%}", f"{best.loader_wait:.1%}", "")
-    table.add_row("warm-up", format_duration(base.warm_up_s), format_duration(best.warm_up_s), "")
+    cached = "" if result.warm_up_cached_s is None else f"{format_duration(result.warm_up_cached_s)} once compiled"
+    table.add_row("warm-up", format_duration(base.warm_up_s), format_duration(best.warm_up_s), cached)
     base_s, best_s = planned.projected_s(base), planned.projected_s(best)
     epochs = f"{planned.epochs} epoch{'s' if planned.epochs != 1 else ''}"
     table.add_row(
@@ -283,7 +315,8 @@ def _proof_words(result: Result) -> str:
         return " Interrupted before its losses were compared and it was soaked: search again to go on."
     compared = f"Losses not compared, the baseline did not train these batches ({proof.not_compared}); "
     if proof.loss_deviation is not None:
-        compared = f"First losses within {proof.loss_deviation:.2%} of the fp32 baseline's on the same batches; "
+        how = "Approximate: first losses" if result.best.strategy.is_approximate else "First losses"
+        compared = f"{how} within {proof.loss_deviation:.2%} of the fp32 baseline's on the same batches; "
     return f" {compared}{proof.soak_steps} steps lasted, the longest samples in a row first."
 
 
@@ -303,13 +336,18 @@ def epoch_table(epochs: list[Epoch]) -> Table:
     return table
 
 
+def accuracy_words(epoch: Epoch) -> str:
+    """The share classified correctly, where samples have classes."""
+    return "–" if math.isnan(epoch.test_accuracy) else f"{epoch.test_accuracy:.2%}"
+
+
 def epoch_row(epoch: Epoch) -> tuple[str, ...]:
     """One epoch's cells."""
     return (
         str(epoch.epoch),
         f"{epoch.train_loss:.4f}",
         f"{epoch.test_loss:.4f}",
-        f"{epoch.test_accuracy:.2%}",
+        accuracy_words(epoch),
         format_duration(epoch.train_s),
         format_duration(epoch.eval_s),
         format_rate(epoch.samples_per_s),

@@ -25,6 +25,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     objective: Objective
     trials: tuple[Trial, ...]
     search_s: float
+    warm_up_cached_s: float | None
+    """Seconds of the best's warm-up where the compiler finds its work in the cache, as training does; None where
+    nothing is compiled, or it was not raced."""
     num_rounds: int
     """Rounds in which baseline and best were timed in turns; at none, the interval is from their trials alone."""
     proof: Proof | None
@@ -62,6 +65,7 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
             versions=device.versions,
             speedup=result.speedup,
             num_rounds=result.num_rounds,
+            warm_up_cached_s=result.warm_up_cached_s,
             soak_steps=result.proof.soak_steps if result.proof else 0,
             loss_deviation=result.proof.loss_deviation if result.proof else None,
             baseline_strategy=result.baseline.strategy,

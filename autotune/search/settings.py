@@ -25,6 +25,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory_budget_bytes: int | None = None
     includes_slow: bool = False
     """Whether what the probe found too slow is searched all the same."""
+    allows_approximate: bool = False
+    """Whether values that change what is trained are searched."""
+    is_deterministic: bool = False
+    """Whether every trial has to use algorithms that give the same result every time."""
     epochs: int | None = None
     """Epochs of the planned run; the recipe's by default."""
     seed: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any, get_args
 
 import msgspec
@@ -9,15 +11,44 @@ import msgspec
 from autotune.backends.base import Backend
 from autotune.probe import Hardware
 from autotune.step import uses_cuda_graphs
-from autotune.strategy import Attention, Checkpoint, Padding, Precision, Strategy
+from autotune.strategy import (
+    APPROXIMATE,
+    Attention,
+    Checkpoint,
+    Compile,
+    MemoryFormat,
+    Optimizer,
+    Padding,
+    Precision,
+    Strategy,
+)
 from autotune.workloads.base import Workload
 
+PREFETCH = (2, 8)
+"""Batches that each loader process has ready, torch's default first."""
 MAX_WORKERS = 8
 """More loader processes than this are not searched; fewer where there are fewer cores."""
 
 # Autocast and the kernels see 16-bit tensors; tf32 is fp32 storage, so its kernels are fp32's.
-_ATTENTION_DTYPE: dict[Precision, str] = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
-_EVERY_NEEDS_BLOCKS: dict[Checkpoint, int] = {"none": 0, "every_block": 1, "every_2nd": 2, "every_4th": 3}
+_ATTENTION_DTYPE: dict[Precision, str] = {
+    "fp32": "fp32",
+    "tf32": "fp32",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "bf16_weights": "bf16",
+}
+_NEEDS_BLOCKS: dict[Checkpoint, int] = {
+    "none": 0,
+    "memory_budget": 0,
+    "selective": 1,
+    "every_block": 1,
+    "every_2nd": 2,
+    "every_4th": 3,
+}
+
+
+_COUPLED = ("micro_batch", "compile", "compile_scope", "checkpoint", "workers", "prefetch")
+"""Knobs of which one's value may rule out another's, besides attention and precision."""
 
 
 class Space(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +76,10 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         """Why this combination cannot run here; None where it can."""
         if (strategy.attention, strategy.precision) not in self.pairs:
             return f"attention {strategy.attention} does not run well in {strategy.precision} here"
+        if strategy.compile == "none" and (strategy.compile_scope != "model" or strategy.checkpoint == "memory_budget"):
+            return "nothing is compiled"
+        if strategy.workers == 0 and strategy.prefetch != PREFETCH[0]:
+            return "nothing is fetched ahead without loader processes"
         if uses_cuda_graphs(strategy) and strategy.accumulation > 1:
             return "a CUDA graph's next replay overwrites the gradients that accumulation adds to (pytorch#169545)"
         return None
@@ -52,10 +87,14 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def size(self) -> int:
         """Combinations that may be tried."""
-        others = 1
-        for knob, values in self.values.items():
-            others *= len(values) if knob not in ("attention", "precision") else 1
-        return others * len(self.pairs)
+        plain = {knob: values[0] for knob, values in self.values.items()}
+        plain["attention"], plain["precision"] = min(self.pairs)
+        num_allowed = sum(
+            self.refusal(self.strategy({**plain, **dict(zip(_COUPLED, chosen, strict=True))})) is None
+            for chosen in itertools.product(*(self.values[knob] for knob in _COUPLED))
+        )
+        free = [values for knob, values in self.values.items() if knob not in (*_COUPLED, "attention", "precision")]
+        return num_allowed * math.prod(map(len, free)) * len(self.pairs)
 
     def neighbours(self, strategy: Strategy) -> list[Strategy]:
         """The allowed strategies that differ in one knob, by at most one place in micro batch and workers; those of
@@ -64,7 +103,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         for knob, values in self.values.items():
             here = values.index(getattr(strategy, knob))
             for index, value in enumerate(values):
-                is_far = knob in ("micro_batch", "workers") and abs(index - here) > 1
+                is_far = knob in ("micro_batch", "workers", "threads") and abs(index - here) > 1
                 if index != here and not is_far:
                     near.append(self.strategy({**self.params(strategy), knob: value}))
         return [candidate for candidate in near if self.refusal(candidate) is None]
@@ -76,11 +115,16 @@ def build_space(
     workload: Workload,
     *,
     includes_slow: bool = False,
+    allows_approximate: bool = False,
+    is_deterministic: bool = False,
 ) -> Space:
     """Only what the probe saw run, and run well. The baseline's own values are always in."""
     left_out: dict[str, str] = {}
 
     def allowed(knob: str, value: str, *capabilities: str) -> bool:
+        if value in APPROXIMATE.get(knob, ()) and not allows_approximate:
+            left_out[f"{knob}={value}"] = "changes what is trained: --allow-approximate"
+            return False
         for name in capabilities:
             found = hardware.capability(name)
             if not found.value and not (includes_slow and found.reason.startswith("too slow")):
@@ -90,17 +134,52 @@ def build_space(
 
     precisions = [p for p in backend.precisions if p == "fp32" or allowed("precision", p, *_needs(p))]
     pairs = set()
-    for attention in backend.attention:
+    for attention in get_args(Attention):
+        if attention not in backend.attention:
+            left_out[f"attention={attention}"] = hardware.capability(f"attention.{attention}.fp32").reason
+            continue
+        if attention not in workload.attentions:
+            left_out[f"attention={attention}"] = (
+                "the model has no switch for it"
+                if len(workload.attentions) > 1
+                else "the model calls no kernel of torch's"
+            )
+            continue
+        is_sparse = attention in APPROXIMATE["attention"]
+        if is_sparse and not allowed("attention", attention):
+            continue
         for precision in precisions:
-            name = f"attention.{attention}.{_ATTENTION_DTYPE[precision]}"
-            if (attention, precision) == ("eager", "fp32") or allowed("attention", f"{attention} in {precision}", name):
+            # what is sparse is made of torch's own choice of kernel
+            name = f"attention.{'sdpa' if is_sparse else attention}.{_ATTENTION_DTYPE[precision]}"
+            if (attention, precision) == (workload.attentions[0], "fp32") or allowed(
+                "attention", f"{attention} in {precision}", name
+            ):
                 pairs.add((attention, precision))
     attentions = [a for a in backend.attention if any((a, p) in pairs for p in precisions)]
     compile_modes = [c for c in backend.compile_modes if c == "none" or allowed("compile", c, f"compile.{c}")]
+    for mode in set(get_args(Compile)) - set(backend.compile_modes):
+        left_out[f"compile={mode}"] = "not for this kind of device"
     allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]
-    checkpoints = [c for c in get_args(Checkpoint) if workload.num_blocks >= _EVERY_NEEDS_BLOCKS[c]]
+    optimizers = [o for o in get_args(Optimizer) if o == "default" or allowed("optimizer", o, f"optimizer.{o}")]
+    checkpoints = [c for c in get_args(Checkpoint) if workload.num_blocks >= _NEEDS_BLOCKS[c]]
     for checkpoint in set(get_args(Checkpoint)) - set(checkpoints):
-        left_out[f"checkpoint={checkpoint}"] = f"nothing of its own to recompute with {workload.num_blocks} blocks"
+        left_out[f"checkpoint={checkpoint}"] = (
+            f"nothing of its own to recompute with {workload.num_blocks} repeated blocks"
+        )
+    if len(compile_modes) == 1:
+        checkpoints.remove("memory_budget")
+        left_out["checkpoint=memory_budget"] = "is the compiler's, and nothing compiles here"
+    formats = ["contiguous"]
+    if not workload.has_convolutions:
+        left_out["memory_format=channels_last"] = "the model has no convolutions"
+    elif allowed("memory_format", "channels_last", "channels_last"):
+        formats.append("channels_last")
+    paddings: tuple[Padding, ...] = get_args(Padding)
+    if len(set(map(int, workload.train.lengths))) == 1:
+        for padding in paddings[1:]:
+            left_out[f"padding={padding}"] = "all samples are of one length"
+        paddings = paddings[:1]
+    workers = tuple(sorted({0, 1, 2, 4, 8} & set(range(min(MAX_WORKERS, hardware.device.num_cores) + 1))))
     global_batch = workload.recipe.global_batch
     return Space(
         global_batch=global_batch,
@@ -108,11 +187,17 @@ def build_space(
             "micro_batch": tuple(size for size in range(1, global_batch + 1) if global_batch % size == 0),
             "attention": tuple(attentions),
             "compile": tuple(compile_modes),
+            "compile_scope": ("model", "blocks") if workload.num_blocks > 1 and len(compile_modes) > 1 else ("model",),
             "allocator": tuple(allocators),
             "precision": tuple(precisions),
-            "padding": get_args(Padding),
-            "workers": tuple(sorted({0, 1, 2, 4, 8} & set(range(min(MAX_WORKERS, hardware.device.num_cores) + 1)))),
+            "padding": paddings,
+            "optimizer": tuple(optimizers),
+            "threads": (0, *_halves(hardware.device.num_cores)) if backend.device_type == "cpu" else (0,),
+            "workers": workers,
             "checkpoint": tuple(checkpoints),
+            "memory_format": tuple(formats),
+            "prefetch": PREFETCH if len(workers) > 1 else PREFETCH[:1],
+            "deterministic": (is_deterministic,),
         },
         left_out=left_out,
         pairs=frozenset(pairs),
@@ -128,14 +213,21 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
         measured = hardware.capability(f"attention.{attention}.{_ATTENTION_DTYPE[precision]}").measured
         return measured.get("forward_ms", float("inf")) + measured.get("backward_ms", float("inf"))
 
+    def optimizer_ms(optimizer: Optimizer) -> float:
+        return hardware.capability(f"optimizer.{optimizer}").measured.get("step_ms", float("inf"))
+
+    def format_ms(memory_format: MemoryFormat) -> float:
+        return hardware.capability("channels_last").measured.get(f"{memory_format}_ms", 0.0)
+
     def gflop_per_s(precision: Precision) -> float:
         return hardware.capability(f"matmul.{precision}").measured.get("gflop_per_s", 0.0)
 
     # fp16 needs a loss scaler and has less range: a person takes it only where it is twice as fast
     # as bf16, as on cards before Ampere.
-    precisions = sorted(space.values["precision"], key=lambda p: gflop_per_s(p) * (0.5 if p == "fp16" else 1.0))
-    precision = precisions[-1]
-    attentions = [a for a in space.values["attention"] if (a, precision) in space.pairs]
+    exact = [p for p in space.values["precision"] if p not in APPROXIMATE["precision"]]
+    precision = max(exact, key=lambda p: gflop_per_s(p) * (0.5 if p == "fp16" else 1.0))
+    exact_attentions = [a for a in space.values["attention"] if a not in APPROXIMATE["attention"]]
+    attentions = [a for a in exact_attentions if (a, precision) in space.pairs]
     micro_batches = space.values["micro_batch"]
     fitting = [size for size in micro_batches if size <= most]
     return space.strategy(
@@ -144,12 +236,26 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
             "precision": precision,
             "checkpoint": "none",
             "micro_batch": max(fitting),
+            "compile_scope": "model",
+            "threads": 0,
+            "prefetch": PREFETCH[0],
+            "deterministic": space.values["deterministic"][0],
+            "memory_format": min(space.values["memory_format"], key=format_ms),
             "compile": backend.guess_compile if backend.guess_compile in space.values["compile"] else "none",
             "workers": 0,
-            "padding": "buckets",
+            "padding": space.values["padding"][-1],
             "allocator": space.values["allocator"][-1],
+            "optimizer": min(space.values["optimizer"], key=optimizer_ms),
         }
     )
+
+
+def _halves(cores: int) -> list[int]:
+    """Half the cores, a quarter, ... down to one."""
+    found = []
+    while (cores := cores // 2) >= 1:
+        found.append(cores)
+    return found
 
 
 def _needs(precision: Precision) -> tuple[str, ...]:
@@ -158,5 +264,6 @@ def _needs(precision: Precision) -> tuple[str, ...]:
         "tf32": ("matmul.tf32",),
         "bf16": ("matmul.bf16", "autocast.bf16"),
         "fp16": ("matmul.fp16", "autocast.fp16", "grad_scaler"),
+        "bf16_weights": ("matmul.bf16",),
     }
     return needs[precision]

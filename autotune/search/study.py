@@ -215,6 +215,7 @@ class _Search:
         if self.was_interrupted and best is reference:
             raise InterruptedSearchError("interrupted before a setting was faster than the baseline; nothing to save")
         was_raced = {reference.number, best.number} <= entered.keys()
+        is_compiled = best.strategy.compile != "none"
         ratio = Interval(ratio=1.0, low=1.0, high=1.0)
         if best is not reference and was_raced:
             ratio = finals.ratio(entered[reference.number], entered[best.number])
@@ -236,6 +237,7 @@ class _Search:
             objective=self.task.settings.objective,
             trials=tuple(map(self._as_it_ended, self.trials.all)),
             search_s=self.trials.elapsed_s(),
+            warm_up_cached_s=entered[best.number].measurement.warm_up_s if was_raced and is_compiled else None,
             num_rounds=len(entered[best.number].epoch_s) if was_raced else 0,
             proof=found,
             was_interrupted=self.was_interrupted,

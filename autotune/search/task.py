@@ -15,7 +15,7 @@ from autotune.probe import Hardware
 from autotune.search.objective import PlannedRun
 from autotune.search.settings import Settings
 from autotune.search.space import Space, build_space
-from autotune.strategy import Strategy, baseline
+from autotune.strategy import Strategy
 from autotune.trial.worker import Job
 from autotune.workloads.base import Workload, WorkloadRef
 
@@ -53,12 +53,14 @@ class Task:
             self.backend,
             self.workload,
             includes_slow=self.settings.includes_slow,
+            allows_approximate=self.settings.allows_approximate,
+            is_deterministic=self.settings.is_deterministic,
         )
 
     @property
     def baseline(self) -> Strategy:
         """The plain setting that everything is compared with."""
-        return baseline(self.workload.recipe.global_batch)
+        return msgspec.structs.replace(self.workload.baseline, deterministic=self.settings.is_deterministic)
 
     @property
     def machine_limit_bytes(self) -> int:

@@ -215,7 +215,8 @@ def run_trial(
     peak_bytes = done.measurement.peak_memory_bytes
     if peak_bytes > memory_limit_bytes:
         return ended("oom", _over_budget(peak_bytes, memory_limit_bytes), done.measurement)
-    return ended("ok", "", done.measurement)
+    num_recompiled = done.measurement.num_recompiled
+    return ended("ok", f"compiled {num_recompiled} more graphs while timed" if num_recompiled else "", done.measurement)
 
 
 def _over_budget(taken_bytes: int, limit_bytes: int) -> str:

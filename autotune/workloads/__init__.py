@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol, cast
 
 from autotune.errors import UsageError, nearest
 from autotune.workloads import imdb
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
+from autotune.workloads.custom import Custom
+from autotune.workloads.named import hugging_face, timm_model
 
 
 class WorkloadModule(Protocol):
     """What a module of this package provides."""
 
-    RECIPE: Recipe
+    @property
+    def RECIPE(self) -> Recipe:  # noqa: N802 - as modules name it
+        """The workload's recipe."""
 
     def prepare(self, data: Path | None, *, limit: int | None, on_progress: Callable[[str], None]) -> WorkloadRef:
         """Makes the data ready on disk, reporting each stage."""
@@ -25,23 +33,63 @@ class WorkloadModule(Protocol):
 
 
 REGISTRY: dict[str, WorkloadModule] = {"imdb": imdb}
+LIBRARIES: dict[str, Callable[[str], Any]] = {"hf": hugging_face, "timm": timm_model}
 
 
 def get(name: str) -> WorkloadModule:
-    """The workload of that name, or ``package.module:object`` that provides what a workload module does.
+    """The built-in workload of that name; a library's model: ``hf:NAME`` or ``timm:NAME`` (workloads/named.py); or the
+    user's own: ``my_train.py:workload`` or ``package.module:workload``.
 
-    Raises UsageError with the nearest name.
+    What the user's name stands for is a function (workloads/custom.py), or provides what a workload module does. Raises
+    UsageError with the nearest name, or with what went wrong on the way to it.
     """
-    module, colon, attribute = name.partition(":")
-    if colon:
-        try:
-            found: WorkloadModule = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as exc:
-            raise UsageError(f"no workload can be imported as {name!r}: {exc}") from exc
-        return found
-    if name not in REGISTRY:
-        raise UsageError(f"no workload is called {name!r}{nearest(name, list(REGISTRY))}")
-    return REGISTRY[name]
+    library, _, model_name = name.partition(":")
+    if library in LIBRARIES:
+        return Custom(name, name, functools.partial(LIBRARIES[library], model_name))
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        if name not in REGISTRY:
+            raise UsageError(f"no workload is called {name!r}{nearest(name, list(REGISTRY))}")
+        return REGISTRY[name]
+    is_file = place.endswith(".py")
+    try:
+        module = _module_of(Path(place).resolve()) if is_file else importlib.import_module(place)
+        found = getattr(module, attribute)
+    except AttributeError as exc:
+        names = [known for known in vars(module) if not known.startswith("_")]
+        raise UsageError(f"{place} has no {attribute!r}{nearest(attribute, names)}") from exc
+    except Exception as exc:
+        raise UsageError(f"no workload can be imported as {name!r}: {type(exc).__name__}: {exc}") from exc
+    if hasattr(found, "open_workload"):
+        return cast("WorkloadModule", found)
+    return Custom(f"{Path(place).resolve()}:{attribute}" if is_file else name, label(name), found)
+
+
+def label(name: str) -> str:
+    """What a workload is called in profiles: a file's name does not depend on the folder it is named from."""
+    place, colon, attribute = name.rpartition(":")
+    return f"{Path(place).name}:{attribute}" if colon and place.endswith(".py") else name
+
+
+def _module_of(path: Path) -> ModuleType:
+    """The script as a module, once in a process; it may import what lies beside it. ``__main__`` parts do not run."""
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
 
 
 def open_workload(ref: WorkloadRef) -> Workload:

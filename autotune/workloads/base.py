@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from autotune.data.batching import SequenceData
+from autotune.data.batching import Indices, MicroBatch, collate
+from autotune.models.attention import settable
+from autotune.models.blocks import find_blocks
+from autotune.strategy import Attention, Strategy, baseline
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,8 +25,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weight_decay: float
     warmup_steps: int
     """Optimizer steps of linear warm-up; a cosine to zero follows."""
-    clip_norm: float
-    """Gradients are clipped to this global L2 norm."""
+    clip_norm: float | None
+    """Gradients are clipped to this global L2 norm; None: not at all."""
     global_batch: int
     """Samples per optimizer step."""
     epochs: int
@@ -51,13 +58,63 @@ class Workload:
     loss: Callable[[Tensor, Tensor], Tensor]
     """Loss *summed* over samples, from the model's output and the targets, so that every split of a global batch into
     micro batches gives the same gradient."""
-    num_correct: Callable[[Tensor, Tensor], Tensor]
-    """How many samples of a batch were classified correctly."""
-    train: SequenceData
-    test: SequenceData
+    num_correct: Callable[[Tensor, Tensor], Tensor] | None
+    """How many samples of a batch were classified correctly; None where the question has no meaning."""
+    train: Any
+    """Has ``lengths``, tokens in each sample; the rest is between it and ``collate``."""
+    test: Any
     max_tokens: int
-    num_blocks: int
-    """Transformer blocks, for the checkpoint knob."""
+    """What ``padding = max`` pads to."""
+    collate: Callable[[Any, Indices, int], MicroBatch] = collate
+    """A micro batch of the given samples, padded to the given width."""
+    split: Callable[[Any, Strategy], list[MicroBatch]] | None = None
+    """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
+    of_dataset: Callable[[Any], Any] = lambda dataset: dataset
+    """What stands for ``train`` where the user brings a dataset."""
+
+    @functools.cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """What the model's attention can be switched to, the plain baseline's first."""
+        with torch.random.fork_rng(devices=[]):
+            return self.attentions_of(self.build_model())
+
+    def attentions_of(self, model: nn.Module) -> tuple[Attention, ...]:
+        """The same for another model, which is run on a sample where it does not say."""
+
+        def forward() -> None:
+            shortest = int(np.argmin(self.train.lengths))
+            micro = self.collate(self.train, np.array([shortest]), int(self.train.lengths[shortest]))
+            was_training = model.training
+            with torch.random.fork_rng(devices=[]):  # with gradients: without, torch's own encoder takes another way
+                model.eval()(**micro.inputs)
+            model.train(was_training)
+
+        return settable(model, forward)
+
+    @property
+    def baseline(self) -> Strategy:
+        """The plain setting that everything is compared with."""
+        return msgspec.structs.replace(baseline(self.recipe.global_batch), attention=self.attentions[0])
+
+    @functools.cached_property
+    def _bare_model(self) -> nn.Module:
+        """The model without its weights, where it lets itself be built so."""
+        try:
+            with torch.device("meta"):
+                return self.build_model()
+        except (RuntimeError, NotImplementedError):
+            with torch.random.fork_rng(devices=[]):
+                return self.build_model()
+
+    @functools.cached_property
+    def num_blocks(self) -> int:
+        """Repeated blocks, for the checkpoint knob."""
+        return len(find_blocks(self._bare_model))
+
+    @functools.cached_property
+    def has_convolutions(self) -> bool:
+        """Whether the model works on images, for the memory format."""
+        return any(isinstance(module, nn.Conv2d) for module in self._bare_model.modules())
 
     @property
     def num_train(self) -> int:

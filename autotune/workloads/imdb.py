@@ -56,7 +56,6 @@ def open_workload(ref: WorkloadRef) -> Workload:
         train=train if ref.limit is None else Part(train, ref.limit),
         test=test if ref.limit is None else Part(test, ref.limit),
         max_tokens=MAX_TOKENS,
-        num_blocks=NUM_LAYERS,
     )
 
 

@@ -82,6 +82,7 @@ class TestContract:
         assert backend.device().fingerprint == backend.device().fingerprint
 
     def test_tensors_live_on_the_torch_device(self, backend: Backend, name: str) -> None:
+        backend.start_memory_window()
         doubled = torch.ones(3, device=torch_device(backend)) * 2
         backend.synchronize()
         assert doubled.cpu().tolist() == [2, 2, 2]

@@ -1,0 +1,88 @@
+"""Attention over part of the keys, in blocks: a sliding window (Child et al. 2019), with global tokens (Longformer,
+Beltagy et al. 2020), with random blocks besides (BigBird, Zaheer et al. 2020). Another function than full attention.
+
+Every block of queries sees its own block of keys, the one before and the one after; ``window_global`` besides the first
+block, whose queries see all keys; ``window_global_random`` besides some blocks drawn once and for all. Cost grows with
+the length, not with its square. Up to four blocks of tokens, full attention with the same mask is as fast, and done.
+
+Shapes: B batch, T tokens, H heads, K width of a head, N blocks of W tokens, M blocks of keys a block of queries sees.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autotune.strategy import Attention
+
+BLOCK = 64
+"""Tokens of a block."""
+NUM_RANDOM = 1
+"""Random blocks of keys that a block of queries sees."""
+
+
+def attend_sparsely(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | None, kind: Attention
+) -> Tensor:
+    """Softmax attention over the keys that ``kind`` names, BHTK. ``mask_B11T`` is true at the keys that count."""
+    B, H, T, K = q_BHTK.shape
+    num_blocks = -(-T // BLOCK)
+    keys_NM = key_blocks(num_blocks, kind)
+    if mask_B11T is None:
+        mask_B11T = torch.ones(B, 1, 1, T, dtype=torch.bool, device=q_BHTK.device)
+    if num_blocks <= 4:
+        seen_TT = block_mask(num_blocks, kind).to(q_BHTK.device).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return _attended(q_BHTK, k_BHTK, v_BHTK, seen_TT[:T, :T] & mask_B11T)
+    extra = num_blocks * BLOCK - T
+    q, k, v = (F.pad(x, (0, 0, 0, extra)).view(B, H, num_blocks, BLOCK, K) for x in (q_BHTK, k_BHTK, v_BHTK))
+    mask_BNW = F.pad(mask_B11T, (0, extra)).view(B, num_blocks, BLOCK)
+    index = keys_NM.clamp(min=0).to(q.device)
+    is_there_NM = (keys_NM >= 0).to(q.device)
+    k, v = (x[:, :, index].flatten(3, 4).transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B N) H (M W) K
+    seen = (mask_BNW[:, index] & is_there_NM[None, :, :, None]).flatten(2, 3).flatten(0, 1)[:, None, None]
+    out = _attended(q.transpose(1, 2).flatten(0, 1), k, v, seen)
+    out_BHTK: Tensor = out.view(B, num_blocks, H, BLOCK, K).transpose(1, 2).flatten(2, 3)[:, :, :T]
+    if kind == "window":
+        return out_BHTK
+    first = _attended(q_BHTK[:, :, :BLOCK], k_BHTK, v_BHTK, mask_B11T)
+    return torch.cat([first, out_BHTK[:, :, BLOCK:]], 2)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """A query that sees no key that counts is padding itself: it sees all, so that nothing is divided by zero."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen | ~seen.any(-1, keepdim=True))
+
+
+@functools.cache
+def key_blocks(num_blocks: int, kind: Attention) -> Tensor:
+    """The blocks of keys that each block of queries sees, NM; -1 where there are fewer than M.
+
+    That the first block's queries see all where there are global tokens is not in it.
+    """
+    generator = torch.Generator().manual_seed(num_blocks)
+    rows = []
+    for block in range(num_blocks):
+        seen = [near for near in (block - 1, block, block + 1) if 0 <= near < num_blocks]
+        if kind != "window" and 0 not in seen:
+            seen.append(0)
+        if kind == "window_global_random":
+            others = [other for other in torch.randperm(num_blocks, generator=generator).tolist() if other not in seen]
+            seen += others[:NUM_RANDOM]
+        rows.append(seen)
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+
+
+@functools.cache
+def block_mask(num_blocks: int, kind: Attention) -> Tensor:
+    """Which blocks of keys (columns) each block of queries (rows) sees, NN."""
+    keys_NM = key_blocks(num_blocks, kind)
+    seen_NN = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+    for block, keys in enumerate(keys_NM.tolist()):
+        seen_NN[block, [key for key in keys if key >= 0]] = True
+    if kind != "window":
+        seen_NN[0] = True
+    return seen_NN

@@ -1,0 +1,227 @@
+"""A user's own workload: a function in ``my_train.py:workload`` or ``package.module:workload``.
+
+It gives a Workload, or only a model and an example batch (and a loss, where the model has none of its own): then the
+batch is the recipe's global batch, taken again and again, and all that tuning needs is found from the two. Every
+process calls the function anew, so that it must give the same each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from autotune.data.batching import Indices, MicroBatch, Part, plan_batch
+from autotune.errors import UsageError
+from autotune.strategy import Attention, Strategy
+from autotune.workloads.base import Recipe, Workload, WorkloadRef
+
+EPOCH_BATCHES, TEST_BATCHES = 1000, 50
+"""An example batch stands for an epoch of so many, and for a test set of so many."""
+RECIPE = Recipe(learning_rate=1e-4, weight_decay=0.01, warmup_steps=100, clip_norm=None, global_batch=1, epochs=1)
+"""What the recipe is but for the global batch, where there is only a model and a batch."""
+MASK = "attention_mask"
+"""The input that says which tokens are real, as Hugging Face's models call it."""
+
+MeanLoss = Callable[..., Tensor]
+
+
+class Custom:
+    """What a workload module provides, from a user's function (or from what it would give)."""
+
+    def __init__(self, spec: str, label: str, made: Any) -> None:
+        self._spec, self._label = spec, label
+        self._make: Callable[[], Any] = made if callable(made) else lambda: copy.deepcopy(made)
+
+    @functools.cached_property
+    def _workload(self) -> Workload:
+        return workload_of(self._label, self._make)
+
+    @property
+    def RECIPE(self) -> Recipe:  # noqa: N802 - as modules name it
+        """The workload's recipe."""
+        return self._workload.recipe
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """What the model's attention can be switched to."""
+        return self._workload.attentions
+
+    def prepare(self, data: Path | None, *, limit: int | None, on_progress: Callable[[str], None]) -> WorkloadRef:
+        """Calls the function once. Raises UsageError where what it gives is no workload, or for ``data``."""
+        on_progress(f"calling {self._label}")
+        if data is not None:
+            raise UsageError(f"--data is for the built-in workloads; {self._label} brings its own")
+        return WorkloadRef(name=self._spec, folder="", source=self._workload.source, limit=limit)
+
+    def open_workload(self, ref: WorkloadRef) -> Workload:
+        """The workload; with a limit, at most so many samples of each split."""
+        workload, limit = self._workload, ref.limit
+        if limit is None:
+            return workload
+        return dataclasses.replace(workload, train=_limited(workload.train, limit), test=_limited(workload.test, limit))
+
+
+def workload_of(label: str, make: Callable[[], Any]) -> Workload:
+    """The workload that a function gives, or that follows from its model and its example batch.
+
+    Raises UsageError with what is wrong.
+    """
+    try:
+        made = make()
+    except UsageError:
+        raise
+    except Exception as exc:
+        first_line = next(iter(str(exc).splitlines()), "")
+        raise UsageError(f"{label} failed: {type(exc).__name__}: {first_line}") from exc
+    if isinstance(made, Workload):
+        return made
+    if not (isinstance(made, Sequence) and len(made) in (2, 3) and isinstance(made[0], nn.Module)):
+        raise UsageError(
+            f"{label} gives {_kind(made)}; it should give a Workload, or (model, batch), or (model, batch, loss)"
+        )
+    model, raw, *loss = made
+    names = tuple(name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs"))
+    batch = Batch(raw, names, label)
+    recipe = Recipe(
+        **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
+        global_batch=batch.size,
+    )
+    return Workload(
+        name=label,
+        recipe=recipe,
+        source=f"an example batch of {batch.size}",
+        build_model=lambda: make()[0],
+        loss=functools.partial(_summed, loss[0] if loss else None),
+        num_correct=None,
+        train=Repeated(batch, EPOCH_BATCHES * batch.size),
+        test=Repeated(batch, TEST_BATCHES * batch.size),
+        max_tokens=batch.width,
+        collate=lambda data, indices, width: data.collate(indices, width),
+        split=lambda raw, strategy: Batch(raw, names, label).split(strategy),
+        of_dataset=lambda dataset: Mapped(dataset, names, label, batch.width),
+    )
+
+
+class Batch:
+    """A batch as a set of samples: named model inputs, and targets where the model does not compute its own loss.
+
+    ``raw`` is what a DataLoader gives: a tensor, tensors for the model's arguments in their order with the targets
+    last, or a dict by argument. Raises UsageError where their sizes differ.
+    """
+
+    def __init__(self, raw: Any, names: Sequence[str], label: str) -> None:
+        self.targets: Tensor | None = None
+        if isinstance(raw, Mapping):
+            self.inputs = {str(name): value for name, value in raw.items() if isinstance(value, Tensor)}
+        else:
+            parts = [raw] if isinstance(raw, Tensor) else list(raw)
+            if len(parts) > 1:
+                *parts, self.targets = parts
+            self.inputs = dict(zip(names, parts, strict=False))
+        tensors = [*self.inputs.values(), *([] if self.targets is None else [self.targets])]
+        sizes = {len(tensor) for tensor in tensors if tensor.dim()}
+        if len(sizes) != 1:
+            found = ", ".join(map(str, sorted(sizes))) or "no tensor"
+            raise UsageError(f"a batch of {label} should hold tensors of one batch size, it has {found}")
+        self.size: int = sizes.pop()
+        mask = self.inputs.get(MASK)
+        ids = [value for value in self.inputs.values() if value.dim() == 2 and not value.is_floating_point()]
+        self.width = int(mask.shape[1]) if mask is not None else int(ids[0].shape[1]) if ids else 1
+        tokens = mask.sum(1) if mask is not None else torch.full((self.size,), self.width)
+        self.lengths: Indices = tokens.numpy().astype(np.int64)
+
+    def micro(self, rows: Indices, width: int) -> MicroBatch:
+        """Some samples, cut to ``width`` tokens where they have tokens."""
+        chosen = torch.from_numpy(rows)
+
+        def part(tensor: Tensor) -> Tensor:
+            tensor = tensor[chosen]
+            has_tokens = self.width > 1 and tensor.dim() > 1 and tensor.shape[1] == self.width
+            return tensor[:, :width] if has_tokens else tensor
+
+        return MicroBatch(
+            inputs={name: part(tensor) for name, tensor in self.inputs.items()},
+            targets=torch.zeros(len(rows)) if self.targets is None else part(self.targets),
+            num_samples=len(rows),
+            num_tokens=int(self.lengths[rows].sum()),
+        )
+
+    def split(self, strategy: Strategy) -> list[MicroBatch]:
+        """All samples in the strategy's micro batches, padded as it says."""
+        planned = plan_batch(
+            np.arange(self.size),
+            self.lengths,
+            micro_batch=strategy.micro_batch,
+            padding=strategy.padding,
+            max_tokens=self.width,
+        )
+        return [self.micro(rows, width) for rows, width in zip(planned.micro_batches, planned.widths, strict=True)]
+
+
+class Repeated:
+    """A batch's samples over and over: as many as an epoch has."""
+
+    def __init__(self, batch: Batch, count: int) -> None:
+        self._batch = batch
+        self.lengths: Indices = np.resize(batch.lengths, count)
+
+    def collate(self, indices: Indices, width: int) -> MicroBatch:
+        """A micro batch of them."""
+        return self._batch.micro(indices % self._batch.size, width)
+
+    def first(self, count: int) -> Repeated:
+        """The first of them."""
+        return Repeated(self._batch, min(count, len(self.lengths)))
+
+
+class Mapped:
+    """A torch map-style dataset, whose samples are collated as its DataLoader would."""
+
+    def __init__(self, dataset: Any, names: Sequence[str], label: str, width: int) -> None:
+        self._dataset, self._names, self._label = dataset, names, label
+        self.lengths: Indices = np.full(len(dataset), width, dtype=np.int64)
+
+    def collate(self, indices: Indices, width: int) -> MicroBatch:
+        """A micro batch of them."""
+        batch = Batch(default_collate([self._dataset[int(index)] for index in indices]), self._names, self._label)
+        return batch.micro(np.arange(batch.size), width)
+
+
+def _limited(data: Any, limit: int) -> Any:
+    return data.first(limit) if isinstance(data, Repeated) else Part(data, limit)
+
+
+def _summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
+    """The batch's loss summed over its samples, from a mean: the user's, the model's own, or the targets' kind's."""
+    num_samples = len(targets)
+    if mean_loss is not None:
+        return mean_loss(output, targets) * num_samples
+    own: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if own is not None:
+        return own.float() * num_samples
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model gives {_kind(output)} without a loss; give (model, batch, loss)")
+    if output.dim() == 0:
+        return output.float() * num_samples
+    if targets.is_floating_point():
+        return F.mse_loss(output.float(), targets) * num_samples
+    if output.dim() == targets.dim() + 1 and output.shape[:-1] == targets.shape:  # classes last, as for tokens
+        output = output.movedim(-1, 1)
+    return F.cross_entropy(output.float(), targets) * num_samples
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"({', '.join(type(part).__name__ for part in value)})"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,95 @@
+"""That every value which only CUDA runs really takes effect there. Needs a CUDA device: ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from autotune import backends, workloads
+from autotune.apply import Run, apply
+from autotune.models.attention import attend
+from autotune.models.encoder import EncoderClassifier
+from autotune.strategy import Attention, Precision, Strategy
+from autotune.workloads.base import Workload
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def workload(tiny_reviews: Path) -> Workload:
+    module = workloads.get("imdb")
+    prepared = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    return dataclasses.replace(prepared, max_tokens=64)
+
+
+def run_of(workload: Workload, **knobs: object) -> Run:
+    torch.manual_seed(1)
+    model = EncoderClassifier(width=64, num_heads=2, ffn_width=64, num_layers=2, dropout=0.0)
+    strategy = msgspec.convert({"micro_batch": 32, **knobs}, Strategy)
+    return apply(strategy, workload, backends.get("cuda"), model=model)
+
+
+def events(run: Run) -> set[str]:
+    """What runs in a step, after two to warm up."""
+    batch = next(iter(run.loader))
+    for _ in range(2):
+        run.step(batch)
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profile:
+        run.step(batch)
+        torch.cuda.synchronize()
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("kernel", ["math", "flash", "efficient", "cudnn"])
+def test_a_pinned_kernel_is_the_one_that_runs(kernel: str) -> None:
+    attention = msgspec.convert(f"sdpa_{kernel}", Attention)
+    q, k, v = (torch.randn(2, 4, 128, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with torch.profiler.profile() as profile:
+        attend(q, k, v, None, attention)
+        torch.cuda.synchronize()
+    name = "_scaled_dot_product_attention_math" if kernel == "math" else f"_scaled_dot_product_{kernel}_attention"
+    assert f"aten::{name}" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_tf32_rounds_and_fp32_does_not(workload: Workload, precision: Precision) -> None:
+    run_of(workload, precision=precision)
+    a, b = (torch.randn(512, 512, device="cuda") for _ in range(2))
+    error = ((a @ b).double() - a.double() @ b.double()).abs().max().item()
+    assert (error > 1e-3) == (precision == "tf32")  # ten bits against 23
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("bf16_weights", torch.bfloat16)]
+)
+def test_precision_is_the_dtype_that_the_matmuls_see(
+    workload: Workload, precision: Precision, dtype: torch.dtype
+) -> None:
+    run = run_of(workload, precision=precision)
+    seen: list[torch.dtype] = []
+    first = run.model.get_submodule("blocks.0.attention.qkv")
+    first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    run.step(next(iter(run.loader)))
+    assert set(seen) == {dtype}
+
+
+@pytest.mark.parametrize(("mode", "uses_graphs"), [("reduce-overhead", True), ("max-autotune-no-cudagraphs", False)])
+def test_cuda_graphs_are_replayed_where_the_mode_says_so(workload: Workload, mode: str, uses_graphs: bool) -> None:
+    assert ("cudaGraphLaunch" in events(run_of(workload, compile=mode))) == uses_graphs
+
+
+@pytest.mark.parametrize(("optimizer", "kernel"), [("foreach", "_foreach_addcdiv_"), ("fused", "_fused_adamw_")])
+def test_the_optimizers_arithmetic_is_run_as_chosen(workload: Workload, optimizer: str, kernel: str) -> None:
+    assert f"aten::{kernel}" in events(run_of(workload, optimizer=optimizer, precision="fp16"))
+
+
+def test_batches_come_pinned_and_are_copied_without_waiting(workload: Workload) -> None:
+    run = run_of(workload, workers=1)
+    batch = next(iter(run.loader))
+    assert all(tensor.is_pinned() for micro in batch for tensor in micro.inputs.values())
+    assert run.step(batch).device.type == "cuda"

@@ -1,0 +1,268 @@
+"""Workloads of the user's own: scripts and functions that know nothing of autotune, in real files and processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autotune import backends, workloads
+from autotune.apply import apply
+from autotune.errors import AutotuneError, UsageError
+from autotune.strategy import Attention, Strategy
+from autotune.workloads.base import Workload
+from autotune.workloads.custom import workload_of
+from tests.commands import autotune
+
+SCRIPT = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import beside
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(16, beside.CLASSES)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def workload():
+    torch.manual_seed(0)
+    return Model(), (torch.randn(8, 12, 16), torch.randint(0, beside.CLASSES, (8,)))
+
+
+def broken():
+    raise KeyError("the data is not there")
+
+
+if __name__ == "__main__":
+    raise SystemExit("the script's own training must not run")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """A training script of somebody's, which imports a module beside it."""
+    (tmp_path / "beside.py").write_text("CLASSES = 3\n")
+    path = tmp_path / "my_train.py"
+    path.write_text(SCRIPT)
+    for name in ("my_train", "beside"):
+        sys.modules.pop(name, None)
+    return path
+
+
+def opened(name: str) -> Workload:
+    module = workloads.get(name)
+    return module.open_workload(module.prepare(None, limit=None, on_progress=lambda _: None))
+
+
+def test_a_scripts_function_is_a_workload(script: Path) -> None:
+    workload = opened(f"{script}:workload")
+    assert workload.name == "my_train.py:workload"
+    assert workload.recipe.global_batch == 8
+    assert workload.num_blocks == 3
+    assert workload.attentions == ("sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+    assert workload.baseline == Strategy(attention="sdpa", micro_batch=8)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"attention": "sdpa_math", "micro_batch": 2, "accumulation": 4}, {"checkpoint": "every_block"}]
+)
+def test_it_trains_along_the_same_losses_whatever_the_knobs(script: Path, knobs: dict[str, Any]) -> None:
+    workload = opened(f"{script}:workload")
+
+    def losses(**changed: Any) -> list[float]:
+        strategy = Strategy(**{"attention": "sdpa", "micro_batch": 8, **changed})
+        run = apply(strategy, workload, backends.get("cpu"))
+        batches = iter(run.loader)
+        return [float(run.step(next(batches))) for _ in range(5)]
+
+    assert losses(**knobs) == pytest.approx(losses(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kernel"), [("sdpa_math", "attention_math"), ("sdpa_flash", "flash_attention_for_cpu")]
+)
+def test_the_kernel_that_is_pinned_is_the_one_that_runs(script: Path, attention: Attention, kernel: str) -> None:
+    run = apply(Strategy(attention=attention, micro_batch=8), opened(f"{script}:workload"), backends.get("cpu"))
+    with torch.profiler.profile() as profile:
+        run.step(next(iter(run.loader)))
+    keys = {event.key for event in profile.key_averages() if "scaled_dot_product" in event.key}
+    ran = {key for key in keys if not key.endswith("_backward")}
+    assert ran == {"aten::scaled_dot_product_attention", f"aten::_scaled_dot_product_{kernel}"}
+
+
+def test_an_attention_that_the_model_has_not_is_refused(script: Path) -> None:
+    with pytest.raises(AutotuneError, match=r"attention=eager .* set attention to sdpa"):
+        apply(Strategy(micro_batch=8), opened(f"{script}:workload"), backends.get("cpu"))
+
+
+def test_a_search_and_a_training_of_a_script_from_the_command_line(script: Path, probed: None) -> None:
+    profiles = script.parent / "found"
+    where = ("--model", f"{script}:workload", "--profiles", str(profiles))
+    done = autotune("search", *where, "--trials", "3", "--epochs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["workload"]["name"] == "my_train.py:workload"
+    assert found["baseline"]["strategy"]["attention"] == "sdpa"
+    assert [path.name for path in profiles.glob("*/*.toml")] == ["my_train.py-workload.toml"]
+    done = autotune("train", *where, "--limit", "64", "--metrics", str(script.parent / "metrics.json"))
+    assert done.returncode == 0, done.stderr
+    assert "safe defaults" not in done.stderr
+    metrics = json.loads((script.parent / "metrics.json").read_text())
+    assert metrics["num_train"] == 64
+    assert metrics["epochs"][0]["test_accuracy"] is None
+
+
+def test_the_space_is_explained(script: Path, probed: None) -> None:
+    done = autotune("search", "--model", f"{script}:workload", "--explain-space")
+    assert done.returncode == 0, done.stderr
+    assert "the model has no switch for it" in done.stdout
+    for knob in ("micro_batch", "attention", "precision", "checkpoint", "optimizer", "padding"):
+        assert knob in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("{}:worklaod", "did you mean 'workload'?"),
+        ("{}:broken", "KeyError: 'the data is not there'"),
+        ("{}:Model", "should give a Workload, or (model, batch)"),
+        ("missing.py:workload", "missing.py is no Python file"),
+        ("no_such_package:workload", "No module named"),
+    ],
+)
+def test_what_is_no_workload_is_refused_in_a_line(script: Path, name: str, words: str) -> None:
+    done = autotune("search", "--model", name.format(script))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert words in done.stderr.strip().splitlines()[-1]
+
+
+class Mean(nn.Module):
+    """A model that computes its own loss, as Hugging Face's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        scores = (self.embedding(input_ids).squeeze(-1) * attention_mask).sum(1) / attention_mask.sum(1)
+        return {"loss": F.mse_loss(scores, labels), "logits": scores}
+
+
+def masked_batch() -> dict[str, Tensor]:
+    mask = (torch.arange(24) < torch.tensor([[24], [5], [9], [17]])).long()
+    return {"input_ids": torch.randint(1, 10, (4, 24)) * mask, "attention_mask": mask, "labels": torch.rand(4)}
+
+
+def test_padding_is_found_from_the_mask_and_losses_from_the_model() -> None:
+    batch = masked_batch()
+    workload = workload_of("masked", lambda: (Mean(), batch))
+    assert workload.max_tokens == 24
+    assert workload.train.lengths[:4].tolist() == [24, 5, 9, 17]
+    assert workload.attentions == ("eager",)
+    micro = workload.collate(workload.train, np.array([1, 6]), 16)
+    assert micro.num_tokens == 14
+    assert micro.inputs["input_ids"].shape == (2, 16)
+    torch.testing.assert_close(micro.inputs["labels"], batch["labels"][[1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("output", "targets", "expected"),
+    [
+        (torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), 4 * np.log(3)),
+        (torch.zeros(4, 6, 3), torch.zeros(4, 6, dtype=torch.long), 4 * np.log(3)),
+        (torch.zeros(4, 2), torch.full((4, 2), 0.5), 4 * 0.25),
+        (torch.tensor(0.5), torch.zeros(4), 2.0),
+    ],
+)
+def test_the_loss_follows_from_the_targets(output: Tensor, targets: Tensor, expected: float) -> None:
+    workload = workload_of("targets", lambda: (nn.Linear(2, 2), (torch.zeros(4, 2), torch.zeros(4))))
+    assert float(workload.loss(output, targets)) == pytest.approx(expected)
+
+
+def test_a_loss_of_ones_own_is_a_mean_over_the_batch() -> None:
+    made = (nn.Linear(2, 2), (torch.zeros(4, 2), torch.zeros(4)), lambda output, targets: output.mean())
+    assert float(workload_of("own", lambda: made).loss(torch.full((4, 2), 0.5), torch.zeros(4))) == pytest.approx(2.0)
+
+
+def test_a_loop_of_ones_own_trains_the_same(script: Path) -> None:
+    """The user's model, optimizer and loader; only the step is autotune's."""
+    workload = opened(f"{script}:workload")
+    model = workload.build_model()
+    own = workload.build_model()
+    own.load_state_dict(model.state_dict())
+    x, y = torch.randn(8, 12, 16), torch.randint(0, 3, (8,))
+    sgd = torch.optim.SGD(own.parameters(), lr=0.1)
+    strategy = Strategy(attention="sdpa_math", micro_batch=2, accumulation=4, checkpoint="every_2nd")
+    run = apply(strategy, workload, backends.get("cpu"), model=model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    assert run.model is model
+    for _ in range(5):
+        sgd.zero_grad()
+        loss = F.cross_entropy(own(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        sgd.step()
+        assert float(run.step(run.split((x, y)))) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_dataset_of_ones_own_is_loaded_and_collated(script: Path) -> None:
+    workload = opened(f"{script}:workload")
+    dataset = torch.utils.data.TensorDataset(torch.randn(20, 12, 16), torch.arange(20) % 3)
+    run = apply(
+        Strategy(attention="sdpa", micro_batch=4, accumulation=2), workload, backends.get("cpu"), dataset=dataset
+    )
+    batches = list(run.loader)
+    assert [[micro.num_samples for micro in batch] for batch in batches] == [[4, 4], [4, 4], [4]]
+    assert sorted(int(t) for batch in batches for micro in batch for t in micro.targets) == sorted(
+        int(t) for t in dataset.tensors[1]
+    )
+
+
+def test_a_batch_whose_tensors_do_not_match_is_refused() -> None:
+    with pytest.raises(UsageError, match="one batch size, it has 3, 4"):
+        workload_of("uneven", lambda: (nn.Linear(2, 2), (torch.zeros(4, 2), torch.zeros(3))))
+
+
+def test_a_workload_of_ones_own_making_is_taken_as_it_is(tiny_reviews: Path) -> None:
+    module = workloads.get("imdb")
+    mine = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    assert workload_of("mine", lambda: mine) is mine
+    assert mine.attentions == get_args(Attention)
+
+
+def test_torchs_own_encoder_layers_are_seen_to_call_the_kernel() -> None:
+    def make() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model = nn.Sequential(
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(64, 2)
+        )
+        return model, (torch.randn(4, 4, 16), torch.arange(4) % 2)
+
+    assert workload_of("encoder", make).attentions[0] == "sdpa"

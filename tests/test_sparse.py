@@ -1,0 +1,64 @@
+"""Attention over part of the keys: which keys each query sees, whatever way it is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autotune.models.sparse import BLOCK, attend_sparsely, block_mask, key_blocks
+from autotune.strategy import Attention
+
+KINDS: tuple[Attention, ...] = ("window", "window_global", "window_global_random")
+
+
+def tensors(num_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two sequences, the second a third as long."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask_B11T = (
+        torch.arange(num_tokens)[None, None, None] < torch.tensor([num_tokens, num_tokens // 3])[:, None, None, None]
+    )
+    return q, k, v, mask_B11T
+
+
+@pytest.mark.parametrize("num_tokens", [40, 256, 300, 512])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_full_attention_with_the_blocks_mask(kind: Attention, num_tokens: int) -> None:
+    q, k, v, mask = tensors(num_tokens)
+    seen = block_mask(-(-num_tokens // BLOCK), kind).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:num_tokens, :num_tokens] & mask)
+    found = attend_sparsely(q, k, v, mask, kind)
+    counts = mask[:, 0, 0]
+    for one, other in ((expected, found), *(_gradients((q, k, v), expected, found, counts))):
+        torch.testing.assert_close(other.transpose(1, 2)[counts], one.transpose(1, 2)[counts], atol=1e-10, rtol=1e-8)
+
+
+def _gradients(
+    inputs: tuple[Tensor, ...], expected: Tensor, found: Tensor, counts: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """By every input, of what the tokens that count attend to."""
+    each = [
+        torch.autograd.grad(out.transpose(1, 2)[counts].square().sum(), inputs, retain_graph=True)
+        for out in (expected, found)
+    ]
+    return list(zip(*each, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_sees_its_neighbours_and_what_its_kind_adds(kind: Attention) -> None:
+    seen = block_mask(12, kind)
+    rows = torch.arange(12)
+    assert seen[(rows[:, None] - rows).abs() <= 1].all()
+    assert seen[0].all() == (kind != "window")
+    assert seen[:, 0].all() == (kind != "window")
+    others = [int(count) - 3 for count in seen[2:11].sum(1)]
+    assert set(others) == {{"window": 0, "window_global": 1, "window_global_random": 2}[kind]}
+    assert key_blocks(12, kind).shape[1] <= 5
+
+
+def test_batches_that_are_not_padded_need_no_mask() -> None:
+    q, k, v, _ = tensors(320)
+    whole = torch.ones(2, 1, 1, 320, dtype=torch.bool)
+    torch.testing.assert_close(attend_sparsely(q, k, v, None, "window"), attend_sparsely(q, k, v, whole, "window"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from tests.observing import SilentPulse
 # How long an example takes says nothing here: tests run beside each other, on machines of any speed.
 settings.register_profile("autotune", deadline=None)
 settings.load_profile("autotune")
+
+# A shell ignores Ctrl-C for what it starts in the background, and what that starts inherits it: not the searches here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = {1: ["great", "moving", "superb", "funny"], 0: ["dull", "awful", "boring", "weak"]}
 

@@ -91,6 +91,14 @@ def test_blocks_are_what_is_repeated_most_not_the_stages_around_them() -> None:
     assert len(find_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 4, enable_nested_tensor=False))) == 4
 
 
+def test_sequences_in_a_list_are_blocks() -> None:
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    model.append(nn.Identity())
+    model.blocks = blocks
+    assert find_blocks(model) == list(blocks)
+
+
 def test_a_model_that_repeats_nothing_has_no_blocks() -> None:
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     assert find_blocks(plain) == []

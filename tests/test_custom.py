@@ -152,6 +152,7 @@ def test_the_space_is_explained(script: Path, probed: None) -> None:
     ("name", "words"),
     [
         ("{}:worklaod", "did you mean 'workload'?"),
+        ("{}", ".py:FUNCTION"),
         ("{}:broken", "KeyError: 'the data is not there'"),
         ("{}:Model", "should give a Workload, or (model, batch)"),
         ("missing.py:workload", "missing.py is no Python file"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
 import optuna
 import pytest
+import torch
+from torch import nn
 
 from autotune.measurement import Trial
 from autotune.search.memory import MemoryModel
@@ -15,6 +18,8 @@ from autotune.search.sampling import Sampler
 from autotune.search.space import Space, build_space, expert_guess
 from autotune.strategy import Strategy
 from autotune.trial.worker import Progress
+from autotune.workloads.base import Workload
+from autotune.workloads.custom import workload_of
 from tests import factories
 from tests.scripted import CPU, Prepared
 
@@ -51,6 +56,25 @@ def test_what_is_too_slow_is_searched_when_asked_for_and_what_is_refused_is_not(
     space = build_space(hardware, CPU, prepared[1], includes_slow=True)
     assert "fp16" in space.values["precision"]
     assert space.values["compile"] == ("none",)
+
+
+def small(*layers: nn.Module) -> Workload:
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    return workload_of("small", lambda: (copy.deepcopy(model), (torch.randn(8, 3, 8, 8), torch.arange(8) % 2)))
+
+
+def test_a_model_without_attention_is_not_held_to_how_slow_attention_is() -> None:
+    hardware = factories.hardware(attention__eager__bf16="too slow: 109 ms", attention__eager__fp16="too slow: 109 ms")
+    space = build_space(hardware, CPU, small(nn.Conv2d(3, 8, 3)))
+    assert {("eager", "fp32"), ("eager", "bf16"), ("eager", "fp16")} <= space.pairs
+    assert expert_guess(space, hardware, CPU).precision == "bf16"
+
+
+def test_batch_normalisation_keeps_the_batch_whole() -> None:
+    space = build_space(factories.hardware(), CPU, small(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    assert space.values["micro_batch"] == (8,)
+    assert "batch normalisation" in space.left_out["micro_batch=4"]
+    assert expert_guess(space, factories.hardware(), CPU).micro_batch == 8
 
 
 def test_cuda_graphs_are_not_combined_with_accumulation(prepared: Prepared) -> None:

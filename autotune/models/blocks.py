@@ -53,12 +53,15 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     Of several such classes it is the one repeated most often among those with at least half as many parameters as the
     largest: a Swin transformer's blocks, not its four stages. Empty where nothing is repeated in that way.
     """
-    groups: dict[type[nn.Module], list[nn.Module]] = {}
+    groups: dict[tuple[type[nn.Module], ...], list[nn.Module]] = {}
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential):
             for child in container:
-                if not isinstance(child, nn.ModuleList | nn.Sequential) and any(True for _ in child.children()):
-                    groups.setdefault(plain_class(type(child)), []).append(child)
+                is_list = isinstance(child, nn.ModuleList)
+                is_stage = isinstance(child, nn.Sequential) and isinstance(container, nn.Sequential)
+                if not is_list and not is_stage and any(True for _ in child.children()):
+                    parts = map(type, child.children()) if isinstance(child, nn.Sequential) else ()
+                    groups.setdefault((plain_class(type(child)), *parts), []).append(child)
     sizes = {kind: sum(p.numel() for block in blocks for p in block.parameters()) for kind, blocks in groups.items()}
     largest = max(sizes.values(), default=0)
     if not largest:

@@ -301,8 +301,10 @@ def _confidence(result: Result) -> str:
     if epochs_to_pay < result.planned.epochs:
         when = "within the first epoch" if epochs_to_pay < 1 else f"after {epochs_to_pay:.1f} epochs"
         pays = f"; pays for itself {when}"
+    is_baseline = result.best.strategy == result.baseline.strategy
+    verdict = "Nothing is faster." if is_baseline else f"Speed-up {interval_words(result.speedup)}, {how}."
     return (
-        f"Speed-up {interval_words(result.speedup)}, {how}. {len(result.trials)} trials ({counts}) in "
+        f"{verdict} {len(result.trials)} trials ({counts}) in "
         f"{format_duration(result.search_s)}{pays}.{_proof_words(result)}"
     )
 

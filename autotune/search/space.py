@@ -151,9 +151,9 @@ def build_space(
         for precision in precisions:
             # what is sparse is made of torch's own choice of kernel
             name = f"attention.{'sdpa' if is_sparse else attention}.{_ATTENTION_DTYPE[precision]}"
-            if (attention, precision) == (workload.attentions[0], "fp32") or allowed(
-                "attention", f"{attention} in {precision}", name
-            ):
+            # a model that calls no kernel may have no attention at all: how fast that is says nothing of it
+            is_free = len(workload.attentions) == 1 or (attention, precision) == (workload.attentions[0], "fp32")
+            if is_free or allowed("attention", f"{attention} in {precision}", name):
                 pairs.add((attention, precision))
     attentions = [a for a in backend.attention if any((a, p) in pairs for p in precisions)]
     compile_modes = [c for c in backend.compile_modes if c == "none" or allowed("compile", c, f"compile.{c}")]
@@ -181,10 +181,15 @@ def build_space(
         paddings = paddings[:1]
     workers = tuple(sorted({0, 1, 2, 4, 8} & set(range(min(MAX_WORKERS, hardware.device.num_cores) + 1))))
     global_batch = workload.recipe.global_batch
+    micro_batches = tuple(size for size in range(1, global_batch + 1) if global_batch % size == 0)
+    if workload.has_batch_norm:
+        for size in micro_batches[:-1]:
+            left_out[f"micro_batch={size}"] = "batch normalisation would train on other statistics"
+        micro_batches = micro_batches[-1:]
     return Space(
         global_batch=global_batch,
         values={
-            "micro_batch": tuple(size for size in range(1, global_batch + 1) if global_batch % size == 0),
+            "micro_batch": micro_batches,
             "attention": tuple(attentions),
             "compile": tuple(compile_modes),
             "compile_scope": ("model", "blocks") if workload.num_blocks > 1 and len(compile_modes) > 1 else ("model",),
@@ -224,12 +229,13 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
 
     # fp16 needs a loss scaler and has less range: a person takes it only where it is twice as fast
     # as bf16, as on cards before Ampere.
-    exact = [p for p in space.values["precision"] if p not in APPROXIMATE["precision"]]
-    precision = max(exact, key=lambda p: gflop_per_s(p) * (0.5 if p == "fp16" else 1.0))
     exact_attentions = [a for a in space.values["attention"] if a not in APPROXIMATE["attention"]]
+    runnable = {p for a, p in space.pairs if a in exact_attentions}
+    exact = [p for p in space.values["precision"] if p not in APPROXIMATE["precision"] and p in runnable]
+    precision = max(exact, key=lambda p: gflop_per_s(p) * (0.5 if p == "fp16" else 1.0))
     attentions = [a for a in exact_attentions if (a, precision) in space.pairs]
     micro_batches = space.values["micro_batch"]
-    fitting = [size for size in micro_batches if size <= most]
+    fitting = [size for size in micro_batches if size <= most] or micro_batches[:1]
     return space.strategy(
         {
             "attention": min(attentions, key=lambda a: attention_ms(a, precision)),

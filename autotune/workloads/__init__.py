@@ -49,6 +49,8 @@ def get(name: str) -> WorkloadModule:
     place, colon, attribute = name.rpartition(":")
     if not colon:
         if name not in REGISTRY:
+            if name.endswith(".py"):
+                raise UsageError(f"name the function in {name} that gives the workload: --model {name}:FUNCTION")
             raise UsageError(f"no workload is called {name!r}{nearest(name, list(REGISTRY))}")
         return REGISTRY[name]
     is_file = place.endswith(".py")

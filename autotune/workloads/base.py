@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autotune.data.batching import Indices, MicroBatch, collate
 from autotune.models.attention import settable
@@ -115,6 +116,11 @@ class Workload:
     def has_convolutions(self) -> bool:
         """Whether the model works on images, for the memory format."""
         return any(isinstance(module, nn.Conv2d) for module in self._bare_model.modules())
+
+    @functools.cached_property
+    def has_batch_norm(self) -> bool:
+        """Whether what is trained depends on which samples share a micro batch."""
+        return any(isinstance(module, _BatchNorm) for module in self._bare_model.modules())
 
     @property
     def num_train(self) -> int:

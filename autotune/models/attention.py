@@ -78,7 +78,8 @@ def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention
     if (kind := _switches(model)) is not None:
         everything: tuple[Attention, ...] = get_args(Attention)
         return everything if kind == "autotune" else tuple(a for a in everything if a not in APPROXIMATE["attention"])
-    with _Kernels() as kernels, contextlib.suppress(Exception):  # what the model cannot run here, training will say
+    kernels = _Kernels()  # type: ignore[no-untyped-call]
+    with kernels, contextlib.suppress(Exception):  # what the model cannot run here, training will say
         forward()
     if kernels.are_called:
         return ("sdpa", *(kernel for kernel in get_args(Attention) if kernel in SDPA_KERNELS))

@@ -37,7 +37,8 @@ def hugging_face(name: str) -> Made:
         raise UsageError("hf: models need transformers: pip install 'autotune-torch[hf]'") from None
     config = _config(name)
     try:
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        classifiers: Any = transformers.AutoModelForSequenceClassification
+        model = classifiers.from_config(config)
     except ValueError as exc:
         raise UsageError(f"hf:{name} cannot be built as a sequence classifier: {str(exc).splitlines()[0]}") from exc
     if config.pad_token_id is None:

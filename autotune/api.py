@@ -81,9 +81,8 @@ def load(name: str, *, profiles: Path | None = None, data: Path | None = None, l
     """
     from autotune import workloads
 
-    recipe = workloads.get(name).RECIPE
-    backend = backends.find()
-    found = store.find_profile(backend.device(), workloads.label(name), recipe.global_batch, profiles)
+    wanted, backend = workloads.wanted(name), backends.find()
+    found = store.find_profile(backend.device(), wanted, profiles)
     if found is None:
         warnings.warn(
             f"no profile for {name} on this device, safe defaults are used; make one: autotune search --model {name}",

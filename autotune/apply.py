@@ -213,8 +213,12 @@ def apply(
     """A run with every knob of the strategy in effect; what is not given comes from the workload's recipe.
 
     ``total_steps`` is the length of the learning rate schedule, the recipe's epochs by default. With an ``optimizer``
-    of your own the schedule is yours too. Raises AutotuneError where the model cannot take a knob.
+    of your own the schedule is yours too. Raises AutotuneError where the model cannot take a knob, TypeError where the
+    optimizer is made already.
     """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        name = type(optimizer).__name__
+        raise TypeError(f"optimizer should make one: lambda parameters: torch.optim.{name}(parameters, ...)")
     recipe = workload.recipe
     torch.manual_seed(seed)
     device = torch_device(backend)

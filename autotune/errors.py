@@ -22,6 +22,22 @@ class InterruptedSearchError(AutotuneError):
     exit_code = 130
 
 
+def place_of(error: BaseException) -> str:
+    """`` (my_train.py:12)``: where the user's code failed, for the end of an error's line; nothing where it is none.
+
+    That is the innermost line of the first file on the way to the error that is neither autotune's nor the import
+    machinery's: what a library did with that line is not the user's to mend.
+    """
+    import traceback
+    from pathlib import Path
+
+    own = (str(Path(__file__).parent), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    frames = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]
+    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
+    return f" ({Path(frames[0].filename).name}:{lines[-1]})" if lines else ""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """``; did you mean 'imdb'?`` for a near miss, else the names that there are. For the end of an error's line."""
     import difflib

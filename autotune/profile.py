@@ -39,6 +39,8 @@ class ProfiledWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     epochs: int
     num_train: int
     num_test: int
+    num_parameters: int | None = None
+    """Of its model: another script of the same name has another. None in profiles from before autotune wrote it."""
 
 
 class Figures(Rates, frozen=True, kw_only=True):

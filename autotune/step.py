@@ -57,7 +57,12 @@ class Step:
         return float(self._scaler.get_scale()) if self._scaler.is_enabled() else None
 
     def __call__(self, batch: Sequence[MicroBatch]) -> Tensor:
-        """Mean loss over the global batch before the update: a detached scalar on the device, not waited for."""
+        """Mean loss over the global batch before the update: a detached scalar on the device, not waited for.
+
+        Raises TypeError for a batch that is not cut into micro batches.
+        """
+        if not isinstance(batch, Sequence) or not all(isinstance(micro, MicroBatch) for micro in batch):
+            raise TypeError("step takes a batch of run.loader; one of your own goes through split: step(split(batch))")
         num_samples = sum(micro.num_samples for micro in batch)
         total = torch.zeros((), device=self._device)
         for micro in batch:

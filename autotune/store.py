@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import platformdirs
@@ -15,6 +16,18 @@ import platformdirs
 from autotune.backends.base import Device
 from autotune.errors import AutotuneError
 from autotune.profile import Profile, read_profile
+
+
+class Wanted(NamedTuple):
+    """What a profile has to be for."""
+
+    name: str
+    """The workload's, as the user types it."""
+    label: str
+    """The workload's, as profiles have it."""
+    global_batch: int
+    num_parameters: int | None = None
+    """Of the model; None where its name says which it is."""
 
 
 def cache_dir() -> Path:
@@ -54,12 +67,12 @@ def profile_path(device: Device, workload: str, profiles: Path | None = None) ->
 
 
 def find_profile(
-    device: Device, workload: str, global_batch: int, profiles: Path | None = None
+    device: Device, wanted: Wanted, profiles: Path | None = None
 ) -> tuple[Profile, Path] | None:
     """This device's profile from the first store that has one. Raises AutotuneError when that one is broken."""
     for store in stores(profiles):
-        for path in sorted(store.glob(f"*-{device.fingerprint}/{file_stem(workload)}.toml")):
-            return read_for(path, device, workload, global_batch), path
+        for path in sorted(store.glob(f"*-{device.fingerprint}/{file_stem(wanted.label)}.toml")):
+            return read_for(path, device, wanted), path
     return None
 
 
@@ -74,28 +87,35 @@ def all_profiles(profiles: Path | None = None) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def read_for(path: Path, device: Device, workload: str, global_batch: int) -> Profile:
-    """A profile for this device, workload and global batch. Raises AutotuneError when it is for others."""
+def read_for(path: Path, device: Device, wanted: Wanted) -> Profile:
+    """A profile for this device and what is wanted. Raises AutotuneError when it is for others."""
     profile = read_profile(path)
+    again = f"autotune search --model {wanted.name}"
     if profile.device.fingerprint != device.fingerprint:
         raise AutotuneError(
             f"profile {path} is for another device ({profile.device.name}, {profile.device.fingerprint}; this is "
-            f"{device.name}, {device.fingerprint}); search here: autotune search --model {workload}"
+            f"{device.name}, {device.fingerprint}); search here: {again}"
         )
-    if profile.workload.name != workload:
-        raise AutotuneError(f"profile {path} is for the workload {profile.workload.name}, not for {workload}")
-    if profile.workload.global_batch != global_batch:
+    found = profile.workload
+    if found.name != wanted.label:
+        raise AutotuneError(f"profile {path} is for the workload {found.name}, not for {wanted.label}")
+    if found.global_batch != wanted.global_batch:
         raise AutotuneError(
-            f"profile {path} is for a global batch of {profile.workload.global_batch}, {workload}'s recipe has "
-            f"{global_batch}; search again: autotune search --model {workload}"
+            f"profile {path} is for a global batch of {found.global_batch}, {wanted.label}'s recipe has "
+            f"{wanted.global_batch}; search again: {again}"
+        )
+    if None not in (found.num_parameters, wanted.num_parameters) and found.num_parameters != wanted.num_parameters:
+        raise AutotuneError(
+            f"profile {path} is for a model of {found.num_parameters:,} parameters, {wanted.label}'s has "
+            f"{wanted.num_parameters:,}; search again: {again}"
         )
     return profile
 
 
-def is_tested(path: Path, device: Device, name: str, global_batch: int) -> bool:
+def is_tested(path: Path, device: Device, wanted: Wanted) -> bool:
     """Whether there is a profile for this there that has passed its last test."""
     try:
-        return read_for(path, device, name, global_batch).evidence.soak_steps > 0
+        return read_for(path, device, wanted).evidence.soak_steps > 0
     except AutotuneError:
         return False
 

@@ -24,8 +24,10 @@ Optimizer = Literal["default", "foreach", "fused"]
 CompileScope = Literal["model", "blocks"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 
+SPARSE: tuple[Attention, ...] = ("window", "window_global", "window_global_random")
+"""Attention to part of the keys."""
 APPROXIMATE: dict[str, frozenset[str]] = {
-    "attention": frozenset({"window", "window_global", "window_global_random"}),
+    "attention": frozenset(SPARSE),
     "precision": frozenset({"bf16_weights"}),
 }
 """By knob, the values that change what is trained, not only how fast: searched where the user allows it."""

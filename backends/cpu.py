@@ -19,19 +19,11 @@ from typing import NamedTuple
 import psutil
 
 from autotune.backends.base import Device
-from autotune.strategy import Allocator, Attention, Compile, Precision
+from autotune.strategy import SPARSE, Allocator, Attention, Compile, Precision
 
 name: str = "cpu"
 device_type: str = "cpu"
-attention: tuple[Attention, ...] = (
-    "eager",
-    "sdpa",
-    "sdpa_math",
-    "sdpa_flash",
-    "window",
-    "window_global",
-    "window_global_random",
-)
+attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash", *SPARSE)
 precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "bf16_weights")
 # reduce-overhead is CUDA graphs: on a CPU it is `default` by another name
 compile_modes: tuple[Compile, ...] = ("none", "default")

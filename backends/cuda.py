@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
@@ -13,25 +13,9 @@ from autotune.strategy import Allocator, Attention, Compile, Precision
 
 name: str = "cuda"
 device_type: str = "cuda"
-attention: tuple[Attention, ...] = (
-    "eager",
-    "sdpa",
-    "sdpa_math",
-    "sdpa_flash",
-    "sdpa_efficient",
-    "sdpa_cudnn",
-    "window",
-    "window_global",
-    "window_global_random",
-)
-precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "bf16_weights")
-compile_modes: tuple[Compile, ...] = (
-    "none",
-    "default",
-    "reduce-overhead",
-    "max-autotune-no-cudagraphs",
-    "max-autotune",
-)
+attention: tuple[Attention, ...] = get_args(Attention)
+precisions: tuple[Precision, ...] = get_args(Precision)
+compile_modes: tuple[Compile, ...] = get_args(Compile)
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = False
 pins_memory = True

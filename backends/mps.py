@@ -7,18 +7,11 @@ import threading
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
-from autotune.strategy import Allocator, Attention, Compile, Precision
+from autotune.strategy import SPARSE, Allocator, Attention, Compile, Precision
 
 name: str = "mps"
 device_type: str = "mps"
-attention: tuple[Attention, ...] = (
-    "eager",
-    "sdpa",
-    "sdpa_math",
-    "window",
-    "window_global",
-    "window_global_random",
-)
+attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", *SPARSE)
 precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "bf16_weights")
 compile_modes: tuple[Compile, ...] = ("none", "default")
 allocators: tuple[Allocator, ...] = ("default",)

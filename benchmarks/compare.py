@@ -1,4 +1,4 @@
-"""Settings timed in turns on one workload: python benchmarks/compare.py [--data PATH] [--rounds 6] A.toml B.toml ...
+"""Settings timed in turns on one workload: python -m benchmarks.compare [--data PATH] [--rounds 6] A.toml B.toml ...
 
 Each argument is a profile's file, or ``none`` for the plain baseline. They are timed in turns by the search's own race;
 the ratios to the first are paired by round, with a 95 % interval.
@@ -13,11 +13,10 @@ import click
 
 from autotune import backends, workloads
 from autotune.measurement import Trial
-from autotune.profile import read_profile
 from autotune.report.terminal import describe, interval_words
 from autotune.search.finals import Entrant, Race, ratio
-from autotune.strategy import Strategy, baseline
 from autotune.trial.worker import Job
+from benchmarks import strategy_of
 
 
 @click.command()
@@ -28,14 +27,12 @@ from autotune.trial.worker import Job
 def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) -> None:
     module = workloads.get(model)
     ref = module.prepare(data, limit=None, on_progress=lambda _: None)
-    num_train = module.open_workload(ref).num_train
+    workload = module.open_workload(ref)
     backend = backends.find()
     print(f"{backend.device().name}, torch {backend.device().versions['torch']}, {ref.source}, {rounds} rounds")
 
     def entrant(number: int, name: str) -> Entrant:
-        strategy: Strategy = (
-            baseline(module.RECIPE.global_batch) if name == "none" else read_profile(Path(name)).strategy
-        )
+        strategy = strategy_of(name, workload)
         job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0)
         return Entrant(trial=Trial(number=number, strategy=strategy, outcome="ok"), job=job)
 
@@ -54,7 +51,7 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
         sys.exit(f"{settings[0]} has failed: there is nothing to compare with")
     first = finals[0]
     for final in finals:
-        rates = sorted(num_train / epoch_s for epoch_s in final.epoch_s)
+        rates = sorted(workload.num_train / epoch_s for epoch_s in final.epoch_s)
         words = interval_words(ratio(first, final))
         print(
             f"{describe(final.trial.strategy)}: samples/s {rates[0]:.1f} .. {rates[len(rates) // 2]:.1f} .. "

@@ -40,7 +40,7 @@ def main(name: str, data: Path | None, profiles: Path | None, steps: int) -> Non
     backend, module = backends.find(), workloads.get(name)
     ref = module.prepare(data, limit=None, on_progress=lambda _: None)
     workload = module.open_workload(ref)
-    found = store.find_profile(backend.device(), workloads.label(name), workload.recipe.global_batch, profiles)
+    found = store.find_profile(backend.device(), workloads.wanted(name), profiles)
     if found is None:
         raise click.ClickException(f"no profile for {name}; make one: autotune search --model {name}")
     best = found[0].strategy

@@ -7,20 +7,17 @@ predicts all from two of them.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 import msgspec
 
 from autotune import backends, workloads
 from autotune.measurement import Trial
-from autotune.profile import read_profile
 from autotune.report.terminal import describe
 from autotune.search.memory import MemoryModel
-from autotune.strategy import Strategy, baseline
 from autotune.trial.runner import Session
 from autotune.trial.worker import Command, Job
 from autotune.units import format_bytes
+from benchmarks import strategy_of
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -38,9 +35,7 @@ def main(settings: tuple[str, ...], model: str, known: str) -> None:
     device = backend.device()
     print(f"{device.name}, {device.num_cores} cores, torch {device.versions['torch']}, {ref.source}")
     for setting in settings:
-        plain: Strategy = (
-            baseline(module.RECIPE.global_batch) if setting == "none" else read_profile(Path(setting)).strategy
-        )
+        plain = strategy_of(setting, module.open_workload(ref))
         trials = {}
         for size in SIZES:
             strategy = msgspec.structs.replace(plain, micro_batch=size, accumulation=max(SIZES) // size)

@@ -17,11 +17,10 @@ from pathlib import Path
 import click
 
 from autotune import backends, workloads
-from autotune.profile import read_profile
 from autotune.report.terminal import describe
-from autotune.strategy import Strategy, baseline
 from autotune.trial.runner import run_trial
 from autotune.trial.worker import Job
+from benchmarks import strategy_of
 
 
 @click.command()
@@ -40,9 +39,7 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, limit: int, r
     ratios: dict[str, list[float]] = {setting: [] for setting in settings}
     for number in range(repeats):
         for setting in settings:
-            strategy: Strategy = (
-                baseline(module.RECIPE.global_batch) if setting == "none" else read_profile(Path(setting)).strategy
-            )
+            strategy = strategy_of(setting, workload)
             job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0)
             trial = run_trial(number, job, timeout_s=600, memory_limit_bytes=int(0.9 * device.memory_free_bytes))
             assert trial.measurement is not None, trial.reason

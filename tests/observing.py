@@ -1,9 +1,12 @@
-"""An observer of a search that keeps what it heard."""
+"""What watches a search or a model and keeps what it saw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from autotune.apply import Run
 from autotune.measurement import Trial
 from autotune.search.proof import Proof
 from autotune.search.space import Space
@@ -52,3 +55,11 @@ class SilentPulse:
 
     def beat(self) -> float | None:
         return None
+
+
+def matmul_dtypes(run: Run) -> list[torch.dtype]:
+    """Of what the encoder's first projection gives, pass by pass as training goes on."""
+    seen: list[torch.dtype] = []
+    first = run.model.get_submodule("blocks.0.attention.qkv")
+    first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    return seen

@@ -21,6 +21,7 @@ from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import MemoryFormat, Padding, Precision, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
+from tests.observing import matmul_dtypes
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +89,7 @@ def test_precision_is_the_dtype_that_the_matmuls_see(
     workload: Workload, precision: Precision, dtype: torch.dtype
 ) -> None:
     run = run_of(workload, precision=precision)
-    seen: list[torch.dtype] = []
-    first = run.model.get_submodule("blocks.0.attention.qkv")
-    first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    seen = matmul_dtypes(run)
     losses = [float(run.step(batch)) for batch in run.loader]
     assert set(seen) == {dtype}
     assert np.isfinite(losses).all()
@@ -159,9 +158,7 @@ def test_images_and_convolutions_lie_in_memory_as_chosen(memory_format: MemoryFo
 
 def test_pure_bf16_keeps_weights_gradients_and_state_in_bf16_and_the_loss_in_fp32(workload: Workload) -> None:
     run = run_of(workload, precision="bf16_weights")
-    seen: list[torch.dtype] = []
-    first = run.model.get_submodule("blocks.0.attention.qkv")
-    first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    seen = matmul_dtypes(run)
     losses = [run.step(batch) for batch in run.loader]
     assert set(seen) == {torch.bfloat16}
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.bfloat16}

@@ -153,7 +153,7 @@ def test_the_space_is_explained(script: Path, probed: None) -> None:
     [
         ("{}:worklaod", "did you mean 'workload'?"),
         ("{}", ".py:FUNCTION"),
-        ("{}:broken", "KeyError: 'the data is not there'"),
+        ("{}:broken", "KeyError: 'the data is not there' (my_train.py:38)"),
         ("{}:Model", "should give a Workload, or (model, batch)"),
         ("missing.py:workload", "missing.py is no Python file"),
         ("no_such_package:workload", "No module named"),
@@ -231,6 +231,30 @@ def test_a_loop_of_ones_own_trains_the_same(script: Path) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         sgd.step()
         assert float(run.step(run.split((x, y)))) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_what_is_handed_over_in_the_wrong_form_is_refused(script: Path) -> None:
+    workload = opened(f"{script}:workload")
+    made: Any = torch.optim.SGD(workload.build_model().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"lambda parameters: torch.optim.SGD\(parameters"):
+        apply(Strategy(attention="sdpa", micro_batch=8), workload, backends.get("cpu"), optimizer=made)
+    run = apply(Strategy(attention="sdpa", micro_batch=8), workload, backends.get("cpu"))
+    raw: Any = (torch.randn(8, 12, 16), torch.zeros(8, dtype=torch.long))
+    for batch in (raw, raw[0], {"x": raw[0]}):
+        with pytest.raises(TypeError, match=r"step\(split\(batch\)\)"):
+            run.step(batch)
+
+
+def test_a_model_that_lies_on_its_device_already_is_looked_at_there(script: Path) -> None:
+    """The meta device stands for an accelerator that is not there."""
+    workload = opened(f"{script}:workload")
+    assert workload.attentions_of(workload.build_model().to("meta")) == workload.attentions
+
+
+def test_a_profile_is_for_the_model_that_it_was_made_with(script: Path) -> None:
+    wanted = workloads.wanted(f"{script}:workload")
+    assert wanted.label == "my_train.py:workload"
+    assert wanted.num_parameters == 3 * (16 * 48 + 48 + 16 * 16 + 16) + 16 * 3 + 3
 
 
 def test_a_dataset_of_ones_own_is_loaded_and_collated(script: Path) -> None:

@@ -41,7 +41,7 @@ class Scripted:
 
     lap_s: Callable[[Scripted], float]
 
-    def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
+    def __init__(self, job: Job, *, memory_limit_bytes: int, silence_s: float) -> None:
         self.padding, self.start = job.strategy.padding, job.start
         self.turns = 0
         self.is_closed = False
@@ -57,7 +57,7 @@ class Scripted:
     def cpu_s(self) -> float:
         return 0.0
 
-    def time(self, command: Command, *, timeout_s: float, silence_s: float) -> Done:
+    def time(self, command: Command, *, timeout_s: float) -> Done:
         self.turns += 1
         seconds = type(self).lap_s(self)
         time.sleep(0.002)

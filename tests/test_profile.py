@@ -20,6 +20,8 @@ from autotune.profile import format_profile, parse_profile, read_profile, write_
 from autotune.strategy import Attention, Checkpoint, Compile, Padding, Precision, Strategy
 from tests import factories
 
+WANTED = store.Wanted("imdb", "imdb", 32)
+
 strategies = st.builds(
     Strategy,
     attention=st.sampled_from(get_args(Attention)),
@@ -118,7 +120,7 @@ def test_stores_are_read_in_order_and_the_shipped_profiles_last(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(store, "shipped_dir", lambda: tmp_path / "shipped")
     device = factories.device()
-    assert store.find_profile(device, "imdb", 32) is None
+    assert store.find_profile(device, WANTED) is None
     places = [
         tmp_path / "shipped",
         tmp_path / "home" / "autotune" / "profiles",
@@ -129,12 +131,12 @@ def test_stores_are_read_in_order_and_the_shipped_profiles_last(
         if index == 3:
             monkeypatch.setenv("AUTOTUNE_PROFILES", str(place))
         save(place, created=place.name)
-        found = store.find_profile(device, "imdb", 32)
+        found = store.find_profile(device, WANTED)
         assert found is not None
         assert found[0].created == place.name
     option = tmp_path / "option"
     save(option, created="option")
-    found = store.find_profile(device, "imdb", 32, option)
+    found = store.find_profile(device, WANTED, option)
     assert found is not None
     assert found[0].created == "option"
     assert store.profile_path(device, "imdb", option).is_relative_to(option)
@@ -145,14 +147,27 @@ def test_stores_are_read_in_order_and_the_shipped_profiles_last(
 def test_another_devices_profile_is_not_found_and_refused_by_path(tmp_path: Path) -> None:
     path = save(tmp_path)
     other = factories.device(num_cores=64)
-    assert store.find_profile(other, "imdb", 32, tmp_path) is None
+    assert store.find_profile(other, WANTED, tmp_path) is None
     with pytest.raises(AutotuneError, match=r"another device .* autotune search --model imdb"):
-        store.read_for(path, other, "imdb", 32)
+        store.read_for(path, other, WANTED)
 
 
 def test_a_profile_for_another_global_batch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AutotuneError, match="global batch of 32, imdb's recipe has 64"):
-        store.read_for(save(tmp_path), factories.device(), "imdb", 64)
+        store.read_for(save(tmp_path), factories.device(), WANTED._replace(global_batch=64))
+
+
+def test_a_profile_for_another_model_of_the_name_is_refused(tmp_path: Path) -> None:
+    """As another script of the same file and function name has one."""
+    path, device = save(tmp_path), factories.device()
+    known = msgspec.structs.replace(read_profile(path).workload, num_parameters=10_000)
+    write_profile(msgspec.structs.replace(read_profile(path), workload=known), path)
+    wanted = WANTED._replace(name="examples/t.py:f")
+    assert store.read_for(path, device, wanted._replace(num_parameters=10_000)).workload == known
+    assert store.read_for(path, device, wanted).workload == known
+    message = "10,000 parameters, imdb's has 20,000; search again: autotune search --model examples/t.py:f"
+    with pytest.raises(AutotuneError, match=message):
+        store.read_for(path, device, wanted._replace(num_parameters=20_000))
 
 
 def test_only_a_profile_of_this_device_that_lasted_is_a_tested_one(tmp_path: Path) -> None:
@@ -163,9 +178,9 @@ def test_only_a_profile_of_this_device_that_lasted_is_a_tested_one(tmp_path: Pat
             read_profile(path), evidence=msgspec.structs.replace(evidence, soak_steps=steps)
         )
         write_profile(profile, path)
-        assert store.is_tested(path, factories.device(), "imdb", 32) == bool(steps)
-    assert not store.is_tested(path, factories.device(), "imdb", 64)
-    assert not store.is_tested(tmp_path / "none.toml", factories.device(), "imdb", 32)
+        assert store.is_tested(path, factories.device(), WANTED) == bool(steps)
+    assert not store.is_tested(path, factories.device(), WANTED._replace(global_batch=64))
+    assert not store.is_tested(tmp_path / "none.toml", factories.device(), WANTED)
 
 
 def test_the_folders_name_is_for_people_and_unique_by_fingerprint() -> None:

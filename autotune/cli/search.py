@@ -130,7 +130,7 @@ def command(
         def save(found: Result) -> None:
             nonlocal is_saved
             is_untested = found.was_interrupted and found.proof is None
-            if is_untested and store.is_tested(path, device, label, workload.recipe.global_batch):
+            if is_untested and store.is_tested(path, device, workloads.wanted(name)):
                 is_saved = False
             else:
                 write_profile(profile_of(found, device, workload), path)

@@ -51,18 +51,19 @@ def command(
     from autotune.training import Training, write_metrics
     from autotune.units import format_bytes, format_duration
 
-    recipe, label = workloads.get(name).RECIPE, workloads.label(name)
+    recipe, wanted = workloads.get(name).RECIPE, workloads.wanted(name)
+    label = wanted.label
     backend = find_backend(device_name)
     device = backend.device()
     profile, path = None, None
     if profile_name is not None and profile_name != "none":
         path = Path(profile_name)
-        profile = store.read_for(path, device, label, recipe.global_batch)
+        profile = store.read_for(path, device, wanted)
     else:
         found = None
         # without a profile's settings its projection is a courtesy, and a broken one no obstacle
         with contextlib.suppress(*([AutotuneError] if profile_name == "none" else [])):
-            found = store.find_profile(device, label, recipe.global_batch, profiles)
+            found = store.find_profile(device, wanted, profiles)
         if found is not None:
             profile, path = found
         elif profile_name is None:

@@ -71,9 +71,9 @@ def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention
     """The backends that a model can be switched to, its own way first where it has but one.
 
     autotune's SelfAttention takes all; Hugging Face's ``set_attn_implementation`` and timm's ``fused_attn`` all that
-    compute the same. Of a model
-    that only calls ``scaled_dot_product_attention``, which ``forward`` finds out by running it once, the kernel can be
-    pinned: ``sdpa`` is its own way then. Of any other nothing can be changed: ``eager`` stands for its own way.
+    compute the same. Of a model that only calls ``scaled_dot_product_attention``, which ``forward`` finds out by
+    running it once, the kernel can be pinned: ``sdpa`` is its own way then. Of any other nothing can be changed:
+    ``eager`` stands for its own way.
     """
     if (kind := _switches(model)) is not None:
         everything: tuple[Attention, ...] = get_args(Attention)

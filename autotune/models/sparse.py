@@ -3,7 +3,7 @@ Beltagy et al. 2020), with random blocks besides (BigBird, Zaheer et al. 2020). 
 
 Every block of queries sees its own block of keys, the one before and the one after; ``window_global`` besides the first
 block, whose queries see all keys; ``window_global_random`` besides some blocks drawn once and for all. Cost grows with
-the length, not with its square. Up to four blocks of tokens, full attention with the same mask is as fast, and done.
+the length, not with its square.
 
 Shapes: B batch, T tokens, H heads, K width of a head, N blocks of W tokens, M blocks of keys a block of queries sees.
 """
@@ -33,9 +33,6 @@ def attend_sparsely(
     keys_NM = key_blocks(num_blocks, kind)
     if mask_B11T is None:
         mask_B11T = torch.ones(B, 1, 1, T, dtype=torch.bool, device=q_BHTK.device)
-    if num_blocks <= 4:
-        seen_TT = block_mask(num_blocks, kind).to(q_BHTK.device).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        return _attended(q_BHTK, k_BHTK, v_BHTK, seen_TT[:T, :T] & mask_B11T)
     extra = num_blocks * BLOCK - T
     q, k, v = (F.pad(x, (0, 0, 0, extra)).view(B, H, num_blocks, BLOCK, K) for x in (q_BHTK, k_BHTK, v_BHTK))
     mask_BNW = F.pad(mask_B11T, (0, extra)).view(B, num_blocks, BLOCK)
@@ -75,14 +72,3 @@ def key_blocks(num_blocks: int, kind: Attention) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
 
-
-@functools.cache
-def block_mask(num_blocks: int, kind: Attention) -> Tensor:
-    """Which blocks of keys (columns) each block of queries (rows) sees, NN."""
-    keys_NM = key_blocks(num_blocks, kind)
-    seen_NN = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
-    for block, keys in enumerate(keys_NM.tolist()):
-        seen_NN[block, [key for key in keys if key >= 0]] = True
-    if kind != "window":
-        seen_NN[0] = True
-    return seen_NN

@@ -116,9 +116,10 @@ class ProbeDisplay(_Display):
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        table.add_column()
         for capability in self._rows[-self._num_rows :]:
-            table.add_row(*capability_row(capability))
+            name, verdict, figures = capability_row(capability)
+            table.add_row(name, verdict, Text(figures, no_wrap=True, overflow="ellipsis"))
         self._spinner.update(
             text=f"probing {self._current}, {len(self._rows)} done, {time.monotonic() - self._start:.0f} s"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import msgspec
@@ -42,7 +43,7 @@ _UNITS = {
 
 
 def stdout() -> Console:
-    """Where results go: as wide as the terminal, 120 columns in a pipe."""
+    """Where results go: as wide as the terminal; in a pipe as COLUMNS says, else 120."""
     return _console(stderr=False)
 
 
@@ -53,7 +54,9 @@ def stderr() -> Console:
 
 def _console(*, stderr: bool) -> Console:
     console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
+        return console
+    return Console(stderr=stderr, highlight=False, width=120)
 
 
 def describe(strategy: Strategy) -> str:

@@ -181,7 +181,7 @@ class Race:
                 self._sessions.pop(number).close()
             try:
                 job = msgspec.structs.replace(entrant.job, start=start)
-                session = Session(job, memory_limit_bytes=self._memory_limit_bytes)
+                session = Session(job, memory_limit_bytes=self._memory_limit_bytes, silence_s=entrant.silence_s)
                 self._sessions[number] = stack.enter_context(session)
             except TrialEndedError as end:
                 self._leave(entrant, end)
@@ -226,7 +226,7 @@ class Race:
     def _turn(self, entrant: Entrant, command: Command) -> Done | None:
         try:
             session = self._sessions[entrant.trial.number]
-            return session.time(command, timeout_s=self._timeout_s, silence_s=entrant.silence_s)
+            return session.time(command, timeout_s=self._timeout_s)
         except TrialEndedError as end:
             self._leave(entrant, end)
             return None

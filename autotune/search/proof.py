@@ -49,8 +49,8 @@ def reference_losses(
     def losses(padding: Padding, num_steps: int) -> tuple[float, ...]:
         strategy = msgspec.structs.replace(job.strategy, padding=padding)
         padded = msgspec.structs.replace(job, strategy=strategy)
-        with Session(padded, memory_limit_bytes=memory_limit_bytes) as session:
-            return session.trace(num_steps, timeout_s=timeout_s, silence_s=silence_s)
+        with Session(padded, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s) as session:
+            return session.trace(num_steps, timeout_s=timeout_s)
 
     found = losses("longest", trace.NUM_STEPS)
     if trace.deviation(losses(job.strategy.padding, 1), found[:1]) <= trace.TOLERANCE["fp32"]:
@@ -73,19 +73,15 @@ def prove(
     """
     deviation, not_compared = None, ""
     try:
-        with Session(job, memory_limit_bytes=memory_limit_bytes) as session:
+        with Session(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s) as session:
             if isinstance(reference, TrialEndedError):
                 not_compared = f"{reference.outcome}: {reference.reason}"
             else:
-                losses = session.trace(
-                    trace.NUM_STEPS, timeout_s=timeout_s, silence_s=silence_s, on_progress=on_progress
-                )
+                losses = session.trace(trace.NUM_STEPS, timeout_s=timeout_s, on_progress=on_progress)
                 deviation = trace.deviation(reference, losses)
                 if (reason := trace.difference(job.strategy, reference, losses)) is not None:
                     return Proof(outcome="diverged", reason=reason, loss_deviation=deviation)
-            soaked = session.soak(
-                SOAK, timeout_s=timeout_s + SOAK.enough_s, silence_s=silence_s, on_progress=on_progress
-            )
+            soaked = session.soak(SOAK, timeout_s=timeout_s + SOAK.enough_s, on_progress=on_progress)
     except TrialEndedError as end:
         return Proof(outcome=end.outcome, reason=end.reason, loss_deviation=deviation)
     return Proof(

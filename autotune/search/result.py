@@ -56,6 +56,7 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
             epochs=result.planned.epochs,
             num_train=result.planned.num_train,
             num_test=result.planned.num_test,
+            num_parameters=workload.num_parameters,
         ),
         strategy=result.best.strategy,
         evidence=Evidence(

@@ -43,9 +43,9 @@ class Session:
     within ``timeout_s``, and when the process says nothing for ``silence_s``.
     """
 
-    def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
+    def __init__(self, job: Job, *, memory_limit_bytes: int, silence_s: float = math.inf) -> None:
         is_watched = backends.get(job.backend).is_host_memory
-        self._memory_limit_bytes = memory_limit_bytes
+        self._memory_limit_bytes, self._silence_s = memory_limit_bytes, silence_s
         self._memory = _Watch() if is_watched else None
         self._child = Child(worker.main, job)
         self._is_started = False
@@ -64,57 +64,36 @@ class Session:
         """CPU seconds that the process and all it started have spent so far."""
         return self._child.cpu_s()
 
-    def time(
-        self,
-        command: Command,
-        *,
-        timeout_s: float,
-        silence_s: float = math.inf,
-        on_progress: OnProgress = lambda _: None,
-    ) -> Done:
+    def time(self, command: Command, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Done:
         """Times what the command says."""
-        done: Done = self._ask(command, timeout_s, on_progress, silence_s)
+        done: Done = self._ask(command, timeout_s, on_progress)
         peak_bytes = self._peak_bytes(done.measurement.peak_memory_bytes)
         return msgspec.structs.replace(
             done, measurement=msgspec.structs.replace(done.measurement, peak_memory_bytes=peak_bytes)
         )
 
-    def soak(
-        self,
-        command: Soak,
-        *,
-        timeout_s: float,
-        silence_s: float = math.inf,
-        on_progress: OnProgress = lambda _: None,
-    ) -> Soaked:
+    def soak(self, command: Soak, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Soaked:
         """Trains on the longest samples; also fails when the peak is over the memory limit."""
-        soaked: Soaked = self._ask(command, timeout_s, on_progress, silence_s)
+        soaked: Soaked = self._ask(command, timeout_s, on_progress)
         peak_bytes = self._peak_bytes(soaked.peak_memory_bytes)
         if peak_bytes > self._memory_limit_bytes:
             raise TrialEndedError("oom", _over_budget(peak_bytes, self._memory_limit_bytes))
         return msgspec.structs.replace(soaked, peak_memory_bytes=peak_bytes)
 
     def trace(
-        self,
-        num_steps: int,
-        *,
-        timeout_s: float,
-        silence_s: float = math.inf,
-        on_progress: OnProgress = lambda _: None,
+        self, num_steps: int, *, timeout_s: float, on_progress: OnProgress = lambda _: None
     ) -> tuple[float, ...]:
         """The losses of the first few steps; the session must be a fresh one."""
-        traced: Traced = self._ask(Trace(num_steps=num_steps), timeout_s, on_progress, silence_s)
+        traced: Traced = self._ask(Trace(num_steps=num_steps), timeout_s, on_progress)
         return traced.losses
 
-    def _ask(
-        self, command: Command | Soak | Trace, timeout_s: float, on_progress: OnProgress, silence_s: float = math.inf
-    ) -> Any:
+    def _ask(self, command: Command | Soak | Trace, timeout_s: float, on_progress: OnProgress) -> Any:
         deadline = time.monotonic() + timeout_s
         try:
             self._child.send(command)
             while True:
                 left_s = deadline - time.monotonic()
-                message = self._child.receive(min(left_s, silence_s), self._check_memory)
+                message = self._child.receive(min(left_s, self._silence_s), self._check_memory)
                 self._is_started = True
                 self._check_memory()
                 if isinstance(message, Failed):
@@ -123,8 +102,8 @@ class Session:
                     return message
                 on_progress(message)
         except TimeoutError as exc:
-            is_silent = silence_s < left_s
-            reason = f"no sign of life for {silence_s:.0f} s" if is_silent else f"not done within {timeout_s:.0f} s"
+            is_silent = self._silence_s < left_s
+            reason = f"no sign of life for {self._silence_s:.0f} s" if is_silent else f"not done within {timeout_s:.0f} s"
             raise TrialEndedError("timeout", reason) from exc
         except ChildDied as exc:
             if exc.was_killed:
@@ -208,8 +187,8 @@ def run_trial(
         )
 
     try:
-        with Session(job, memory_limit_bytes=memory_limit_bytes) as session:
-            done = session.time(ORDINARY, timeout_s=timeout_s, silence_s=silence_s, on_progress=listen)
+        with Session(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s) as session:
+            done = session.time(ORDINARY, timeout_s=timeout_s, on_progress=listen)
     except TrialEndedError as end:
         return ended(end.outcome, end.reason)
     peak_bytes = done.measurement.peak_memory_bytes

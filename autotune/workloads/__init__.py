@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
-from autotune.errors import UsageError, nearest
+from autotune.errors import UsageError, nearest, place_of
+from autotune.store import Wanted
 from autotune.workloads import imdb
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 from autotune.workloads.custom import Custom
@@ -61,7 +62,8 @@ def get(name: str) -> WorkloadModule:
         names = [known for known in vars(module) if not known.startswith("_")]
         raise UsageError(f"{place} has no {attribute!r}{nearest(attribute, names)}") from exc
     except Exception as exc:
-        raise UsageError(f"no workload can be imported as {name!r}: {type(exc).__name__}: {exc}") from exc
+        what = f"{type(exc).__name__}: {exc}{place_of(exc)}"
+        raise UsageError(f"no workload can be imported as {name!r}: {what}") from exc
     if hasattr(found, "open_workload"):
         return cast("WorkloadModule", found)
     return Custom(f"{Path(place).resolve()}:{attribute}" if is_file else name, label(name), found)
@@ -71,6 +73,12 @@ def label(name: str) -> str:
     """What a workload is called in profiles: a file's name does not depend on the folder it is named from."""
     place, colon, attribute = name.rpartition(":")
     return f"{Path(place).name}:{attribute}" if colon and place.endswith(".py") else name
+
+
+def wanted(name: str) -> Wanted:
+    """What a profile for the workload has to be for. Raises UsageError as ``get`` does."""
+    module = get(name)
+    return Wanted(name, label(name), module.RECIPE.global_batch, getattr(module, "num_parameters", None))
 
 
 def _module_of(path: Path) -> ModuleType:

@@ -85,10 +85,14 @@ class Workload:
         def forward() -> None:
             shortest = int(np.argmin(self.train.lengths))
             micro = self.collate(self.train, np.array([shortest]), int(self.train.lengths[shortest]))
+            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+            inputs = {name: tensor.to(device) for name, tensor in micro.inputs.items()}
             was_training = model.training
-            with torch.random.fork_rng(devices=[]):  # with gradients: without, torch's own encoder takes another way
-                model.eval()(**micro.inputs)
-            model.train(was_training)
+            try:
+                with torch.random.fork_rng(devices=[]):  # without gradients torch's own encoder takes another way
+                    model.eval()(**inputs)
+            finally:
+                model.train(was_training)
 
         return settable(model, forward)
 
@@ -103,9 +107,14 @@ class Workload:
         try:
             with torch.device("meta"):
                 return self.build_model()
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, TypeError, ValueError):  # what a constructor computes with its weights has no value yet
             with torch.random.fork_rng(devices=[]):
                 return self.build_model()
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        """Of the model, frozen ones included."""
+        return sum(parameter.numel() for parameter in self._bare_model.parameters())
 
     @functools.cached_property
     def num_blocks(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from autotune.data.batching import Indices, MicroBatch, Part, plan_batch
-from autotune.errors import UsageError
+from autotune.errors import UsageError, place_of
 from autotune.strategy import Attention, Strategy
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 
@@ -57,6 +57,11 @@ class Custom:
         """What the model's attention can be switched to."""
         return self._workload.attentions
 
+    @property
+    def num_parameters(self) -> int:
+        """The model's."""
+        return self._workload.num_parameters
+
     def prepare(self, data: Path | None, *, limit: int | None, on_progress: Callable[[str], None]) -> WorkloadRef:
         """Calls the function once. Raises UsageError where what it gives is no workload, or for ``data``."""
         on_progress(f"calling {self._label}")
@@ -83,7 +88,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         raise
     except Exception as exc:
         first_line = next(iter(str(exc).splitlines()), "")
-        raise UsageError(f"{label} failed: {type(exc).__name__}: {first_line}") from exc
+        raise UsageError(f"{label} failed: {type(exc).__name__}: {first_line}{place_of(exc)}") from exc
     if isinstance(made, Workload):
         return made
     if not (isinstance(made, Sequence) and len(made) in (2, 3) and isinstance(made[0], nn.Module)):
@@ -100,7 +105,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
     return Workload(
         name=label,
         recipe=recipe,
-        source=f"an example batch of {batch.size}",
+        source=f"an example batch of {batch.size}, {EPOCH_BATCHES:,} times an epoch",
         build_model=lambda: make()[0],
         loss=functools.partial(_summed, loss[0] if loss else None),
         num_correct=None,
@@ -224,4 +229,4 @@ def _summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
 def _kind(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"({', '.join(type(part).__name__ for part in value)})"
-    return f"a {type(value).__name__}"
+    return type(value).__name__

@@ -15,6 +15,7 @@ from autotune.models.attention import attend
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import Attention, Precision, Strategy
 from autotune.workloads.base import Workload
+from tests.observing import matmul_dtypes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -71,9 +72,7 @@ def test_precision_is_the_dtype_that_the_matmuls_see(
     workload: Workload, precision: Precision, dtype: torch.dtype
 ) -> None:
     run = run_of(workload, precision=precision)
-    seen: list[torch.dtype] = []
-    first = run.model.get_submodule("blocks.0.attention.qkv")
-    first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    seen = matmul_dtypes(run)
     run.step(next(iter(run.loader)))
     assert set(seen) == {dtype}
 

@@ -174,7 +174,7 @@ class Run:
             max_tokens=0,
             seed=0,
             is_pinned=self.backend.pins_memory,
-            collate=self.workload.collate,
+            collate=self.workload.collate_for(self.strategy.padding),
         ).over(plan)
 
     def evaluate(self, batches: Iterable[list[MicroBatch]] | None = None) -> tuple[float, float]:
@@ -244,7 +244,7 @@ def apply(
         max_tokens=workload.max_tokens,
         seed=seed,
         is_pinned=backend.pins_memory,
-        collate=workload.collate,
+        collate=workload.collate_for(strategy.padding),
     )
     scheduler = None
     if optimizer is None:

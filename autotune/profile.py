@@ -30,7 +30,7 @@ class ProfiledDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     memory_total_bytes: int
 
 
-class ProfiledWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ProfiledWorkload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The workload that a profile was measured on."""
 
     name: str

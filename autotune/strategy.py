@@ -18,7 +18,7 @@ Attention = Literal[
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "bf16_weights"]
 Checkpoint = Literal["none", "memory_budget", "selective", "every_4th", "every_2nd", "every_block"]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
-Padding = Literal["max", "longest", "buckets"]
+Padding = Literal["max", "longest", "buckets", "packed"]
 Allocator = Literal["default", "retain"]
 Optimizer = Literal["default", "foreach", "fused"]
 CompileScope = Literal["model", "blocks"]
@@ -63,7 +63,8 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Batches that each loader process has ready."""
     padding: Padding = "max"
     """``max``: every sequence to the model's limit. ``longest``: to the longest of its micro batch, the global batch
-    sorted by length before it is cut up. ``buckets``: whole batches of similar length, in random order."""
+    sorted by length before it is cut up. ``buckets``: whole batches of similar length, in random order. ``packed``: no
+    padding, a micro batch's sequences in one row, each attending to itself only."""
     threads: int = 0
     """Threads that one operation is spread over on a CPU; 0 is torch's own choice, every core."""
     allocator: Allocator = "default"

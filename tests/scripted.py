@@ -34,7 +34,7 @@ def scripted(strategy: Strategy) -> Measurement:
     rate = 5.0
     rate *= {"fp32": 1, "tf32": 1, "bf16": 2, "fp16": 1.8}[strategy.precision]
     rate *= {"eager": 1, "sdpa": 1.1, "sdpa_math": 0.9, "sdpa_flash": 1.2}.get(strategy.attention, 1)
-    rate *= {"max": 1, "longest": 1.2, "buckets": 1.8}[strategy.padding]
+    rate *= {"max": 1, "longest": 1.2, "buckets": 1.8, "packed": 1.7}[strategy.padding]
     rate *= {1: 0.5, 2: 0.8, 4: 1.1, 8: 1.3, 16: 1.2, 32: 1}[strategy.micro_batch]
     rate *= {"none": 1, "every_4th": 0.95, "every_2nd": 0.9}.get(strategy.checkpoint, 0.8)
     rate *= 1 - 0.05 * strategy.workers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autotune import backends, workloads
 from autotune.apply import Run, apply, warmup_cosine
-from autotune.data.batching import collate
+from autotune.data.batching import ROW_MULTIPLE
 from autotune.errors import AutotuneError
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import MemoryFormat, Padding, Precision, Strategy
@@ -49,11 +49,11 @@ def gradients(run: Run, num_samples: int = 32) -> list[torch.Tensor]:
         p.grad.clone() for p in run.model.parameters() if p.grad is not None
     )
     batch = next(b for b in run.loader.plan(0) if b.num_samples == num_samples)
-    run.step([collate(run.workload.train, i, w) for i, w in zip(batch.micro_batches, batch.widths, strict=True)])
+    run.step(next(run.loader.over([batch])))
     return collected
 
 
-@pytest.mark.parametrize("padding", ["max", "longest"])
+@pytest.mark.parametrize("padding", ["max", "longest", "packed"])
 @pytest.mark.parametrize("micro_batch", [1, 4, 16])
 def test_every_split_gives_the_gradient_of_the_whole_batch(
     workload: Workload, micro_batch: int, padding: Padding
@@ -280,8 +280,27 @@ def test_compiling_leaves_the_users_model_object_and_its_state_dict_alone(worklo
     assert float(run.step(batch)) == pytest.approx(float(eager.step(batch)), rel=1e-5)
 
 
-def test_evaluation_counts_every_test_sample_and_leaves_training_mode(workload: Workload) -> None:
-    run = run_of(workload, padding="buckets", micro_batch=8, accumulation=4)
+def test_packed_batches_are_computed_in_one_row(workload: Workload) -> None:
+    run = run_of(workload, padding="packed", micro_batch=8, accumulation=4)
+    shapes: list[tuple[int, ...]] = []
+    first = run.model.get_submodule("blocks.0.attention.qkv")
+    first.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
+    (planned,) = run.loader.plan(0)[:1]
+    run.step(next(run.loader.over([planned])))
+    tokens = [int(run.loader.lengths[indices].sum()) for indices in planned.micro_batches]
+    assert shapes == [(1, -(-count // ROW_MULTIPLE) * ROW_MULTIPLE) for count in tokens]
+    assert sum(rows for _, rows in shapes) == planned.padded_tokens
+
+
+def test_a_model_that_does_not_take_packed_batches_is_refused() -> None:
+    other = workload_of("other", lambda: (nn.Linear(2, 2), (torch.zeros(4, 2), torch.zeros(4))))
+    with pytest.raises(AutotuneError, match=r"padding=packed .* set padding to longest"):
+        apply(Strategy(micro_batch=4, padding="packed"), other, backends.get("cpu"))
+
+
+@pytest.mark.parametrize("padding", ["buckets", "packed"])
+def test_evaluation_counts_every_test_sample_and_leaves_training_mode(workload: Workload, padding: Padding) -> None:
+    run = run_of(workload, padding=padding, micro_batch=8, accumulation=4)
     loss, accuracy = run.evaluate()
     plain_loss, plain_accuracy = run_of(workload).evaluate()
     assert loss == pytest.approx(plain_loss, rel=1e-5)

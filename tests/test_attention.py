@@ -3,7 +3,7 @@ import torch
 
 from autotune.models.attention import SDPA_KERNELS, SelfAttention, attend, set_attention
 from autotune.models.encoder import EncoderClassifier
-from autotune.strategy import APPROXIMATE, Attention
+from autotune.strategy import APPROXIMATE, SPARSE, Attention
 
 ON_EVERY_CPU: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash")
 
@@ -65,6 +65,18 @@ def test_padding_does_not_change_the_logits() -> None:
         found = [module.backend for module in model.modules() if isinstance(module, SelfAttention)]
         assert found == [backend] * 4
         torch.testing.assert_close(model(ids, mask), model(*wider), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [*ON_EVERY_CPU, *SPARSE])
+def test_packed_sequences_give_the_logits_of_padded_ones(backend: Attention) -> None:
+    model = small_encoder()
+    set_attention(model, backend)
+    lengths = torch.tensor([5, 16, 1, 9])
+    mask = torch.arange(16) < lengths[:, None]
+    ids = torch.randint(1, 50, (4, 16)) * mask
+    row = ids[mask][None]
+    for packed in (row, torch.nn.functional.pad(row, (0, 9))):
+        torch.testing.assert_close(model(packed, lengths_B=lengths), model(ids, mask), atol=1e-5, rtol=1e-5)
 
 
 def test_pinned_kernels_cover_every_pinned_setting() -> None:

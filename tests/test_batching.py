@@ -1,13 +1,15 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from autotune.data.batching import Part, collate, plan_epoch, plan_evaluation
+from autotune.data.batching import Part, collate, pack, plan_epoch, plan_evaluation
 from autotune.strategy import Padding
 
-PADDINGS: tuple[Padding, ...] = ("max", "longest", "buckets")
+PADDINGS: tuple[Padding, ...] = get_args(Padding)
 MAX_TOKENS = 64
 
 
@@ -44,6 +46,8 @@ def test_every_sample_is_planned_once_and_fits_its_width(
             assert len(micro) <= 2**micro_log2
             assert data.lengths[micro].max() <= width <= MAX_TOKENS
             assert width == MAX_TOKENS or padding != "max"
+        made = [(pack if padding == "packed" else collate)(data, *one) for one in zip(*batch[:2], strict=True)]
+        assert batch.padded_tokens == sum(micro.inputs["ids_BT"].numel() for micro in made)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -59,17 +63,17 @@ def test_the_optimizers_batches_do_not_depend_on_how_they_are_cut(padding: Paddi
     assert batches(16) == batches(4) == batches(1)
 
 
-def test_max_and_longest_give_the_optimizer_the_same_batches() -> None:
+def test_all_but_buckets_give_the_optimizer_the_same_batches() -> None:
     lengths = np.random.default_rng(0).integers(1, MAX_TOKENS, 100)
 
     def batches(padding: Padding) -> list[frozenset[int]]:
         plan = plan_epoch(lengths, global_batch=16, micro_batch=4, padding=padding, max_tokens=MAX_TOKENS, seed=3)
         return [frozenset(int(i) for micro in batch.micro_batches for i in micro) for batch in plan]
 
-    assert batches("max") == batches("longest")
+    assert batches("max") == batches("longest") == batches("packed")
 
 
-def test_buckets_waste_less_than_longest_and_that_less_than_max() -> None:
+def test_each_padding_wastes_less_than_max() -> None:
     lengths = np.random.default_rng(0).integers(1, MAX_TOKENS, 2000)
     padded = [
         sum(
@@ -78,7 +82,8 @@ def test_buckets_waste_less_than_longest_and_that_less_than_max() -> None:
         )
         for p in PADDINGS
     ]
-    assert padded[0] > padded[1] > padded[2] >= lengths.sum()
+    assert padded[0] > padded[1] > padded[2] > lengths.sum()
+    assert padded[1] > padded[3] > lengths.sum()
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -105,6 +110,14 @@ def test_collate_pads_with_zeros_and_masks_them() -> None:
     micro = collate(Sequences([3, 5]), np.array([1, 0]), 8)
     assert micro.inputs["ids_BT"].tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [1, 2, 3, 0, 0, 0, 0, 0]]
     assert micro.inputs["mask_BT"].sum(1).tolist() == [5, 3]
+    assert (micro.num_samples, micro.num_tokens) == (2, 8)
+    assert micro.targets.tolist() == [1, 0]
+
+
+def test_pack_puts_the_sequences_one_after_another() -> None:
+    micro = pack(Sequences([3, 5]), np.array([1, 0]), 5)
+    assert micro.inputs["ids_BT"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3] + 120 * [0]]
+    assert micro.inputs["lengths_B"].tolist() == [5, 3]
     assert (micro.num_samples, micro.num_tokens) == (2, 8)
     assert micro.targets.tolist() == [1, 0]
 

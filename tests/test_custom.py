@@ -240,15 +240,24 @@ def test_what_is_handed_over_in_the_wrong_form_is_refused(script: Path) -> None:
         apply(Strategy(attention="sdpa", micro_batch=8), workload, backends.get("cpu"), optimizer=made)
     run = apply(Strategy(attention="sdpa", micro_batch=8), workload, backends.get("cpu"))
     raw: Any = (torch.randn(8, 12, 16), torch.zeros(8, dtype=torch.long))
-    for batch in (raw, raw[0], {"x": raw[0]}):
+    wrong: list[Any] = [raw, raw[0], {"x": raw[0]}]
+    for batch in wrong:
         with pytest.raises(TypeError, match=r"step\(split\(batch\)\)"):
             run.step(batch)
 
 
-def test_a_model_that_lies_on_its_device_already_is_looked_at_there(script: Path) -> None:
+def test_a_model_that_lies_on_its_device_already_is_looked_at_there() -> None:
     """The meta device stands for an accelerator that is not there."""
-    workload = opened(f"{script}:workload")
-    assert workload.attentions_of(workload.build_model().to("meta")) == workload.attentions
+    seen: list[str] = []
+
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.device.type)
+            return super().forward(x)
+
+    workload = workload_of("watched", lambda: (Watched(2, 2), (torch.zeros(4, 2), torch.zeros(4))))
+    workload.attentions_of(workload.build_model().to("meta"))
+    assert seen == ["meta"]
 
 
 def test_a_profile_is_for_the_model_that_it_was_made_with(script: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import get_args
 
 import msgspec
 import pytest
 
 from autotune import stats
+from autotune.contention import Load
 from autotune.cost import Work
 from autotune.search import finals
 from autotune.search.finals import Entrant, Final, Race, ranked
@@ -19,6 +19,8 @@ from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Command, Done, Job
 from tests import factories
 from tests.scripted import Prepared
+
+PADDINGS: tuple[Padding, ...] = ("max", "longest", "buckets")
 
 
 def test_a_tie_goes_to_the_simpler_setting() -> None:
@@ -78,8 +80,8 @@ def scripted_race(
     class Session(Scripted):
         lap_s = staticmethod(seconds)
 
-        def __init__(self, job: Job, *, memory_limit_bytes: int) -> None:
-            super().__init__(job, memory_limit_bytes=memory_limit_bytes)
+        def __init__(self, job: Job, *, memory_limit_bytes: int, silence_s: float) -> None:
+            super().__init__(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s)
             made.append(self)
 
     monkeypatch.setattr(finals, "Session", Session)
@@ -88,12 +90,12 @@ def scripted_race(
             trial=factories.trial(number, strategy),
             job=Job(workload=prepared[0], strategy=strategy, backend="cpu", memory_limit_bytes=None, seed=0),
         )
-        for number, strategy in enumerate(Strategy(micro_batch=32, padding=p) for p in get_args(Padding))
+        for number, strategy in enumerate(Strategy(micro_batch=32, padding=p) for p in PADDINGS)
     ]
     return Race(entrants, timeout_s=1, memory_limit_bytes=1), made
 
 
-class Cores:
+class Cores(Load):
     """In place of the cores' accounting: others keep them busy in the given looks, counted from the first."""
 
     busy: Callable[[int], bool]

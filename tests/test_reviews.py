@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.data.reviews import Review, find_reviews, parse_label
-from autotune.errors import AutotuneError, UsageError
+from autotune.errors import UsageError
 from tests.reviews import REVIEWS, jsonl, write_acl, write_csv
 
 

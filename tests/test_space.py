@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import Any
 
+import msgspec
 import optuna
 import pytest
 import torch
@@ -77,6 +78,16 @@ def test_batch_normalisation_keeps_the_batch_whole() -> None:
     assert expert_guess(space, factories.hardware(), CPU).micro_batch == 8
 
 
+def test_packed_is_for_models_that_take_it_and_not_compiled(prepared: Prepared) -> None:
+    space = build_space(factories.hardware(), CPU, prepared[1])
+    packed = Strategy(micro_batch=32, padding="packed")
+    assert "packed" in space.values["padding"]
+    assert space.refusal(packed) is None
+    assert space.refusal(msgspec.structs.replace(packed, compile="default"))
+    other = build_space(factories.hardware(), CPU, small(nn.Conv2d(3, 8, 3)))
+    assert "in one row" in other.left_out["padding=packed"]
+
+
 def test_cuda_graphs_are_not_combined_with_accumulation(prepared: Prepared) -> None:
     space = build_space(factories.hardware(), CPU, prepared[1])
     graphs = Strategy(micro_batch=8, accumulation=4, compile="reduce-overhead")
@@ -88,9 +99,9 @@ def test_the_sampler_never_proposes_what_the_space_refuses(prepared: Prepared) -
     space = build_space(factories.hardware(attention__sdpa_flash__bf16="no"), CPU, prepared[1])
     sampler = Sampler(space, optuna.create_study(), seed=0)
     for _ in range(60):
-        strategy = sampler.ask()
-        assert strategy is not None
-        assert space.refusal(strategy) is None
+        proposal = sampler.ask()
+        assert proposal is not None
+        assert space.refusal(proposal.strategy) is None
         sampler.tell(1.0)
 
 

@@ -1,5 +1,5 @@
 """Which samples form a batch, and how wide it is padded. An epoch is planned from lengths alone; no tensors here
-but in ``collate``.
+but in ``collate`` and ``pack``.
 
 The optimizer's batches depend on the padding knob only (``buckets`` groups by length), never on how a global batch is
 cut into micro batches.
@@ -18,10 +18,13 @@ from autotune.strategy import Padding
 
 WIDTH_MULTIPLE = 8
 """Padded widths are rounded up to a multiple of this: kernels prefer it, and compiled graphs see fewer shapes."""
+ROW_MULTIPLE = 128
+"""So are the tokens of a packed row: a matmul kernel is made for each number of rows."""
 BATCHES_PER_BUCKET_POOL = 50
 """Samples are sorted by length within random pools of this many global batches, as in Hugging Face's group_by_length
 (transformers 4, trainer_pt_utils.get_length_grouped_indices)."""
 
+_SORTED = ("longest", "buckets")
 Indices = NDArray[np.int64]
 
 
@@ -40,16 +43,11 @@ class PlannedBatch(NamedTuple):
 
     micro_batches: tuple[Indices, ...]
     widths: tuple[int, ...]
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens that the device computes, padding included."""
-        return sum(len(indices) * width for indices, width in zip(self.micro_batches, self.widths, strict=True))
-
-    @property
-    def padded_squares(self) -> int:
-        """Width squared, summed over the samples: what the cost of attention grows with."""
-        return sum(len(indices) * width**2 for indices, width in zip(self.micro_batches, self.widths, strict=True))
+    """Where nothing is padded, the longest sample's."""
+    padded_tokens: int
+    """Tokens that the device computes, padding included."""
+    padded_squares: int
+    """Width squared, summed over the samples: what the cost of attention grows with."""
 
     @property
     def num_samples(self) -> int:
@@ -102,9 +100,9 @@ def plan_epoch(
 
 
 def plan_evaluation(lengths: Indices, *, micro_batch: int, padding: Padding, max_tokens: int) -> list[PlannedBatch]:
-    """Every sample once, one micro batch a step, sorted by length unless everything is padded to max."""
+    """Every sample once, one micro batch a step, sorted by length where that saves padding."""
     order = np.arange(len(lengths), dtype=np.int64)
-    if padding != "max":
+    if padding in _SORTED:
         order = order[np.argsort(-lengths, kind="stable")]
     cut = _cut(order, micro_batch)
     return [
@@ -116,12 +114,21 @@ def plan_batch(
     batch: Indices, lengths: Indices, *, micro_batch: int, padding: Padding, max_tokens: int
 ) -> PlannedBatch:
     """One optimizer step on the given samples; within a batch ``buckets`` pads as ``longest`` does."""
-    if padding != "max":
+    if padding in _SORTED:
         batch = batch[np.argsort(-lengths[batch], kind="stable")]
     micro_batches = tuple(_cut(batch, micro_batch))
+    if padding == "packed":
+        widths = tuple(int(lengths[indices].max()) for indices in micro_batches)
+        rows = sum(_row(lengths[indices]) for indices in micro_batches)
+        return PlannedBatch(micro_batches, widths, rows, int((lengths[batch] ** 2).sum()))
     if padding == "max":
-        return PlannedBatch(micro_batches, (max_tokens,) * len(micro_batches))
-    return PlannedBatch(micro_batches, tuple(_width(lengths[indices], max_tokens) for indices in micro_batches))
+        widths = (max_tokens,) * len(micro_batches)
+    else:
+        widths = tuple(_width(lengths[indices], max_tokens) for indices in micro_batches)
+    computed = [(len(indices), width) for indices, width in zip(micro_batches, widths, strict=True)]
+    return PlannedBatch(
+        micro_batches, widths, sum(count * width for count, width in computed), sum(n * w**2 for n, w in computed)
+    )
 
 
 def collate(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
@@ -139,6 +146,20 @@ def collate(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
     )
 
 
+def pack(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
+    """Ids in one row, [1, S] for S tokens in all, the lengths of the B sequences in it, and labels [B]. The row is
+    filled up with id 0 to a round number of tokens."""
+    lengths = data.lengths[indices]
+    ids = np.zeros(_row(lengths), dtype=np.int64)
+    ids[: lengths.sum()] = np.concatenate([data.ids(int(index)) for index in indices])
+    return MicroBatch(
+        inputs={"ids_BT": torch.from_numpy(ids)[None], "lengths_B": torch.from_numpy(lengths)},
+        targets=torch.from_numpy(data.labels[indices].astype(np.int64)),
+        num_samples=len(indices),
+        num_tokens=int(lengths.sum()),
+    )
+
+
 def _bucketed(order: Indices, lengths: Indices, global_batch: int, seed: int) -> list[Indices]:
     batches: list[Indices] = []
     for pool in _cut(order, global_batch * BATCHES_PER_BUCKET_POOL):
@@ -149,6 +170,10 @@ def _bucketed(order: Indices, lengths: Indices, global_batch: int, seed: int) ->
 
 def _cut(order: Indices, size: int) -> list[Indices]:
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _row(lengths: Indices) -> int:
+    return -(-int(lengths.sum()) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _width(lengths: Indices, max_tokens: int) -> int:

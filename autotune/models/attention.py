@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,11 +59,15 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
-        """Attended values, BTD."""
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, lengths: list[int] | None = None) -> Tensor:
+        """Attended values, BTD. With ``lengths`` a row is that many sequences, each attending to itself only."""
         B, T, D = x_BTD.shape
         qkv_3BHTK = self.qkv(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        y_BHTK = attend(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], mask_B11T, self.backend)
+        if lengths is None:
+            y_BHTK = attend(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], mask_B11T, self.backend)
+        else:
+            sequences = qkv_3BHTK.split(lengths, 3)
+            y_BHTK = torch.cat([attend(q, k, v, None, self.backend) for q, k, v in sequences], 2)
         out_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
         return out_BTD
 

@@ -71,4 +71,3 @@ def key_blocks(num_blocks: int, kind: Attention) -> Tensor:
         rows.append(seen)
     width = max(map(len, rows))
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
-

@@ -47,7 +47,7 @@ _NEEDS_BLOCKS: dict[Checkpoint, int] = {
 }
 
 
-_COUPLED = ("micro_batch", "compile", "compile_scope", "checkpoint", "workers", "prefetch")
+_COUPLED = ("micro_batch", "compile", "compile_scope", "checkpoint", "workers", "prefetch", "padding")
 """Knobs of which one's value may rule out another's, besides attention and precision."""
 
 
@@ -78,6 +78,8 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
             return f"attention {strategy.attention} does not run well in {strategy.precision} here"
         if strategy.compile == "none" and (strategy.compile_scope != "model" or strategy.checkpoint == "memory_budget"):
             return "nothing is compiled"
+        if strategy.compile != "none" and strategy.padding == "packed":
+            return "every number of sequences would be compiled anew"
         if strategy.workers == 0 and strategy.prefetch != PREFETCH[0]:
             return "nothing is fetched ahead without loader processes"
         if uses_cuda_graphs(strategy) and strategy.accumulation > 1:
@@ -175,6 +177,9 @@ def build_space(
     elif allowed("memory_format", "channels_last", "channels_last"):
         formats.append("channels_last")
     paddings: tuple[Padding, ...] = get_args(Padding)
+    if workload.pack is None:
+        left_out["padding=packed"] = "the model does not take sequences in one row"
+        paddings = paddings[:-1]
     if len(set(map(int, workload.train.lengths))) == 1:
         for padding in paddings[1:]:
             left_out[f"padding={padding}"] = "all samples are of one length"
@@ -249,7 +254,7 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
             "memory_format": min(space.values["memory_format"], key=format_ms),
             "compile": backend.guess_compile if backend.guess_compile in space.values["compile"] else "none",
             "workers": 0,
-            "padding": space.values["padding"][-1],
+            "padding": next(p for p in ("buckets", *space.values["padding"]) if p in space.values["padding"]),
             "allocator": space.values["allocator"][-1],
             "optimizer": min(space.values["optimizer"], key=optimizer_ms),
         }

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autotune.data.batching import Indices, MicroBatch, collate
+from autotune.errors import AutotuneError
 from autotune.models.attention import settable
 from autotune.models.blocks import find_blocks
-from autotune.strategy import Attention, Strategy, baseline
+from autotune.strategy import Attention, Padding, Strategy, baseline
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +69,8 @@ class Workload:
     """What ``padding = max`` pads to."""
     collate: Callable[[Any, Indices, int], MicroBatch] = collate
     """A micro batch of the given samples, padded to the given width."""
+    pack: Callable[[Any, Indices, int], MicroBatch] | None = None
+    """The same without padding, all samples' tokens in one row; None where the model does not take that."""
     split: Callable[[Any, Strategy], list[MicroBatch]] | None = None
     """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
     of_dataset: Callable[[Any], Any] = lambda dataset: dataset
@@ -95,6 +98,17 @@ class Workload:
                 model.train(was_training)
 
         return settable(model, forward)
+
+    def collate_for(self, padding: Padding) -> Callable[[Any, Indices, int], MicroBatch]:
+        """What makes micro batches under a padding. Raises AutotuneError where the model does not take them."""
+        if padding != "packed":
+            return self.collate
+        if self.pack is None:
+            raise AutotuneError(
+                f"padding=packed needs a model that takes sequences in one row, {self.name}'s does not; search with "
+                "this model, or set padding to longest in the profile"
+            )
+        return self.pack
 
     @property
     def baseline(self) -> Strategy:

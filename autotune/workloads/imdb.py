@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from autotune.data.batching import Part
+from autotune.data.batching import Part, pack
 from autotune.data.reviews import find_reviews
 from autotune.data.tokenizer import load_tokenized, tokenized
 from autotune.models.encoder import EncoderClassifier
@@ -56,6 +56,7 @@ def open_workload(ref: WorkloadRef) -> Workload:
         train=train if ref.limit is None else Part(train, ref.limit),
         test=test if ref.limit is None else Part(test, ref.limit),
         max_tokens=MAX_TOKENS,
+        pack=pack,
     )
 
 

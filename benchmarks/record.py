@@ -1,0 +1,108 @@
+"""Measures a whole grid of settings: python -m benchmarks.record [--model imdb] [--minutes 60] [--repeats 2 --top 40]
+
+Every setting goes through the search's own trial runner, in random order, so that the device's drift falls on all knobs
+alike; a fixed piece of work is timed before and after each, as in a search. The table under benchmarks/grids is saved
+after every trial: the same command goes on where it was. With ``--repeats`` the fastest settings, and as many drawn at
+random, are measured so often.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter
+
+import click
+import msgspec
+
+from autotune import store, workloads
+from autotune.cli.options import find_backend
+from autotune.measurement import Trial
+from autotune.probe import probe
+from autotune.report.terminal import trial_line
+from autotune.search.settings import Settings
+from autotune.search.task import Task
+from autotune.strategy import Strategy
+from autotune.trial.pulse import Pulse
+from autotune.trial.runner import run_trial
+from autotune.trial.worker import Progress
+from autotune.units import format_duration
+from benchmarks.grid import FOLDER, PRODUCTS, Grid, Header, Record, read_grid, settings_of
+
+SEED = 0
+
+
+@click.command()
+@click.option("--model", default="imdb", show_default=True)
+@click.option("--device", "device_name")
+@click.option("--minutes", default=math.inf, help="Stop after so long. Default: when the grid is whole.")
+@click.option("--repeats", default=1, show_default=True, help="So often, for the settings that --top names.")
+@click.option("--top", default=40, show_default=True, help="The fastest, and as many at random, are repeated.")
+def main(model: str, device_name: str | None, minutes: float, repeats: int, top: int) -> None:
+    backend = find_backend(device_name)
+    module = workloads.get(model)
+    ref = module.prepare(None, limit=None, on_progress=print)
+    workload = module.open_workload(ref)
+    with store.device_lock(backend.device()):
+        hardware = probe(backend, cache_dir=store.cache_dir() / "probe")
+        task = Task(ref=ref, workload=workload, hardware=hardware, backend=backend, settings=Settings(seed=SEED))
+        path = FOLDER / f"{store.file_stem(model)}-{store.folder_name(hardware.device)}.jsonl.xz"
+        grid = read_grid(path) if path.is_file() else Grid(path, header_of(task), [])
+        settings = settings_of(task.space, PRODUCTS[model, backend.name])
+        random.Random(SEED).shuffle(settings)
+        print(f"{path.name}: {len(settings)} settings, {len(grid.records)} trials so far", flush=True)
+        end = time.monotonic() + 60 * minutes
+        with Pulse(backend.name) as pulse:
+            before_s = pulse.beat()
+            while (strategy := next_of(settings, grid, repeats, top)) is not None and time.monotonic() < end:
+                trial, laps = measured(len(grid.records), task, strategy)
+                after_s = pulse.beat()
+                if before_s and after_s:
+                    trial = msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * after_s))
+                before_s = after_s
+                grid.add(Record(trial=trial, laps=laps))
+                print(f"{trial_line(trial)}, {format_duration(trial.wall_s)}", flush=True)
+
+
+def measured(number: int, task: Task, strategy: Strategy) -> tuple[Trial, tuple[tuple[float, float], ...]]:
+    """A trial as the search runs it, without its losses, which say nothing of speed; and what it said at each lap."""
+    start, laps = time.monotonic(), []
+
+    def on_progress(progress: Progress) -> None:
+        if progress.lap is not None:
+            laps.append((round(time.monotonic() - start, 3), round(progress.samples_per_s, 3)))
+
+    trial = run_trial(
+        number, task.job(strategy), timeout_s=600, memory_limit_bytes=task.machine_limit_bytes, on_progress=on_progress
+    )
+    if trial.measurement is not None:
+        trial = msgspec.structs.replace(trial, measurement=msgspec.structs.replace(trial.measurement, losses=()))
+    return trial, tuple(laps)
+
+
+def next_of(settings: list[Strategy], grid: Grid, repeats: int, top: int) -> Strategy | None:
+    """What to measure next: what has not been yet, then repeats, those first that have the fewest."""
+    done = Counter(record.trial.strategy for record in grid.records)
+    for strategy in settings:
+        if not done[strategy]:
+            return strategy
+    rates = {record.trial.strategy: record.trial.samples_per_s or 0.0 for record in grid.records}
+    wanted = [*sorted(settings, key=lambda strategy: -rates[strategy])[:top], *settings[:top]]
+    fewest = min(wanted, key=lambda strategy: done[strategy])
+    return fewest if done[fewest] < repeats else None
+
+
+def header_of(task: Task) -> Header:
+    """What is recorded, and where."""
+    return Header(
+        model=task.ref.name,
+        source=task.ref.source,
+        hardware=task.hardware,
+        planned=task.planned,
+        seed=task.settings.seed,
+    )
+
+
+if __name__ == "__main__":
+    main()

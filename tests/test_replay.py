@@ -1,0 +1,96 @@
+"""The replay of recorded grids, on a small grid that is made up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from autotune.search.objective import PlannedRun
+from autotune.strategy import Strategy
+from benchmarks import replay
+from benchmarks.grid import Grid, Header, Record, read_grid
+from benchmarks.replay import METHODS, Recorded, cost_within, regret_at, replayed
+from tests import factories
+
+PLANNED = PlannedRun(num_train=1000, num_test=0, epochs=1)
+SETTINGS = [
+    Strategy(micro_batch=m, accumulation=32 // m, precision=p, padding=d)  # type: ignore[arg-type]
+    for m, p, d in itertools.product((4, 8, 16, 32), ("fp32", "bf16"), ("max", "longest", "buckets"))
+]
+
+
+def record(strategy: Strategy, number: int) -> Record:
+    rate = (
+        5.0 * {"fp32": 1, "bf16": 2}[strategy.precision] * {"max": 1, "longest": 1.3, "buckets": 1.8}[strategy.padding]
+    )
+    rate *= {4: 0.8, 8: 1.1, 16: 1.05, 32: 1.0}[strategy.micro_batch]
+    found = factories.measurement(rate, peak_memory_bytes=strategy.micro_batch * 2**20, warm_up_s=0.0)
+    trial = factories.trial(number, strategy, measurement=found, wall_s=60 / rate, pulse_s=1.0)
+    return Record(trial=trial, laps=tuple((lap * 10 / rate, rate) for lap in range(1, 6)))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    header = Header(model="imdb", source="made up", hardware=factories.hardware(), planned=PLANNED, seed=0)
+    grid = Grid(tmp_path / "grid.jsonl.xz", header, [])
+    for number, strategy in enumerate(SETTINGS):
+        grid.add(record(strategy, number))
+    return grid.path
+
+
+def test_a_grid_reads_back_as_it_was_recorded(path: Path) -> None:
+    grid = read_grid(path)
+    assert [one.trial.strategy for one in grid.records] == SETTINGS
+    assert grid.records[3] == record(SETTINGS[3], 3)
+    assert grid.header.planned == PLANNED
+
+
+def test_the_truth_is_what_was_recorded_at_one_speed(path: Path) -> None:
+    grid = read_grid(path)
+    slow = grid.records[0]
+    trial = msgspec.structs.replace(slow.trial, pulse_s=2.0)  # taken when the device was half as fast
+    grid.records[0] = msgspec.structs.replace(slow, trial=trial)
+    recorded = Recorded(grid)
+    assert recorded.truth[SETTINGS[1]] == pytest.approx(1000 / (slow.trial.samples_per_s or 0) / 1.3)
+    assert recorded.truth[SETTINGS[0]] == pytest.approx(500 / (slow.trial.samples_per_s or 0))
+
+
+def test_giving_a_trial_up_costs_what_had_passed_by_then(path: Path) -> None:
+    recorded = Recorded(read_grid(path))
+    recorded.deviation = 0.0
+    job = replay.job_of(SETTINGS[0])
+    found = recorded.run(0, job, memory_limit_bytes=2**60, hopeless=lambda p: "slow" if p.num_laps == 2 else None)
+    assert found.outcome == "pruned"
+    assert recorded.clock == pytest.approx(20 / 4)
+    whole = recorded.run(1, job, memory_limit_bytes=2**60)
+    assert whole.outcome == "ok"
+    assert recorded.clock == pytest.approx(5 + 60 / 4)
+    small = recorded.run(2, job, memory_limit_bytes=2**20)
+    assert (small.outcome, small.measurement) == ("oom", None)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "guess, then batch size"])
+def test_every_method_finds_the_best_where_it_may_try_everything(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(replay, "BUDGET", 2.0)
+    monkeypatch.setattr(Recorded, "deviation", property(lambda self: 0.0, lambda self, value: None), raising=False)
+    if name == "Optuna GP":
+        pytest.importorskip("scipy", reason="Optuna's GPSampler needs scipy: pip install 'autotune-torch[bench]'")
+    held = replayed(path, name, 0)
+    assert held[-1][1] == pytest.approx(0.0, abs=1e-9)
+    assert all(earlier[0] <= later[0] for earlier, later in itertools.pairwise(held))
+
+
+def test_regret_and_cost_are_read_off_what_was_held() -> None:
+    held = [(0.01, 0.5), (0.02, 0.04), (0.05, 0.06), (0.08, 0.009)]
+    assert regret_at(held, 0.005) == math.inf
+    assert regret_at(held, 0.02) == 0.04
+    assert regret_at(held, 0.5) == 0.009
+    assert cost_within(held, 0.05) == 0.08, "what is lost again was not yet found"
+    assert cost_within(held, 0.10) == 0.02
+    assert cost_within(held, 0.001) == math.inf

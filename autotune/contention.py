@@ -7,6 +7,9 @@ import time
 
 import psutil
 
+QUIET_SHARE = 0.075
+"""Timings during which others had more than this share of the cores are disturbed ones."""
+
 
 class Load:
     """How busy the machine is with other things, from where it is built on."""
@@ -22,6 +25,10 @@ class Load:
         elapsed_s = max(time.perf_counter() - self._start_s, 1e-3)
         others = max(0.0, (machine_cpu_s() - self._machine_s - own_s) / elapsed_s)
         return min(float(num_cores), max(0.0, num_cores + others - (psutil.cpu_count() or num_cores)))
+
+    def is_quiet(self, num_cores: int, children_s: float) -> bool:
+        """Whether others have left this process and its children the cores."""
+        return self.busy_cores(num_cores, children_s) <= QUIET_SHARE * num_cores
 
 
 def machine_cpu_s() -> float:

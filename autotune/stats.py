@@ -62,14 +62,15 @@ def relative_margin(values: Sequence[float]) -> float:
 def ratio_of_means(slow_s: Sequence[float], fast_s: Sequence[float], seed: int = 0) -> Interval:
     """Mean of ``slow_s`` over mean of ``fast_s`` with a 95 % percentile bootstrap interval, each side on its own.
 
-    For figures that were not taken in turns: drift between the two is not in the interval.
+    For figures that were not taken in turns: drift between the two is not in the interval. Where a side has but one
+    figure there is no interval: it is 0 to infinity.
     """
     generator = np.random.default_rng(seed)
     slow, fast = np.asarray(slow_s), np.asarray(fast_s)
     resampled = generator.choice(slow, (_RESAMPLES, len(slow))).mean(1) / generator.choice(
         fast, (_RESAMPLES, len(fast))
     ).mean(1)
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = np.quantile(resampled, [0.025, 0.975]) if min(len(slow), len(fast)) > 1 else (0.0, math.inf)
     return Interval(ratio=float(slow.mean() / fast.mean()), low=float(low), high=float(high))
 
 

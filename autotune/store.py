@@ -66,9 +66,7 @@ def profile_path(device: Device, workload: str, profiles: Path | None = None) ->
     return stores(profiles)[0] / folder_name(device) / f"{file_stem(workload)}.toml"
 
 
-def find_profile(
-    device: Device, wanted: Wanted, profiles: Path | None = None
-) -> tuple[Profile, Path] | None:
+def find_profile(device: Device, wanted: Wanted, profiles: Path | None = None) -> tuple[Profile, Path] | None:
     """This device's profile from the first store that has one. Raises AutotuneError when that one is broken."""
     for store in stores(profiles):
         for path in sorted(store.glob(f"*-{device.fingerprint}/{file_stem(wanted.label)}.toml")):

@@ -298,7 +298,8 @@ def time_until(
     timer: Timer, *, min_laps: int, min_s: float, enough_s: float, narrow: float, on_lap: Callable[[Lap], None]
 ) -> None:
     """Times until there are ``min_laps`` laps that cover ``min_s`` and whose mean is known to ``narrow`` (half its 95 %
-    interval, relative), or until ``min_laps``, three at most, cover ``enough_s``.
+    interval, relative), or until ``min_laps``, three at most, cover ``enough_s``; where a lap takes so long that fewer
+    cover three times that, until they do.
 
     The warm-up of a timer's first laps does not count.
     """
@@ -310,5 +311,5 @@ def time_until(
             timed = timer.steady()[1] if len(timed) > 1 else []
         seconds = sum(lap.seconds for lap in timed)
         is_known = len(timed) >= min_laps and seconds >= min_s and (math.isinf(narrow) or timer.margin(timed) <= narrow)
-        if is_known or (len(timed) >= min(3, min_laps) and seconds >= enough_s):
+        if is_known or (len(timed) >= min(3, min_laps) and seconds >= enough_s) or seconds >= 3 * enough_s:
             return

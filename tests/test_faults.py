@@ -22,7 +22,7 @@ import pytest
 
 from autotune import backends
 from autotune.measurement import Outcome, Trial
-from autotune.search import finals, study, trials
+from autotune.search import finals, study, surrogate, trials
 from autotune.search.result import Result
 from autotune.search.settings import Settings
 from autotune.search.study import search
@@ -138,13 +138,15 @@ def search_with(fault: str, folder: Path) -> Seen:
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-    """Hangs are found sooner, trials and races are shorter than a user would want."""
+    """Hangs are found sooner, trials and races are shorter than a user would want; and the search knows what is so
+    here, that only the micro batch tells."""
     short = msgspec.structs.replace(runner.ORDINARY, min_s=0.3, narrow=float("inf"))
     with (
         mock.patch.object(trials, "SILENCE_S", 3.0),
         mock.patch.object(finals, "MAX_ROUNDS", 3),
         mock.patch.object(runner, "ORDINARY", short),
         mock.patch.object(study, "Pulse", SilentPulse),
+        mock.patch.dict(surrogate.USUAL, {**dict.fromkeys(surrogate.USUAL, 0.01), "micro_batch": 2.0}),
     ):
         yield
 

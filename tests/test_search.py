@@ -284,8 +284,13 @@ def test_a_small_space_is_exhausted_and_the_search_ends(
         compile__default="no",
         **{"compile__max-autotune": "no"},
     )
-    scripted_device.setattr(trials, "run_trial", lambda number, job, **_: factories.trial(number, job.strategy))
-    task = Task(ref=ref, workload=tiny, hardware=hardware, backend=CPU, settings=Settings(budget_s=None))
+    waiting = factories.measurement(loader_wait=0.5)  # else loader processes are not tried
+    scripted_device.setattr(
+        trials, "run_trial", lambda number, job, **_: factories.trial(number, job.strategy, measurement=waiting)
+    )
+    task = Task(
+        ref=ref, workload=tiny, hardware=hardware, backend=CPU, settings=Settings(budget_s=None, max_trials=1000)
+    )
     result = search(task, Silent(), journal_path=tmp_path / "imdb.journal")
     assert len(result.trials) == build_space(hardware, CPU, tiny).size
 
@@ -319,3 +324,21 @@ def test_what_is_larger_than_a_setting_that_ran_out_of_memory_is_not_tried(
         assert trial.strategy.micro_batch < smallest, "a smaller one of the kind was too big already"
         if trial.outcome == "oom":
             kinds.setdefault(kind, []).append(trial.strategy.micro_batch)
+
+
+def test_a_search_ends_when_no_trial_is_expected_to_pay(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    """The scripted trials take five seconds each; how much there is to gain grows with the planned epochs."""
+    short = searched(prepared, budget_s=3600.0, max_trials=None, epochs=50)
+    longer = searched(prepared, budget_s=3600.0, max_trials=None, epochs=5000)
+    assert short.is_settled
+    assert 2 <= len(short.trials) < len(longer.trials)
+    assert longer.is_settled
+    assert not searched(prepared, max_trials=len(short.trials) + 5, epochs=50).is_settled, "as many as were asked for"
+
+
+def test_loader_processes_are_not_tried_where_nothing_waits_for_data(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    assert {trial.strategy.workers for trial in searched(prepared).trials} == {0}

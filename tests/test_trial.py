@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from autotune import workloads
+from autotune.contention import Load
 from autotune.strategy import Strategy
 from autotune.trial import worker
 from autotune.trial.runner import Session, TrialEndedError, run_trial
@@ -65,13 +66,17 @@ def test_a_trial_over_the_memory_budget_is_oom_with_both_figures(ref: WorkloadRe
     assert "over the memory limit of 1.00 MiB" in trial.reason
 
 
-def test_a_hopeless_trial_is_pruned_with_the_reason_given(ref: WorkloadRef) -> None:
+@pytest.mark.parametrize(("busy_cores", "outcome"), [(0.0, "pruned"), (1.0, "ok")])
+def test_a_hopeless_trial_is_pruned_where_others_have_not_slowed_it(
+    ref: WorkloadRef, monkeypatch: pytest.MonkeyPatch, busy_cores: float, outcome: str
+) -> None:
+    monkeypatch.setattr(Load, "busy_cores", lambda self, num_cores, children_s: busy_cores)
     trial = run_trial(
         0, job(ref), timeout_s=60, memory_limit_bytes=PLENTY, hopeless=lambda p: "too slow" if p.num_laps > 1 else None
     )
-    assert (trial.outcome, trial.reason) == ("pruned", "too slow")
+    assert (trial.outcome, trial.reason) == (outcome, "too slow" if outcome == "pruned" else "")
     assert trial.samples_per_s is not None
-    assert trial.measurement is None
+    assert (trial.measurement is None) == (outcome == "pruned")
 
 
 @pytest.mark.parametrize(("number", "outcome"), [(signal.SIGSEGV, "crashed"), (signal.SIGKILL, "oom")])

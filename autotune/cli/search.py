@@ -169,6 +169,7 @@ def _report(result: Result, device: Device, workload: Workload, path: Path) -> d
         "best": _figures(result.best, result),
         "speedup": result.speedup,
         "num_rounds": result.num_rounds,
+        "shares": result.shares,
         "proof": result.proof,
         "was_interrupted": result.was_interrupted,
         "trials": [

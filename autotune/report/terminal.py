@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from autotune.backends.base import Capability, Device
 from autotune.measurement import Interval, Trial
 from autotune.probe import MAX_BUSY_PART, Hardware
 from autotune.profile import Profile
+from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
 from autotune.search.result import Result
 from autotune.search.space import Space
@@ -31,6 +33,9 @@ _STYLE = {
     "diverged": "red",
     "invalid": "yellow",
 }
+_BAR = 14
+"""Columns of the longest bar."""
+_ESTIMATED = "estimated from all trials, with 95 % intervals"
 _UNITS = {
     "gflop_per_s": "{:,.0f} GFLOP/s",
     "side_elements": "side {:,.0f}",
@@ -248,7 +253,7 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
         f"saves {format_duration(base_s - best_s)}" if base_s > best_s else "",
     )
     found = (table, "", Text(_confidence(result), style="bright_black"), "")
-    knobs = changed_knobs(result.best.strategy, result.baseline.strategy)
+    knobs = changed_knobs(result.best.strategy, result.baseline.strategy, result.shares)
     if not is_saved:
         kept = "Not saved: the profile that is there has passed its last test, and this has not ("
         return Group(*found, knobs, "", Text.assemble(kept, (str(path), "bold"), "). The same command goes on."))
@@ -271,20 +276,37 @@ def planned_step(best_ms: float, base_ms: float) -> str:
     return "" if best_ms >= base_ms else f"{base_ms / best_ms:.1f} steps in the time of one"
 
 
-def changed_knobs(best: Strategy, base: Strategy) -> RenderableType:
-    """Every knob that the best sets differently."""
+def changed_knobs(best: Strategy, base: Strategy, shares: Sequence[Share] = ()) -> RenderableType:
+    """Every knob that the best sets differently, with what it brings where that is known."""
     changed = best.changed(base)
     if not changed:
         return Text("The plain baseline is the best of what was tried.")
+    by_knob = {share.knob: share.ratio for share in shares}
+    longest = max((math.log(ratio.ratio) for ratio in by_knob.values()), default=0.0)
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    for knob, (now, before) in changed.items():
-        table.add_row(knob, Text.assemble((f"{before} -> ", "bright_black"), str(now)))
-    return table
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for _ in ("ratio", "interval", "bar"):
+        table.add_column(no_wrap=True)
+    order = [share.knob for share in shares]
+    for knob in sorted(changed, key=lambda knob: order.index(knob) if knob in order else len(order)):
+        now, before = changed[knob]
+        row: list[RenderableType] = [knob, Text.assemble((f"{before} -> ", "bright_black"), str(now))]
+        if knob in by_knob:
+            ratio = by_knob[knob]
+            bar = "█" * round(_BAR * max(0.0, math.log(ratio.ratio)) / longest) if longest > 0 else ""
+            spread = Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="bright_black")
+            row += [f"{ratio.ratio:.2f}x", spread, Text(bar, style="green")]
+        table.add_row(*row)
+    if not shares:
+        return table
+    return Group(table, Text(f"What each brings, all else as in the best: {_ESTIMATED}.", style="bright_black"))
 
 
 def interval_words(interval: Interval) -> str:
     """``7.9x (95 % interval 7.7 to 8.1)``."""
+    if math.isinf(interval.high):
+        return f"{interval.ratio:.2f}x (measured once, so without an interval)"
     return f"{interval.ratio:.2f}x (95 % interval {interval.low:.2f} to {interval.high:.2f})"
 
 
@@ -306,9 +328,10 @@ def _confidence(result: Result) -> str:
         pays = f"; pays for itself {when}"
     is_baseline = result.best.strategy == result.baseline.strategy
     verdict = "Nothing is faster." if is_baseline else f"Speed-up {interval_words(result.speedup)}, {how}."
+    settled = " No other was expected to save more than trying it takes." if result.is_settled else ""
     return (
         f"{verdict} {len(result.trials)} trials ({counts}) in "
-        f"{format_duration(result.search_s)}{pays}.{_proof_words(result)}"
+        f"{format_duration(result.search_s)}{pays}.{settled}{_proof_words(result)}"
     )
 
 

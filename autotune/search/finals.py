@@ -22,8 +22,6 @@ from autotune.trial.worker import Command, Done, Job
 EVAL_BATCHES = 2
 """Evaluation batches of each of the first rounds."""
 EVAL_ROUNDS = 3
-QUIET_SHARE = 0.075
-"""A round in which other processes, or the hypervisor, took more than this share of the cores is a disturbed one."""
 WAIT_S = 2.0
 """Where rounds are shorter than this, one that others disturb is left unfinished, and begun again when they leave the
 cores alone or so much has passed. Each wait in vain doubles the rounds that are finished before the next."""
@@ -205,7 +203,7 @@ class Race:
                 laps[entrant.trial.number] = done.laps
                 self._measurements[entrant.trial.number][-1] = done.measurement
             spent_s = sum(after - before_s[number] for number, after in self._cpu_s().items())
-            is_quiet = self._finds_quiet(load, spent_s)
+            is_quiet = load.is_quiet(self._num_cores, spent_s)
             if gives_up and not is_quiet and entrant is not order[-1]:
                 return False
         self._rounds.append(Round(laps=laps, life=self._num_lives - 1, is_quiet=is_quiet))
@@ -216,12 +214,9 @@ class Race:
         while (left_s := end - time.monotonic()) > 0:
             load = Load()
             time.sleep(min(LOOK_S, left_s))
-            if self._finds_quiet(load, 0.0):
+            if load.is_quiet(self._num_cores, 0.0):
                 return True
         return False
-
-    def _finds_quiet(self, load: Load, spent_s: float) -> bool:
-        return load.busy_cores(self._num_cores, spent_s) <= QUIET_SHARE * self._num_cores
 
     def _turn(self, entrant: Entrant, command: Command) -> Done | None:
         try:

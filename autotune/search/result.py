@@ -10,6 +10,7 @@ from autotune import __version__
 from autotune.backends.base import Device
 from autotune.measurement import Interval, Trial
 from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledDevice, ProfiledWorkload
+from autotune.search.explain import Share
 from autotune.search.objective import Objective, PlannedRun
 from autotune.search.proof import Proof
 from autotune.workloads.base import Workload
@@ -33,6 +34,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     proof: Proof | None
     """The best's last test; None where the search was interrupted before it, and for the plain baseline."""
     was_interrupted: bool
+    shares: tuple[Share, ...] = ()
+    """What each knob of the best brings, the largest first."""
+    is_settled: bool = False
+    """Whether the trials ended because no other was expected to save more than it takes."""
 
 
 def profile_of(result: Result, device: Device, workload: Workload) -> Profile:

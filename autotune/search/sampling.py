@@ -1,20 +1,37 @@
-"""Which strategy to try next: Optuna's study, told about every trial, kept from asking twice for the same."""
+"""Which strategy to try next: what is expected to gain most for the time that trying it takes.
+
+Optuna's study keeps what was asked and told, so that its storage, its dashboard and its plots serve; what is asked for
+is chosen here, by the surrogate, among the neighbours of the best and a few at random.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from autotune.search.space import Space
+from autotune.search.surrogate import ORDERED, Known, Surrogate, expected_gain
 from autotune.strategy import Strategy
 
 if TYPE_CHECKING:
     import optuna
 
-_STARTUP_TRIALS = 5
-"""Trials before the Parzen estimators take over; the baseline, the guess and its neighbours are among them."""
-_TRIES = 40
+_NUM_NEAR = 3
+"""The neighbours of so many of the best are candidates, and the neighbours of the best one's."""
+_NUM_RANDOM = 300
+"""So many draws from the whole space are candidates besides."""
+
+
+class Proposal(NamedTuple):
+    """What to try next."""
+
+    strategy: Strategy
+    gain: float | None = None
+    """By what share it is expected to take less than the best so far; None where it was enqueued or drawn."""
 
 
 class Sampler:
@@ -34,16 +51,13 @@ class Sampler:
 
         self._space = space
         self._seen: set[Strategy] = set(seen)
-        seed += len(self._seen)  # a search that goes on does not propose again what it has seen
-        self._random = random.Random(seed)
+        self._random = random.Random(seed + len(self._seen))  # a search that goes on draws anew
         self._study = study
-        study.sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=_STARTUP_TRIALS, seed=seed)
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             knob: optuna.distributions.CategoricalDistribution(values) for knob, values in space.values.items()
         }
         self._is_hopeless = is_hopeless
         self._queue: list[Strategy] = []
-        self._turn = 0
         self._asked: optuna.trial.Trial | None = None
 
     @property
@@ -53,38 +67,35 @@ class Sampler:
         return self._asked
 
     def enqueue(self, strategy: Strategy, *, again: bool = False) -> None:
-        """Has this strategy asked for before Optuna chooses again, unless it was tried already; ``again`` even then."""
+        """Has this strategy asked for before any other, unless it was tried already; ``again`` even then."""
         if again:
             self._seen.discard(strategy)
         self._queue.insert(0 if again else len(self._queue), strategy)
 
-    def ask(self, near: Strategy | None = None) -> Strategy | None:
+    def ask(
+        self, known: Sequence[Known] = (), cost_s: Callable[[Strategy, float], float] = lambda strategy, loss: 1.0
+    ) -> Proposal | None:
         """A strategy not asked for before; None when all there are have been.
 
-        What is queued comes first. Then two in three are untried neighbours of ``near``, the best so far, and the rest
-        are Optuna's; where it only repeats itself, anything untried.
+        What is queued comes first. ``cost_s`` says what trying a strategy of an expected loss takes.
         """
-        import optuna
-
         while self._queue:
             strategy = self._queue.pop(0)
             if strategy not in self._seen:
-                return self._take(strategy)
-        neighbours = [] if near is None else self._space.neighbours(near)
-        untried = [strategy for strategy in neighbours if self._may_try(strategy)]
-        self._turn += 1
-        if untried and self._turn % 3:
-            return self._take(untried[0])
-        for _ in range(_TRIES):
-            trial = self._study.ask(self._distributions)
-            strategy = self._space.strategy(trial.params)
-            if self._may_try(strategy) and self._space.refusal(strategy) is None:
-                self._seen.add(strategy)
-                self._asked = trial
-                return strategy
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        untried = untried or self._untried()
-        return self._take(self._random.choice(untried)) if untried else None
+                return self._take(Proposal(strategy))
+        candidates = self._candidates(known)
+        if not candidates:
+            untried = self._untried()
+            return self._take(Proposal(self._random.choice(untried))) if untried else None
+        if not known:
+            return self._take(Proposal(candidates[-1]))
+        surrogate = Surrogate(self._space.values, known)
+        best_log = float(surrogate.predict([one.strategy for one in known])[0].min())
+        mean, deviation = surrogate.predict(candidates)
+        gains = expected_gain(best_log, mean, deviation)
+        costs_s = [cost_s(strategy, loss) for strategy, loss in zip(candidates, np.exp(mean).tolist(), strict=True)]
+        chosen = int(np.argmax(gains / np.asarray(costs_s)))
+        return self._take(Proposal(candidates[chosen], float(gains[chosen])))
 
     def tell(self, loss: float | None) -> None:
         """The last asked strategy's loss; None for one that cannot be used."""
@@ -96,15 +107,36 @@ class Sampler:
             self._study.tell(self.asked, loss)
         self._asked = None
 
-    def _take(self, strategy: Strategy) -> Strategy:
-        self._study.enqueue_trial(self._space.params(strategy))
+    def _candidates(self, known: Sequence[Known]) -> list[Strategy]:
+        best = [one.strategy for one in sorted(known, key=lambda one: one.loss)[:_NUM_NEAR]]
+        near = [neighbour for strategy in best for neighbour in self._space.neighbours(strategy)]
+        around = self._space.neighbours(best[0]) if best else []
+        further = [neighbour for strategy in around for neighbour in self._space.neighbours(strategy)]
+        drawn = [
+            self._space.strategy({knob: self._random.choice(values) for knob, values in self._space.values.items()})
+            for _ in range(_NUM_RANDOM)
+        ]
+        found = dict.fromkeys([*near, *further, *(one for one in drawn if not self._space.refusal(one))])
+        reach = {knob: self._reach(knob, known) for knob in ORDERED}
+        return [
+            strategy
+            for strategy in found
+            if self._may_try(strategy) and all(getattr(strategy, knob) in reach[knob] for knob in ORDERED)
+        ]
+
+    def _reach(self, knob: str, known: Sequence[Known]) -> set[Any]:
+        """The values of an ordered knob that are known, and the next ones: no leaps into the dark."""
+        values = self._space.values[knob]
+        places = {values.index(getattr(one.strategy, knob)) for one in known} or set(range(len(values)))
+        return {value for place, value in enumerate(values) if {place - 1, place, place + 1} & places}
+
+    def _take(self, proposal: Proposal) -> Proposal:
+        self._study.enqueue_trial(self._space.params(proposal.strategy))
         self._asked = self._study.ask(self._distributions)
-        self._seen.add(strategy)
-        return strategy
+        self._seen.add(proposal.strategy)
+        return proposal
 
     def _untried(self) -> list[Strategy]:
-        import itertools
-
         knobs, values = zip(*self._space.values.items(), strict=True)
         combinations = itertools.product(*values)
         everything = (self._space.strategy(dict(zip(knobs, chosen, strict=True))) for chosen in combinations)

@@ -241,6 +241,8 @@ class _Search:
             num_rounds=len(entered[best.number].epoch_s) if was_raced else 0,
             proof=found,
             was_interrupted=self.was_interrupted,
+            shares=self.trials.shares(best.strategy),
+            is_settled=self.trials.is_settled,
         )
 
     def _no_winner(self) -> AutotuneError:

@@ -10,14 +10,17 @@ from collections.abc import Callable
 import msgspec
 
 from autotune.measurement import Measurement, Trial
+from autotune.search.explain import Share, shares
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import MemoryModel
 from autotune.search.objective import hopeless, loss_of, slowdown
 from autotune.search.proof import Proof
-from autotune.search.sampling import Sampler
+from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
 from autotune.search.space import expert_guess
+from autotune.search.surrogate import Known, Surrogate
 from autotune.search.task import Task
+from autotune.stats import relative_margin
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
 from autotune.trial.runner import run_trial
@@ -28,6 +31,14 @@ CLOSE_TO_BEST = 1.15
 """Settings whose trial came within this factor of the best enter the race."""
 MIN_TIMEOUT_S = 20.0
 """However little is left of the budget, a trial gets so long."""
+LAPS = 6
+"""Steps of an ordinary trial, about: what its time grows with."""
+START_S, COMPILE_S = 1.0, 40.0
+"""What a trial takes beyond its steps before one was tried, and what a compiled one does."""
+NOISE, NOISE_PRUNED = 0.03, 0.15
+"""Relative standard deviation of a trial's figure at best, and of one that was given up after two laps."""
+NO_WAIT = 0.01
+"""A loader that takes less than this share of the step's time is fast enough."""
 SILENCE_S = 20.0
 """A trial that says nothing for this and four of the baseline's steps hangs."""
 
@@ -35,8 +46,19 @@ SILENCE_S = 20.0
 class Trials:
     """All trials of a search, those of its earlier, interrupted runs included; the first is the plain baseline's."""
 
-    def __init__(self, task: Task, observer: Observer, journal: Journal, pulse: Pulse) -> None:
+    def __init__(
+        self,
+        task: Task,
+        observer: Observer,
+        journal: Journal,
+        pulse: Pulse,
+        *,
+        run: Callable[..., Trial] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``run`` stands in for ``run_trial`` and ``clock`` for the wall's, where a recorded grid is searched."""
         self._task, self._observer, self._journal, self._pulse = task, observer, journal, pulse
+        self._run, self._clock = run or run_trial, clock
         self.all = journal.trials  # the journal adds to it
         self.failures: dict[int, Proof] = {}
         """Why a setting that was fine in its trial cannot win all the same, by its trial's number."""
@@ -48,10 +70,12 @@ class Trials:
             journal.study,
             seed=task.settings.seed,
             seen=[trial.strategy for trial in self.all],
-            is_hopeless=lambda strategy: self._memory.is_over(strategy, task.memory_limit_bytes),
+            is_hopeless=self._is_hopeless,
         )
         self._pulse_s: float | None = None
-        self._start = time.monotonic() - journal.spent_s
+        self.is_settled = False
+        """Whether it ended because no other trial was expected to be worth its time."""
+        self._start = clock() - journal.spent_s
 
     @property
     def reference(self) -> Trial:
@@ -85,20 +109,23 @@ class Trials:
             self._sampler.enqueue(guess)
             origin = "expert's guess" if guess != task.baseline else "search"
         while self._goes_on(reserved_s):
-            best = self.best()
-            asked = self._sampler.ask(near=best.strategy if best else None)
-            if asked is None:
+            proposal = self._sampler.ask(self._known(), self._cost())
+            if proposal is None:
                 break
-            self._try(asked, origin)
+            if not self._pays(proposal):
+                self._sampler.tell(None)
+                self.is_settled = True
+                break
+            self._try(proposal.strategy, origin)
             origin = "search"
         self._stop_pulse()
 
     def try_now(self, strategy: Strategy, origin: str) -> None:
         """Tries this one next, even where it was tried before."""
         self._sampler.enqueue(strategy, again=True)
-        asked = self._sampler.ask()
-        assert asked == strategy
-        self._try(strategy, origin)
+        proposal = self._sampler.ask()
+        assert proposal is not None
+        self._try(proposal.strategy, origin)
 
     def reconsider(self) -> None:
         """Tries the fastest of those again that were given up against a setting that has now failed, where it looks
@@ -109,6 +136,14 @@ class Trials:
         if hopeful is not None and (best is None or self._rate(hopeful) > self._rate(best)):
             self.try_now(hopeful.strategy, "given up before")
             self._stop_pulse()
+
+    def shares(self, best: Strategy) -> tuple[Share, ...]:
+        """What each knob of a setting brings, by all trials; nothing where seconds are not what is minimised."""
+        known = self._known()
+        if len(known) < 2 or self._task.settings.objective != "time":
+            return ()
+        surrogate = Surrogate(self._task.space.values, known)
+        return shares(surrogate, best, self._task.baseline)
 
     def finalists(self) -> list[Trial]:
         """The best few by their own figures, the best first."""
@@ -139,7 +174,7 @@ class Trials:
 
     def elapsed_s(self) -> float:
         """Seconds that the search has taken, its interrupted runs included."""
-        return time.monotonic() - self._start
+        return self._clock() - self._start
 
     def _try(self, strategy: Strategy, origin: str) -> None:
         number, best, task = len(self.all), self.best(), self._task
@@ -154,7 +189,7 @@ class Trials:
             is_compiled = strategy.compile != "none"
             return hopeless(progress, best_samples_per_s, is_compiled) if best_samples_per_s else None
 
-        trial = run_trial(
+        trial = self._run(
             number,
             task.job(strategy),
             timeout_s=self.timeout_s(strategy),
@@ -189,6 +224,54 @@ class Trials:
             return True
         typical_s = statistics.median(trial.wall_s for trial in self.all[1:])
         return self.elapsed_s() + typical_s < settings.budget_s - reserved_s()
+
+    # What the sampler is told
+
+    def _known(self) -> list[Known]:
+        """What was tried and how sure its figures are."""
+        known = []
+        for trial in self.all:
+            loss = self._loss(trial)
+            if loss is not None and trial.number not in self.failures:
+                spread = relative_margin(trial.measurement.epoch_s) / 2 if trial.measurement else math.inf
+                known.append(Known(trial.strategy, loss, min(max(spread, NOISE), NOISE_PRUNED)))
+        return known
+
+    def _cost(self) -> Callable[[Strategy, float], float]:
+        """Gives the seconds that a trial of some strategy and expected loss takes: what others of its kind have taken
+        beyond their steps, and its steps."""
+        if self._task.settings.objective != "time":
+            return lambda strategy, loss: 1.0
+        beyond_s: dict[bool, list[float]] = {False: [], True: []}
+        for trial in self.all:
+            if trial.measurement is not None:
+                steps_s = LAPS * trial.measurement.step_ms / 1000
+                beyond_s[trial.strategy.compile != "none"].append(max(0.0, trial.wall_s - steps_s))
+        eager_s, compiled_s = (
+            statistics.median(found) if found else usual_s
+            for found, usual_s in ((beyond_s[False], START_S), (beyond_s[True], COMPILE_S))
+        )
+        planned = self._task.planned
+        num_steps = planned.epochs * planned.num_train / self._task.space.global_batch
+        return lambda strategy, loss: (eager_s if strategy.compile == "none" else compiled_s) + LAPS * loss / num_steps
+
+    def _pays(self, proposal: Proposal) -> bool:
+        """Whether the planned run is expected to be shorter by more than the trial takes."""
+        settings, best = self._task.settings, self.best()
+        if proposal.gain is None or best is None or settings.max_trials is not None or settings.objective != "time":
+            return True
+        loss = self._loss(best)
+        return loss is None or proposal.gain * loss > self._cost()(proposal.strategy, loss)
+
+    def _is_hopeless(self, strategy: Strategy) -> bool:
+        return self._memory.is_over(strategy, self._task.memory_limit_bytes) or (
+            strategy.workers > 0 and self._loader_keeps_up()
+        )
+
+    def _loader_keeps_up(self) -> bool:
+        """Whether nothing that was measured waited for data: loader processes could only take cores away."""
+        waits = [trial.measurement.loader_wait for trial in self.all if trial.measurement]
+        return max(waits, default=1.0) < NO_WAIT
 
     def _usable(self) -> list[Trial]:
         return [

@@ -10,6 +10,8 @@ from typing import Any, Self
 import msgspec
 
 from autotune import backends
+from autotune.backends.cpu import usable_cores
+from autotune.contention import Load
 from autotune.measurement import Measurement, Outcome, Trial
 from autotune.process import Child, ChildDied
 from autotune.timing import NARROW
@@ -80,9 +82,7 @@ class Session:
             raise TrialEndedError("oom", _over_budget(peak_bytes, self._memory_limit_bytes))
         return msgspec.structs.replace(soaked, peak_memory_bytes=peak_bytes)
 
-    def trace(
-        self, num_steps: int, *, timeout_s: float, on_progress: OnProgress = lambda _: None
-    ) -> tuple[float, ...]:
+    def trace(self, num_steps: int, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> tuple[float, ...]:
         """The losses of the first few steps; the session must be a fresh one."""
         traced: Traced = self._ask(Trace(num_steps=num_steps), timeout_s, on_progress)
         return traced.losses
@@ -103,7 +103,9 @@ class Session:
                 on_progress(message)
         except TimeoutError as exc:
             is_silent = self._silence_s < left_s
-            reason = f"no sign of life for {self._silence_s:.0f} s" if is_silent else f"not done within {timeout_s:.0f} s"
+            reason = (
+                f"no sign of life for {self._silence_s:.0f} s" if is_silent else f"not done within {timeout_s:.0f} s"
+            )
             raise TrialEndedError("timeout", reason) from exc
         except ChildDied as exc:
             if exc.was_killed:
@@ -160,10 +162,10 @@ def run_trial(
 ) -> Trial:
     """One strategy tried in its own process. Never raises for what the strategy does.
 
-    ``hopeless`` sees every progress message; a reason from it ends the trial as ``pruned``. It may take ``timeout_s``,
-    and say nothing for ``silence_s``.
+    ``hopeless`` sees every progress message; a reason from it ends the trial as ``pruned``, unless others have kept the
+    cores busy meanwhile. It may take ``timeout_s``, and say nothing for ``silence_s``.
     """
-    start = time.monotonic()
+    start, load = time.monotonic(), Load()
     last: Progress | None = None
 
     def listen(progress: Progress) -> None:
@@ -172,7 +174,7 @@ def run_trial(
         if progress.lap is not None:
             last = progress
             reason = hopeless(progress)
-            if reason is not None:
+            if reason is not None and load.is_quiet(usable_cores(), session.cpu_s()):
                 raise TrialEndedError("pruned", reason)
 
     def ended(outcome: Outcome, reason: str, measurement: Measurement | None = None) -> Trial:

@@ -1,0 +1,114 @@
+"""What untried settings are expected to take, from the trials so far: a Gaussian process over the knobs' values.
+
+The logarithm of a run's seconds is nearly a sum of what each knob's value does, and what two of them do together is
+smaller: an additive kernel (Duvenaud, Nickisch and Rasmussen 2011, orders one and two). Its sizes are not fitted, two
+dozen trials would not bear that: they say by how much a knob usually moves a run (docs/LOG.md 2026-11-22).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autotune.strategy import Strategy
+
+USUAL: dict[str, float] = {
+    "precision": 0.6,
+    "padding": 0.5,
+    "compile": 0.3,
+    "attention": 0.3,
+    "allocator": 0.3,
+    "micro_batch": 0.3,
+    "checkpoint": 0.2,
+    "memory_format": 0.2,
+    "threads": 0.2,
+    "compile_scope": 0.1,
+    "workers": 0.1,
+    "optimizer": 0.05,
+    "prefetch": 0.03,
+}
+"""Standard deviation of what a knob's values do to the logarithm of the seconds."""
+_OTHER = 0.1
+_TOGETHER = 0.4
+"""What two knobs do beyond their sum has this times the product of their own standard deviations."""
+_LEVEL = 3.0
+"""Nothing is known beforehand of how long a run takes."""
+ORDERED = ("micro_batch", "workers", "threads", "prefetch")
+"""Knobs whose values are alike where they are neighbours."""
+_REACH = 2.0
+Matrix = NDArray[np.float64]
+
+
+class Known(NamedTuple):
+    """A strategy that was tried."""
+
+    strategy: Strategy
+    loss: float
+    noise: float
+    """The loss's relative standard deviation."""
+
+
+class Surrogate:
+    """Fitted to what is known of some settings, whose knobs take the given values."""
+
+    def __init__(self, values: Mapping[str, Sequence[Any]], known: Sequence[Known]) -> None:
+        self._knobs = [knob for knob in values if len(values[knob]) > 1]
+        self._places = {knob: {value: place for place, value in enumerate(values[knob])} for knob in self._knobs}
+        self._variances = np.square([USUAL.get(knob, _OTHER) for knob in self._knobs])
+        self._is_ordered = np.array([knob in ORDERED for knob in self._knobs])
+        self._known = self._encoded([one.strategy for one in known])
+        logs = np.log([one.loss for one in known])
+        self._mean = float(logs.mean())
+        covariance = self._covariance(self._known, self._known) + np.diag(np.square([one.noise for one in known]))
+        self._root = np.linalg.cholesky(covariance)
+        self._weights = np.linalg.solve(self._root.T, np.linalg.solve(self._root, logs - self._mean))
+
+    def predict(self, settings: Sequence[Strategy]) -> tuple[Matrix, Matrix]:
+        """Mean and standard deviation of the logarithm of each setting's loss."""
+        wanted = self._encoded(settings)
+        across = self._covariance(wanted, self._known)
+        reduced = np.linalg.solve(self._root, across.T)
+        variance = self._variance() - np.square(reduced).sum(0)
+        return self._mean + across @ self._weights, np.sqrt(np.maximum(variance, 1e-12))
+
+    def log_ratio(self, one: Strategy, other: Strategy) -> tuple[float, float]:
+        """Mean and standard deviation of the logarithm of how many times longer one takes than the other."""
+        wanted = self._encoded([one, other])
+        across = self._covariance(wanted, self._known)
+        reduced = np.linalg.solve(self._root, across.T)
+        joint = self._covariance(wanted, wanted) - reduced.T @ reduced
+        mean = across @ self._weights
+        variance = joint[0, 0] + joint[1, 1] - 2 * joint[0, 1]
+        return float(mean[0] - mean[1]), math.sqrt(max(float(variance), 0.0))
+
+    def _encoded(self, settings: Sequence[Strategy]) -> Matrix:
+        rows = [[self._places[knob][getattr(setting, knob)] for knob in self._knobs] for setting in settings]
+        return np.asarray(rows, dtype=float).reshape(len(settings), len(self._knobs))
+
+    def _variance(self) -> float:
+        return float(self._summed(np.ones((1, 1, len(self._knobs))))[0, 0])
+
+    def _covariance(self, rows: Matrix, columns: Matrix) -> Matrix:
+        distance = np.abs(rows[:, None] - columns[None])
+        return self._summed(np.where(self._is_ordered, np.exp(-distance / _REACH), distance == 0))
+
+    def _summed(self, alike: Matrix) -> Matrix:
+        """Level, what each knob does, and what each pair does, from how alike two settings are in every knob."""
+        single = alike * self._variances
+        pairs = (np.square(single.sum(-1)) - np.square(single).sum(-1)) / 2
+        summed: Matrix = _LEVEL**2 + single.sum(-1) + _TOGETHER**2 * pairs
+        return summed
+
+
+def expected_gain(best_log: float, mean: Matrix, deviation: Matrix) -> Matrix:
+    """By what share each setting is expected to take less than the best, where it does (expected improvement, Mockus
+    1975, of the logarithm)."""
+    z = (best_log - mean) / deviation
+    density = np.exp(-np.square(z) / 2) / math.sqrt(2 * math.pi)
+    below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in z])
+    gain: Matrix = deviation * (z * below + density)
+    return gain

@@ -1,0 +1,126 @@
+"""What untried settings are expected to take."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from autotune.search.explain import shares
+from autotune.search.sampling import Sampler
+from autotune.search.space import Space
+from autotune.search.surrogate import Known, Surrogate, expected_gain
+from autotune.strategy import Strategy
+
+VALUES: dict[str, tuple[Any, ...]] = {
+    "micro_batch": (1, 2, 4, 8, 16, 32),
+    "attention": ("eager", "sdpa", "sdpa_math", "sdpa_flash"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "padding": ("max", "longest", "buckets", "packed"),
+    "allocator": ("default", "retain"),
+    "checkpoint": ("none", "selective", "every_2nd", "every_block"),
+    "workers": (0, 1, 2),
+    "compile": ("none",),
+    "compile_scope": ("model",),
+    "prefetch": (2,),
+    "threads": (0,),
+}
+SPACE = Space(
+    global_batch=32,
+    values=VALUES,
+    left_out={},
+    pairs=frozenset(itertools.product(VALUES["attention"], VALUES["precision"])),
+)
+EFFECTS: dict[str, tuple[float, ...]] = {
+    "micro_batch": (2.0, 1.5, 1.1, 0.9, 0.95, 1.0),
+    "attention": (1.0, 0.93, 1.3, 0.9),
+    "precision": (1.0, 0.5, 0.55),
+    "padding": (1.0, 0.8, 0.55, 0.5),
+    "allocator": (1.0, 0.75),
+    "checkpoint": (1.0, 1.1, 1.2, 1.35),
+    "workers": (1.0, 1.04, 1.08),
+    **dict.fromkeys(("compile", "compile_scope", "prefetch", "threads"), (1.0,)),
+}
+
+
+def seconds(strategy: Strategy) -> float:
+    """A device on which every knob does its part."""
+    found = 1000.0
+    for knob, values in VALUES.items():
+        found *= EFFECTS[knob][values.index(getattr(strategy, knob))]
+    return found
+
+
+BASELINE = Strategy(micro_batch=32)
+BEST = SPACE.strategy({knob: values[EFFECTS[knob].index(min(EFFECTS[knob]))] for knob, values in VALUES.items()})
+
+
+def test_what_knobs_do_apart_predicts_what_they_do_together() -> None:
+    apart = [BASELINE, *SPACE.neighbours(BASELINE)]
+    surrogate = Surrogate(VALUES, [Known(strategy, seconds(strategy), 0.01) for strategy in apart])
+    together = SPACE.strategy({**SPACE.params(BASELINE), "precision": "bf16", "padding": "packed"})
+    mean, deviation = surrogate.predict([together, apart[0]])
+    assert math.exp(mean[0]) == pytest.approx(seconds(together), rel=0.15)
+    assert abs(math.log(seconds(together)) - mean[0]) < 2 * deviation[0]
+    assert math.exp(mean[1]) == pytest.approx(1000, rel=0.02)
+    assert deviation[1] < 0.02 < deviation[0]
+
+
+def test_what_each_knob_brings_is_told_with_how_sure_it_is() -> None:
+    best = SPACE.strategy({**SPACE.params(BASELINE), "precision": "bf16", "padding": "packed", "micro_batch": 8})
+    apart = [BASELINE, best, *SPACE.neighbours(best)]
+    found = shares(Surrogate(VALUES, [Known(strategy, seconds(strategy), 0.01) for strategy in apart]), best, BASELINE)
+    assert [(share.knob, share.value, share.plain) for share in found] == [
+        ("precision", "bf16", "fp32"),
+        ("padding", "packed", "max"),
+        ("micro_batch", 8, 32),
+    ]
+    for share, expected in zip(found, (2.0, 2.0, 1 / 0.9), strict=True):
+        assert share.ratio.low < expected < share.ratio.high
+        assert share.ratio.ratio == pytest.approx(expected, rel=0.05)
+    few = shares(Surrogate(VALUES, [Known(s, seconds(s), 0.01) for s in (BASELINE, best)]), best, BASELINE)
+    assert all(share.ratio.high / share.ratio.low > 1.5 for share in few), "two trials do not tell which knob did it"
+
+
+def test_the_expected_gain_is_the_mean_of_what_is_gained() -> None:
+    mean, deviation = np.array([0.3, -0.1, 0.0]), np.array([0.5, 0.2, 0.01])
+    draws = np.random.default_rng(0).normal(mean, deviation, (200_000, 3))
+    assert expected_gain(0.1, mean, deviation) == pytest.approx(np.maximum(0.1 - draws, 0).mean(0), rel=0.02)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_of_thousands_is_found_in_two_dozen_trials(seed: int) -> None:
+    assert SPACE.size > 6000
+    generator = np.random.default_rng(seed)
+    sampler = Sampler(SPACE, optuna.create_study(), seed=seed)
+    sampler.enqueue(BASELINE)
+    known: list[Known] = []
+    for _ in range(24):
+        proposal = sampler.ask(known)
+        assert proposal is not None
+        loss = seconds(proposal.strategy) * float(np.exp(generator.normal(0, 0.03)))
+        known.append(Known(proposal.strategy, loss, 0.03))
+        sampler.tell(loss)
+    assert min(seconds(one.strategy) for one in known) <= 1.02 * seconds(BEST)
+
+
+def test_what_costs_more_to_try_has_to_promise_more() -> None:
+    sampler = Sampler(SPACE, optuna.create_study(), seed=0)
+    known = [Known(BASELINE, 1000.0, 0.03)]
+
+    def costs_s(strategy: Strategy, loss: float) -> float:
+        return 1.0 if strategy.precision == "fp32" else 100.0
+
+    proposal = sampler.ask(known, costs_s)
+    assert proposal is not None
+    assert proposal.strategy.precision == "fp32"
+    assert proposal.gain is not None
+    assert proposal.gain > 0
+    sampler.tell(None)
+    free = sampler.ask(known)
+    assert free is not None
+    assert free.strategy.precision != "fp32"

@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 BUDGET ?= 5m
 ARGS   ?=
 
-.PHONY: search probe train test check clean
+.PHONY: search probe train test check bench-search clean
 
 search: $(VENV)/.installed      ## probe this device, search imdb, save the profile under profiles/
 	$(BIN)/autotune search --model imdb --profiles profiles --budget $(BUDGET) $(ARGS)
@@ -26,6 +26,9 @@ check: $(VENV)/.check           ## lint, format, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench-search: $(VENV)/.bench    ## search methods side by side on the recorded grids
+	$(BIN)/python -m benchmarks.replay $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -39,6 +42,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(PIP) -e '.[bench]'
 	touch $@
 
 $(VENV)/.check: $(VENV)/.installed

@@ -342,3 +342,17 @@ def test_loader_processes_are_not_tried_where_nothing_waits_for_data(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
     assert {trial.strategy.workers for trial in searched(prepared).trials} == {0}
+
+
+def test_a_value_that_fails_whatever_it_is_combined_with_is_given_up(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    def refusing(number: int, job: Job, **_: Any) -> Trial:
+        if job.strategy.attention == "sdpa":
+            return factories.trial(number, job.strategy, outcome="invalid", reason="scripted", measurement=None)
+        return run_scripted(number, job)
+
+    scripted_device.setattr(trials, "run_trial", refusing)
+    result = searched(prepared)
+    assert 1 <= sum(trial.strategy.attention == "sdpa" for trial in result.trials) <= 2
+    assert result.best.strategy.attention == "sdpa_flash"

@@ -6,6 +6,7 @@ import io
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console, RenderableType
 
@@ -13,6 +14,7 @@ from autotune.backends.base import Capability
 from autotune.measurement import Interval
 from autotune.report import terminal
 from autotune.report.live import ProbeDisplay, SearchDisplay, TrainDisplay
+from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
 from autotune.search.proof import Proof
 from autotune.search.result import Result
@@ -127,6 +129,32 @@ def test_the_names_of_the_lines_are_whole_on_a_narrow_terminal() -> None:
     lines = rendered(search_display().render(), 80)
     assert [line for line in lines if line.startswith("best  ")]
     assert [line for line in lines if line.startswith("time  ")]
+
+
+def test_the_last_column_gives_way_and_the_others_stay_whole() -> None:
+    long = msgspec.structs.replace(result().trials[1], reason="far behind " * 9)
+    (row,) = rendered(terminal.trial_table([long]), 80)[1:]
+    assert row.split()[:4] == ["1", "ok", "50.0", "600"]
+    assert row.rstrip().endswith("…")
+    probing = ProbeDisplay()
+    probing.on_capability(Capability(name="attention.sdpa_efficient.fp16", value=False, reason="refused: no " * 9))
+    assert rendered(probing.render(), 80)[0].startswith("attention.sdpa_efficient.fp16  no  refused: no")
+
+
+def test_what_each_knob_brings_is_shown_with_its_interval_and_a_bar() -> None:
+    brought = (
+        Share(knob="precision", value="bf16", plain="fp32", ratio=Interval(ratio=2.0, low=1.8, high=2.2)),
+        Share(knob="padding", value="buckets", plain="max", ratio=Interval(ratio=1.41, low=1.2, high=1.7)),
+        Share(knob="workers", value=2, plain=0, ratio=Interval(ratio=0.98, low=0.9, high=1.05)),
+    )
+    lines = rendered(terminal.changed_knobs(BEST, baseline(32), brought), 80)
+    rows = {line.split()[0]: line for line in lines}
+    assert list(rows)[:3] == ["precision", "padding", "workers"], "the largest first"
+    assert "fp32 -> bf16" in rows["precision"]
+    assert "2.00x  1.80 to 2.20" in rows["precision"]
+    bars = [rows[knob].count("█") for knob in ("precision", "padding", "workers")]
+    assert bars == [14, 7, 0]
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_setting_is_described_by_what_it_changes() -> None:

@@ -187,7 +187,7 @@ def busy_words(hardware: Hardware) -> str:
 
 def trial_row(trial: Trial) -> tuple[str, Text, str, str, Text]:
     """Number, outcome, samples/s, memory and the setting with the reason below it."""
-    setting = Text(describe(trial.strategy))
+    setting = Text(describe(trial.strategy), no_wrap=True, overflow="ellipsis")
     if trial.reason:
         setting.append(f"  {trial.reason}", style="bright_black")
     rate = format_rate(trial.samples_per_s) if trial.samples_per_s else ""
@@ -204,7 +204,7 @@ def trial_table(trials: list[Trial]) -> Table:
     table.add_column("outcome", no_wrap=True)
     table.add_column("samples/s", justify="right", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
-    table.add_column("setting", overflow="ellipsis", no_wrap=True)
+    table.add_column("setting")
     for trial in trials:
         table.add_row(*trial_row(trial))
     return table
@@ -286,8 +286,9 @@ def changed_knobs(best: Strategy, base: Strategy, shares: Sequence[Share] = ()) 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(no_wrap=True)
-    for _ in ("ratio", "interval", "bar"):
-        table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
     order = [share.knob for share in shares]
     for knob in sorted(changed, key=lambda knob: order.index(knob) if knob in order else len(order)):
         now, before = changed[knob]
@@ -296,7 +297,7 @@ def changed_knobs(best: Strategy, base: Strategy, shares: Sequence[Share] = ()) 
             ratio = by_knob[knob]
             bar = "█" * round(_BAR * max(0.0, math.log(ratio.ratio)) / longest) if longest > 0 else ""
             spread = Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="bright_black")
-            row += [f"{ratio.ratio:.2f}x", spread, Text(bar, style="green")]
+            row += [f"{ratio.ratio:.2f}x", spread, Text(bar, style="green", no_wrap=True, overflow="crop")]
         table.add_row(*row)
     if not shares:
         return table

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
-from autotune.measurement import Measurement, Trial
+from autotune.measurement import Measurement, Outcome, Trial
 from autotune.search.explain import Share, shares
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import MemoryModel
@@ -39,6 +41,9 @@ NOISE, NOISE_PRUNED = 0.03, 0.15
 """Relative standard deviation of a trial's figure at best, and of one that was given up after two laps."""
 NO_WAIT = 0.01
 """A loader that takes less than this share of the step's time is fast enough."""
+FAILED: tuple[Outcome, ...] = ("crashed", "invalid", "diverged", "timeout")
+ENOUGH_FAILURES = 2
+"""A knob's value that so many trials have failed with, and none was fine with, is not tried again."""
 SILENCE_S = 20.0
 """A trial that says nothing for this and four of the baseline's steps hangs."""
 
@@ -72,6 +77,7 @@ class Trials:
             seen=[trial.strategy for trial in self.all],
             is_hopeless=self._is_hopeless,
         )
+        self._doomed: set[tuple[str, Any]] = set()
         self._pulse_s: float | None = None
         self.is_settled = False
         """Whether it ended because no other trial was expected to be worth its time."""
@@ -109,6 +115,7 @@ class Trials:
             self._sampler.enqueue(guess)
             origin = "expert's guess" if guess != task.baseline else "search"
         while self._goes_on(reserved_s):
+            self._doomed = self._never_fine()
             proposal = self._sampler.ask(self._known(), self._cost())
             if proposal is None:
                 break
@@ -264,9 +271,23 @@ class Trials:
         return loss is None or proposal.gain * loss > self._cost()(proposal.strategy, loss)
 
     def _is_hopeless(self, strategy: Strategy) -> bool:
-        return self._memory.is_over(strategy, self._task.memory_limit_bytes) or (
-            strategy.workers > 0 and self._loader_keeps_up()
+        return (
+            self._memory.is_over(strategy, self._task.memory_limit_bytes)
+            or (strategy.workers > 0 and self._loader_keeps_up())
+            or any(getattr(strategy, knob) == value for knob, value in self._doomed)
         )
+
+    def _never_fine(self) -> set[tuple[str, Any]]:
+        """Knobs' values that several trials have failed with, and none was fine with. Memory is the memory model's."""
+        fine: set[tuple[str, Any]] = set()
+        failed: Counter[tuple[str, Any]] = Counter()
+        for trial in self.all:
+            pairs = [(knob, getattr(trial.strategy, knob)) for knob in self._task.space.values]
+            if trial.outcome in FAILED or trial.number in self.failures:
+                failed.update(pairs)
+            elif trial.outcome != "oom":
+                fine.update(pairs)
+        return {pair for pair, count in failed.items() if count >= ENOUGH_FAILURES and pair not in fine}
 
     def _loader_keeps_up(self) -> bool:
         """Whether nothing that was measured waited for data: loader processes could only take cores away."""

@@ -51,6 +51,7 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
         grid = read_grid(path) if path.is_file() else Grid(path, header_of(task), [])
         settings = settings_of(task.space, PRODUCTS[model, backend.name])
         random.Random(SEED).shuffle(settings)
+        settings.sort(key=lambda strategy: strategy != task.baseline)  # what every search begins with
         print(f"{path.name}: {len(settings)} settings, {len(grid.records)} trials so far", flush=True)
         end = time.monotonic() + 60 * minutes
         with Pulse(backend.name) as pulse:

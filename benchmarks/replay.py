@@ -319,7 +319,8 @@ def guess_then_batch_size(recorded: Recorded, seed: int, budget_s: float) -> lis
     it fits. The fastest of those, not the largest, is held."""
     rival, space = _Rival(recorded, budget_s), recorded.space
     guess = expert_guess(space, recorded.grid.header.hardware, backends.get(recorded.grid.header.hardware.device.kind))
-    rival.loss(guess)
+    if space.refusal(guess) is None:
+        rival.loss(guess)
     for micro_batch in space.values["micro_batch"]:
         strategy = space.strategy({**space.params(guess), "micro_batch": micro_batch})
         if space.refusal(strategy) is None and not rival.is_over:
@@ -330,14 +331,14 @@ def guess_then_batch_size(recorded: Recorded, seed: int, budget_s: float) -> lis
 METHODS: dict[str, Callable[..., list[Held]]] = {
     "autotune": ours,
     "Optuna TPE": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed)),
-    "Optuna TPE, multivariate, group": _optuna(
+    "Optuna TPE multivariate group": _optuna(
         lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
     ),
     "Optuna GP": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed)),
     "random": _in_order(_shuffled),
     "grid order": _in_order(_grid_order),
     "one knob at a time": one_knob_at_a_time,
-    "guess, then batch size": guess_then_batch_size,
+    "guess then batch size": guess_then_batch_size,
 }
 FEWER_SEEDS = {"Optuna GP": 10}
 """Methods whose own computation takes too long for all seeds."""

@@ -73,7 +73,7 @@ def test_giving_a_trial_up_costs_what_had_passed_by_then(path: Path) -> None:
     assert (small.outcome, small.measurement) == ("oom", None)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "guess, then batch size"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "guess then batch size"])
 def test_every_method_finds_the_best_where_it_may_try_everything(
     path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

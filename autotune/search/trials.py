@@ -112,8 +112,9 @@ class Trials:
         origin = "search"
         if len(self.all) == 1:
             guess = expert_guess(task.space, task.hardware, task.backend)
-            self._sampler.enqueue(guess)
-            origin = "expert's guess" if guess != task.baseline else "search"
+            if guess != task.baseline and task.space.refusal(guess) is None:
+                self._sampler.enqueue(guess)
+                origin = "expert's guess"
         while self._goes_on(reserved_s):
             self._doomed = self._never_fine()
             proposal = self._sampler.ask(self._known(), self._cost())

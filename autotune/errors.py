@@ -28,10 +28,11 @@ def place_of(error: BaseException) -> str:
     That is the innermost line of the first file on the way to the error that is neither autotune's nor the import
     machinery's: what a library did with that line is not the user's to mend.
     """
+    import os
     import traceback
     from pathlib import Path
 
-    own = (str(Path(__file__).parent), "<")
+    own = (f"{Path(__file__).parent}{os.sep}", "<")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     frames = [frame for frame in frames if "importlib" not in Path(frame.filename).parts]
     lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]

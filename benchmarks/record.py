@@ -41,6 +41,11 @@ SEED = 0
 @click.option("--top", default=40, show_default=True, help="The fastest, and as many at random, are repeated.")
 def main(model: str, device_name: str | None, minutes: float, repeats: int, top: int) -> None:
     backend = find_backend(device_name)
+    if (model, backend.name) not in PRODUCTS:
+        known = ", ".join(f"{name} on {kind}" for name, kind in PRODUCTS)
+        raise click.ClickException(
+            f"no grid is laid out for {model} on {backend.name} (benchmarks/grid.py has {known})"
+        )
     module = workloads.get(model)
     ref = module.prepare(None, limit=None, on_progress=print)
     workload = module.open_workload(ref)
@@ -48,7 +53,14 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
         hardware = probe(backend, cache_dir=store.cache_dir() / "probe")
         task = Task(ref=ref, workload=workload, hardware=hardware, backend=backend, settings=Settings(seed=SEED))
         path = FOLDER / f"{store.file_stem(model)}-{store.folder_name(hardware.device)}.jsonl.xz"
-        grid = read_grid(path) if path.is_file() else Grid(path, header_of(task), [])
+        header = header_of(task)
+        grid = read_grid(path) if path.is_file() else Grid(path, header, [])
+        if (grid.header.source, grid.header.planned, versions(grid.header)) != (
+            header.source,
+            header.planned,
+            versions(header),
+        ):
+            raise click.ClickException(f"{path} was recorded with other data or versions; move it away to start anew")
         settings = settings_of(task.space, PRODUCTS[model, backend.name])
         random.Random(SEED).shuffle(settings)
         settings.sort(key=lambda strategy: strategy != task.baseline)  # what every search begins with
@@ -92,6 +104,11 @@ def next_of(settings: list[Strategy], grid: Grid, repeats: int, top: int) -> Str
     wanted = [*sorted(settings, key=lambda strategy: -rates[strategy])[:top], *settings[:top]]
     fewest = min(wanted, key=lambda strategy: done[strategy])
     return fewest if done[fewest] < repeats else None
+
+
+def versions(header: Header) -> dict[str, str]:
+    """Of the software that a grid was recorded with."""
+    return header.hardware.device.versions
 
 
 def header_of(task: Task) -> Header:

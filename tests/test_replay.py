@@ -23,6 +23,9 @@ SETTINGS = [
 ]
 
 
+FAILING = [Strategy(micro_batch=32, precision="fp16", padding=d) for d in ("max", "longest")]
+
+
 def record(strategy: Strategy, number: int) -> Record:
     rate = (
         5.0 * {"fp32": 1, "bf16": 2}[strategy.precision] * {"max": 1, "longest": 1.3, "buckets": 1.8}[strategy.padding]
@@ -39,12 +42,15 @@ def path(tmp_path: Path) -> Path:
     grid = Grid(tmp_path / "grid.jsonl.xz", header, [])
     for number, strategy in enumerate(SETTINGS):
         grid.add(record(strategy, number))
+    for number, strategy in enumerate(FAILING, len(SETTINGS)):
+        trial = factories.trial(number, strategy, outcome="crashed", measurement=None, wall_s=3.0, pulse_s=1.0)
+        grid.add(Record(trial=trial, laps=()))
     return grid.path
 
 
 def test_a_grid_reads_back_as_it_was_recorded(path: Path) -> None:
     grid = read_grid(path)
-    assert [one.trial.strategy for one in grid.records] == SETTINGS
+    assert [one.trial.strategy for one in grid.records] == SETTINGS + FAILING
     assert grid.records[3] == record(SETTINGS[3], 3)
     assert grid.header.planned == PLANNED
 

@@ -344,6 +344,41 @@ def test_loader_processes_are_not_tried_where_nothing_waits_for_data(
     assert {trial.strategy.workers for trial in searched(prepared).trials} == {0}
 
 
+def test_a_guess_that_fails_does_not_discredit_what_it_is_made_of(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    def flash_fails(number: int, job: Job, **_: Any) -> Trial:
+        if job.strategy.attention == "sdpa_flash":
+            return factories.trial(number, job.strategy, outcome="crashed", reason="scripted", measurement=None)
+        return run_scripted(number, job)
+
+    scripted_device.setattr(trials, "run_trial", flash_fails)
+    result = searched(prepared)
+    assert result.trials[1].outcome == "crashed", "the guess itself"
+    assert (result.best.strategy.attention, result.best.strategy.precision) == ("sdpa", "bf16")
+    assert result.best.strategy.padding == "buckets"
+    assert sum(trial.outcome == "crashed" for trial in result.trials) < 8
+
+
+def test_what_may_not_win_is_not_what_others_have_to_beat(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    """The baseline is the fastest here, and over the memory budget."""
+
+    def big_is_fast(number: int, job: Job, **_: Any) -> Trial:
+        rate = 50.0 if job.strategy.micro_batch == 32 else scripted(job.strategy).samples_per_s / 10
+        memory = scripted(job.strategy).peak_memory_bytes
+        measurement = factories.measurement(rate, peak_memory_bytes=memory)
+        fits = memory < 500 * 2**20 or job.memory_limit_bytes is None
+        return factories.trial(number, job.strategy, measurement=measurement, outcome="ok" if fits else "oom")
+
+    scripted_device.setattr(trials, "run_trial", big_is_fast)
+    result = searched(prepared, memory_budget_bytes=600 * 2**20, budget_s=1e9, max_trials=None, epochs=1000)
+    assert len(result.trials) > 10
+    assert result.best.strategy.precision == "bf16"
+    assert result.best.strategy.micro_batch <= 8
+
+
 def test_a_value_that_fails_whatever_it_is_combined_with_is_given_up(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:

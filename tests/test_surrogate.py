@@ -73,7 +73,9 @@ def test_what_knobs_do_apart_predicts_what_they_do_together() -> None:
 def test_what_each_knob_brings_is_told_with_how_sure_it_is() -> None:
     best = SPACE.strategy({**SPACE.params(BASELINE), "precision": "bf16", "padding": "packed", "micro_batch": 8})
     apart = [BASELINE, best, *SPACE.neighbours(best)]
-    found = shares(Surrogate(VALUES, [Known(strategy, seconds(strategy), 0.01) for strategy in apart]), best, BASELINE)
+    found = shares(
+        Surrogate(VALUES, [Known(strategy, seconds(strategy), 0.01) for strategy in apart]), best, BASELINE, SPACE
+    )
     assert [(share.knob, share.value, share.plain) for share in found] == [
         ("precision", "bf16", "fp32"),
         ("padding", "packed", "max"),
@@ -82,14 +84,16 @@ def test_what_each_knob_brings_is_told_with_how_sure_it_is() -> None:
     for share, expected in zip(found, (2.0, 2.0, 1 / 0.9), strict=True):
         assert share.ratio.low < expected < share.ratio.high
         assert share.ratio.ratio == pytest.approx(expected, rel=0.05)
-    few = shares(Surrogate(VALUES, [Known(s, seconds(s), 0.01) for s in (BASELINE, best)]), best, BASELINE)
+    few = shares(Surrogate(VALUES, [Known(s, seconds(s), 0.01) for s in (BASELINE, best)]), best, BASELINE, SPACE)
     assert all(share.ratio.high / share.ratio.low > 1.5 for share in few), "two trials do not tell which knob did it"
 
 
 def test_the_expected_gain_is_the_mean_of_what_is_gained() -> None:
     mean, deviation = np.array([0.3, -0.1, 0.0]), np.array([0.5, 0.2, 0.01])
     draws = np.random.default_rng(0).normal(mean, deviation, (200_000, 3))
-    assert expected_gain(0.1, mean, deviation) == pytest.approx(np.maximum(0.1 - draws, 0).mean(0), rel=0.02)
+    assert expected_gain(0.1, mean, deviation) == pytest.approx(
+        np.maximum(1 - np.exp(draws - 0.1), 0).mean(0), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D model width, C classes. Packed, B is 1 and T all se
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune.models.attention import SelfAttention
@@ -63,14 +64,14 @@ class EncoderClassifier(nn.Module):
         Packed, ids are 1T, the sequences one after another, and ``lengths_B`` says how long each is; what is left of
         the row is padding, a sequence of its own that counts for nothing.
         """
-        lengths: list[int] | None = None
-        if lengths_B is not None:
-            lengths = lengths_B.tolist()
-            lengths += [rest] if (rest := ids_BT.shape[1] - sum(lengths)) else []
+        lengths: list[int] | None = None if lengths_B is None else lengths_B.tolist()
         positions_T = torch.arange(max(lengths or ids_BT.shape[1:]), device=ids_BT.device)
         if lengths is not None:
             positions_T = torch.cat([positions_T[:length] for length in lengths])
+            positions_T = F.pad(positions_T, (0, ids_BT.shape[1] - len(positions_T)))
         x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_T))
+        if lengths is not None and (rest := ids_BT.shape[1] - sum(lengths)):
+            lengths.append(rest)
         mask_B11T = None if mask_BT is None else mask_BT[:, None, None, :]
         for block in self.blocks:
             x_BTD = block(x_BTD, mask_B11T, lengths)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from autotune.search.space import Space
-from autotune.search.surrogate import ORDERED, Known, Surrogate, expected_gain
+from autotune.search.surrogate import ORDERED, USUAL, Known, Surrogate, expected_gain
 from autotune.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -31,11 +31,13 @@ class Proposal(NamedTuple):
 
     strategy: Strategy
     gain: float | None = None
-    """By what share it is expected to take less than the best so far; None where it was enqueued or drawn."""
+    """By what share of its time the best so far is expected to be beaten; None where it was enqueued or drawn."""
+    cost_s: float = 0.0
+    """What trying it is expected to take."""
 
 
 class Sampler:
-    """Proposes strategies; ``tell`` must follow every ``ask``."""
+    """Proposes strategies; ``tell`` must follow every ``ask`` and every ``take``."""
 
     def __init__(
         self,
@@ -45,8 +47,10 @@ class Sampler:
         seed: int,
         seen: Iterable[Strategy] = (),
         is_hopeless: Callable[[Strategy], bool] = lambda _: False,
+        usual: Mapping[str, float] = USUAL,
     ) -> None:
-        """``seen`` was tried before; what ``is_hopeless`` says so of is not proposed, but where it is enqueued."""
+        """``seen`` was tried before; what ``is_hopeless`` says so of is not proposed, but where it is enqueued.
+        ``usual`` is what knobs usually do to the loss."""
         import optuna
 
         self._space = space
@@ -56,7 +60,7 @@ class Sampler:
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             knob: optuna.distributions.CategoricalDistribution(values) for knob, values in space.values.items()
         }
-        self._is_hopeless = is_hopeless
+        self._is_hopeless, self._usual = is_hopeless, usual
         self._queue: list[Strategy] = []
         self._asked: optuna.trial.Trial | None = None
 
@@ -75,27 +79,32 @@ class Sampler:
     def ask(
         self, known: Sequence[Known] = (), cost_s: Callable[[Strategy, float], float] = lambda strategy, loss: 1.0
     ) -> Proposal | None:
-        """A strategy not asked for before; None when all there are have been.
+        """What is proposed, taken."""
+        proposal = self.propose(known, cost_s)
+        return None if proposal is None else self.take(proposal)
+
+    def propose(self, known: Sequence[Known], cost_s: Callable[[Strategy, float], float]) -> Proposal | None:
+        """A strategy not taken before; None when all there are have been.
 
         What is queued comes first. ``cost_s`` says what trying a strategy of an expected loss takes.
         """
         while self._queue:
             strategy = self._queue.pop(0)
             if strategy not in self._seen:
-                return self._take(Proposal(strategy))
+                return Proposal(strategy)
         candidates = self._candidates(known)
         if not candidates:
             untried = self._untried()
-            return self._take(Proposal(self._random.choice(untried))) if untried else None
+            return Proposal(self._random.choice(untried)) if untried else None
         if not known:
-            return self._take(Proposal(candidates[-1]))
-        surrogate = Surrogate(self._space.values, known)
-        best_log = float(surrogate.predict([one.strategy for one in known])[0].min())
+            return Proposal(candidates[-1])
+        surrogate = Surrogate(self._space.values, known, self._usual)
+        best_log = float(surrogate.predict([one.strategy for one in _contenders(known)])[0].min())
         mean, deviation = surrogate.predict(candidates)
         gains = expected_gain(best_log, mean, deviation)
         costs_s = [cost_s(strategy, loss) for strategy, loss in zip(candidates, np.exp(mean).tolist(), strict=True)]
         chosen = int(np.argmax(gains / np.asarray(costs_s)))
-        return self._take(Proposal(candidates[chosen], float(gains[chosen])))
+        return Proposal(candidates[chosen], float(gains[chosen]), costs_s[chosen])
 
     def tell(self, loss: float | None) -> None:
         """The last asked strategy's loss; None for one that cannot be used."""
@@ -108,7 +117,7 @@ class Sampler:
         self._asked = None
 
     def _candidates(self, known: Sequence[Known]) -> list[Strategy]:
-        best = [one.strategy for one in sorted(known, key=lambda one: one.loss)[:_NUM_NEAR]]
+        best = [one.strategy for one in sorted(_contenders(known), key=lambda one: one.loss)[:_NUM_NEAR]]
         near = [neighbour for strategy in best for neighbour in self._space.neighbours(strategy)]
         around = self._space.neighbours(best[0]) if best else []
         further = [neighbour for strategy in around for neighbour in self._space.neighbours(strategy)]
@@ -130,7 +139,8 @@ class Sampler:
         places = {values.index(getattr(one.strategy, knob)) for one in known} or set(range(len(values)))
         return {value for place, value in enumerate(values) if {place - 1, place, place + 1} & places}
 
-    def _take(self, proposal: Proposal) -> Proposal:
+    def take(self, proposal: Proposal) -> Proposal:
+        """Asks Optuna's study for what was proposed; ``tell`` must follow."""
         self._study.enqueue_trial(self._space.params(proposal.strategy))
         self._asked = self._study.ask(self._distributions)
         self._seen.add(proposal.strategy)
@@ -144,3 +154,8 @@ class Sampler:
 
     def _may_try(self, strategy: Strategy) -> bool:
         return strategy not in self._seen and not self._is_hopeless(strategy)
+
+
+def _contenders(known: Sequence[Known]) -> Sequence[Known]:
+    """Those that may win; where none may, all."""
+    return [one for one in known if one.may_win] or known

@@ -32,6 +32,15 @@ USUAL: dict[str, float] = {
     "prefetch": 0.03,
 }
 """Standard deviation of what a knob's values do to the logarithm of the seconds."""
+USUAL_OF_MEMORY: dict[str, float] = {
+    **dict.fromkeys(USUAL, 0.1),
+    "micro_batch": 1.0,
+    "checkpoint": 0.5,
+    "padding": 0.4,
+    "attention": 0.3,
+    "precision": 0.3,
+}
+"""The same of peak memory."""
 _OTHER = 0.1
 _TOGETHER = 0.4
 """What two knobs do beyond their sum has this times the product of their own standard deviations."""
@@ -50,15 +59,19 @@ class Known(NamedTuple):
     loss: float
     noise: float
     """The loss's relative standard deviation."""
+    may_win: bool = True
+    """Whether it is measured to the end, fits the limits and has not failed."""
 
 
 class Surrogate:
-    """Fitted to what is known of some settings, whose knobs take the given values."""
+    """Fitted to what is known of some settings, whose knobs take the given values and usually do so much."""
 
-    def __init__(self, values: Mapping[str, Sequence[Any]], known: Sequence[Known]) -> None:
+    def __init__(
+        self, values: Mapping[str, Sequence[Any]], known: Sequence[Known], usual: Mapping[str, float] = USUAL
+    ) -> None:
         self._knobs = [knob for knob in values if len(values[knob]) > 1]
         self._places = {knob: {value: place for place, value in enumerate(values[knob])} for knob in self._knobs}
-        self._variances = np.square([USUAL.get(knob, _OTHER) for knob in self._knobs])
+        self._variances = np.square([usual.get(knob, _OTHER) for knob in self._knobs])
         self._is_ordered = np.array([knob in ORDERED for knob in self._knobs])
         self._known = self._encoded([one.strategy for one in known])
         logs = np.log([one.loss for one in known])
@@ -105,10 +118,14 @@ class Surrogate:
 
 
 def expected_gain(best_log: float, mean: Matrix, deviation: Matrix) -> Matrix:
-    """By what share each setting is expected to take less than the best, where it does (expected improvement, Mockus
-    1975, of the logarithm)."""
+    """By what share of the best's time each setting is expected to take less, where it does: the expected improvement
+    (Mockus 1975) of a log-normal, the mean of max(0, 1 - x / best)."""
     z = (best_log - mean) / deviation
-    density = np.exp(-np.square(z) / 2) / math.sqrt(2 * math.pi)
-    below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in z])
-    gain: Matrix = deviation * (z * below + density)
-    return gain
+    smaller, partial = _normal(z), _normal(z - deviation)
+    gain: Matrix = smaller - np.exp(mean - best_log + np.square(deviation) / 2) * partial
+    return np.maximum(gain, 0.0)
+
+
+def _normal(z: Matrix) -> Matrix:
+    """The standard normal's distribution function."""
+    return np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in z])

@@ -20,9 +20,8 @@ from autotune.search.proof import Proof
 from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
 from autotune.search.space import expert_guess
-from autotune.search.surrogate import Known, Surrogate
+from autotune.search.surrogate import USUAL, USUAL_OF_MEMORY, Known, Surrogate
 from autotune.search.task import Task
-from autotune.stats import relative_margin
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
 from autotune.trial.runner import run_trial
@@ -43,7 +42,7 @@ NO_WAIT = 0.01
 """A loader that takes less than this share of the step's time is fast enough."""
 FAILED: tuple[Outcome, ...] = ("crashed", "invalid", "diverged", "timeout")
 ENOUGH_FAILURES = 2
-"""A knob's value that so many trials have failed with, and none was fine with, is not tried again."""
+"""A knob's value that alone can be to blame for so many failed trials is not tried again."""
 SILENCE_S = 20.0
 """A trial that says nothing for this and four of the baseline's steps hangs."""
 
@@ -76,6 +75,7 @@ class Trials:
             seed=task.settings.seed,
             seen=[trial.strategy for trial in self.all],
             is_hopeless=self._is_hopeless,
+            usual=USUAL_OF_MEMORY if task.settings.objective == "memory" else USUAL,
         )
         self._doomed: set[tuple[str, Any]] = set()
         self._pulse_s: float | None = None
@@ -117,13 +117,13 @@ class Trials:
                 origin = "expert's guess"
         while self._goes_on(reserved_s):
             self._doomed = self._never_fine()
-            proposal = self._sampler.ask(self._known(), self._cost())
+            proposal = self._sampler.propose(self._known(), self._cost())
             if proposal is None:
                 break
             if not self._pays(proposal):
-                self._sampler.tell(None)
                 self.is_settled = True
                 break
+            self._sampler.take(proposal)
             self._try(proposal.strategy, origin)
             origin = "search"
         self._stop_pulse()
@@ -151,7 +151,7 @@ class Trials:
         if len(known) < 2 or self._task.settings.objective != "time":
             return ()
         surrogate = Surrogate(self._task.space.values, known)
-        return shares(surrogate, best, self._task.baseline)
+        return shares(surrogate, best, self._task.baseline, self._task.space)
 
     def finalists(self) -> list[Trial]:
         """The best few by their own figures, the best first."""
@@ -237,13 +237,19 @@ class Trials:
 
     def _known(self) -> list[Known]:
         """What was tried and how sure its figures are."""
-        known = []
+        known, may_win = [], {trial.number for trial in self._usable()}
         for trial in self.all:
             loss = self._loss(trial)
-            if loss is not None and trial.number not in self.failures:
-                spread = relative_margin(trial.measurement.epoch_s) / 2 if trial.measurement else math.inf
-                known.append(Known(trial.strategy, loss, min(max(spread, NOISE), NOISE_PRUNED)))
+            if loss is not None:
+                known.append(Known(trial.strategy, loss, self._noise(trial), may_win=trial.number in may_win))
         return known
+
+    def _noise(self, trial: Trial) -> float:
+        if self._task.settings.objective == "memory":
+            return NOISE
+        laps = trial.measurement.epoch_s if trial.measurement else ()
+        error = statistics.stdev(laps) / statistics.mean(laps) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf
+        return min(max(error, NOISE), NOISE_PRUNED)
 
     def _cost(self) -> Callable[[Strategy, float], float]:
         """Gives the seconds that a trial of some strategy and expected loss takes: what others of its kind have taken
@@ -269,7 +275,7 @@ class Trials:
         if proposal.gain is None or best is None or settings.max_trials is not None or settings.objective != "time":
             return True
         loss = self._loss(best)
-        return loss is None or proposal.gain * loss > self._cost()(proposal.strategy, loss)
+        return loss is None or proposal.gain * loss > proposal.cost_s
 
     def _is_hopeless(self, strategy: Strategy) -> bool:
         return (
@@ -279,16 +285,19 @@ class Trials:
         )
 
     def _never_fine(self) -> set[tuple[str, Any]]:
-        """Knobs' values that several trials have failed with, and none was fine with. Memory is the memory model's."""
-        fine: set[tuple[str, Any]] = set()
-        failed: Counter[tuple[str, Any]] = Counter()
+        """Knobs' values that several trials have failed with though all else in them was fine elsewhere. Memory is the
+        memory model's."""
+
+        def pairs(trial: Trial) -> list[tuple[str, Any]]:
+            return [(knob, getattr(trial.strategy, knob)) for knob in self._task.space.values]
+
+        fine = {pair for trial in self.all if trial.outcome in ("ok", "pruned") for pair in pairs(trial)}
+        blamed: Counter[tuple[str, Any]] = Counter()
         for trial in self.all:
-            pairs = [(knob, getattr(trial.strategy, knob)) for knob in self._task.space.values]
-            if trial.outcome in FAILED or trial.number in self.failures:
-                failed.update(pairs)
-            elif trial.outcome != "oom":
-                fine.update(pairs)
-        return {pair for pair, count in failed.items() if count >= ENOUGH_FAILURES and pair not in fine}
+            suspects = [pair for pair in pairs(trial) if pair not in fine]
+            if trial.outcome in FAILED and len(suspects) == 1:
+                blamed.update(suspects)
+        return {pair for pair, count in blamed.items() if count >= ENOUGH_FAILURES}
 
     def _loader_keeps_up(self) -> bool:
         """Whether nothing that was measured waited for data: loader processes could only take cores away."""

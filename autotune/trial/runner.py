@@ -165,17 +165,26 @@ def run_trial(
     ``hopeless`` sees every progress message; a reason from it ends the trial as ``pruned``, unless others have kept the
     cores busy meanwhile. It may take ``timeout_s``, and say nothing for ``silence_s``.
     """
-    start, load = time.monotonic(), Load()
+    start = time.monotonic()
     last: Progress | None = None
+    since_first: list[tuple[Load, float]] = []
 
     def listen(progress: Progress) -> None:
         nonlocal last
         on_progress(progress)
         if progress.lap is not None:
+            if last is None:
+                since_first.append((Load(), session.cpu_s()))
             last = progress
             reason = hopeless(progress)
-            if reason is not None and load.is_quiet(usable_cores(), session.cpu_s()):
+            if reason is not None and not was_disturbed():
                 raise TrialEndedError("pruned", reason)
+
+    def was_disturbed() -> bool:
+        """Whether others had the cores that the laps since the first needed; those of an accelerator need few."""
+        (load, before_s), *_ = since_first
+        is_on_cores = backends.get(job.backend).is_host_memory
+        return is_on_cores and not load.is_quiet(usable_cores(), session.cpu_s() - before_s)
 
     def ended(outcome: Outcome, reason: str, measurement: Measurement | None = None) -> Trial:
         return Trial(

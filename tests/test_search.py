@@ -373,8 +373,8 @@ def test_what_may_not_win_is_not_what_others_have_to_beat(
         return factories.trial(number, job.strategy, measurement=measurement, outcome="ok" if fits else "oom")
 
     scripted_device.setattr(trials, "run_trial", big_is_fast)
-    result = searched(prepared, memory_budget_bytes=600 * 2**20, budget_s=1e9, max_trials=None, epochs=1000)
-    assert len(result.trials) > 10
+    result = searched(prepared, memory_budget_bytes=600 * 2**20, budget_s=1e9, max_trials=None, epochs=100)
+    assert len(result.trials) > 5
     assert result.best.strategy.precision == "bf16"
     assert result.best.strategy.micro_batch <= 8
 

@@ -40,7 +40,7 @@ NOISE, NOISE_PRUNED = 0.03, 0.15
 """Relative standard deviation of a trial's figure at best, and of one that was given up after two laps."""
 NO_WAIT = 0.01
 """A loader that takes less than this share of the step's time is fast enough."""
-FAILED: tuple[Outcome, ...] = ("crashed", "invalid", "diverged", "timeout")
+FAILED: tuple[Outcome, ...] = ("crashed", "invalid", "diverged", "timeout", "oom")
 ENOUGH_FAILURES = 2
 """A knob's value that alone can be to blame for so many failed trials is not tried again."""
 SILENCE_S = 20.0
@@ -240,7 +240,8 @@ class Trials:
         known, may_win = [], {trial.number for trial in self._usable()}
         for trial in self.all:
             loss = self._loss(trial)
-            if loss is not None:
+            # what is over the limit would draw the search to more of its kind
+            if loss is not None and (trial.measurement is None or self._task.fits(trial.measurement)):
                 known.append(Known(trial.strategy, loss, self._noise(trial), may_win=trial.number in may_win))
         return known
 
@@ -285,8 +286,7 @@ class Trials:
         )
 
     def _never_fine(self) -> set[tuple[str, Any]]:
-        """Knobs' values that several trials have failed with though all else in them was fine elsewhere. Memory is the
-        memory model's."""
+        """Knobs' values that several trials have failed with though all else in them was fine elsewhere."""
 
         def pairs(trial: Trial) -> list[tuple[str, Any]]:
             return [(knob, getattr(trial.strategy, knob)) for knob in self._task.space.values]

@@ -8,13 +8,11 @@ import torch
 
 from autotune.apply import Run
 from autotune.measurement import Trial
-from autotune.search.proof import Proof
-from autotune.search.space import Space
+from autotune.search.settings import Observer
 from autotune.strategy import Strategy
-from autotune.trial.worker import Progress
 
 
-class Silent:
+class Silent(Observer):
     """Says nothing; ``origins`` are those of the trials, in order."""
 
     def __init__(self) -> None:
@@ -22,23 +20,11 @@ class Silent:
         self.resumed = 0
         """Trials taken over from an interrupted search."""
 
-    def on_space(self, space: Space) -> None: ...
-
     def on_resume(self, trials: Sequence[Trial], best: Trial | None, spent_s: float) -> None:
         self.resumed = len(trials)
 
     def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
         self.origins.append(origin)
-
-    def on_progress(self, progress: Progress) -> None: ...
-
-    def on_trial_end(self, trial: Trial, best: Trial | None) -> None: ...
-
-    def on_race(self, done: int, num_entrants: int) -> None: ...
-
-    def on_proof(self, trial: Trial) -> None: ...
-
-    def on_proof_end(self, trial: Trial, proof: Proof) -> None: ...
 
 
 class SilentPulse:

@@ -13,7 +13,9 @@ from autotune.search.objective import PlannedRun
 from autotune.strategy import Strategy
 from benchmarks import replay
 from benchmarks.grid import Grid, Header, Record, read_grid
-from benchmarks.replay import METHODS, Recorded, cost_within, regret_at, replayed
+from benchmarks.methods import METHODS
+from benchmarks.recorded import Recorded, job_of
+from benchmarks.replay import cost_within, regret_at, replayed
 from tests import factories
 
 PLANNED = PlannedRun(num_train=1000, num_test=0, epochs=1)
@@ -68,7 +70,7 @@ def test_the_truth_is_what_was_recorded_at_one_speed(path: Path) -> None:
 def test_giving_a_trial_up_costs_what_had_passed_by_then(path: Path) -> None:
     recorded = Recorded(read_grid(path))
     recorded.deviation = 0.0
-    job = replay.job_of(SETTINGS[0])
+    job = job_of(SETTINGS[0])
     found = recorded.run(0, job, memory_limit_bytes=2**60, hopeless=lambda p: "slow" if p.num_laps == 2 else None)
     assert found.outcome == "pruned"
     assert recorded.clock == pytest.approx(20 / 4)

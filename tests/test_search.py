@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from autotune.errors import AutotuneError
-from autotune.measurement import Trial
+from autotune.measurement import Outcome, Trial
 from autotune.search import study, trials
 from autotune.search.finals import Final
 from autotune.search.proof import Proof
@@ -21,7 +22,7 @@ from autotune.search.settings import Settings
 from autotune.search.space import build_space
 from autotune.search.study import search
 from autotune.search.task import Task
-from autotune.strategy import Strategy, baseline
+from autotune.strategy import Attention, Strategy, baseline
 from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Job
 from tests import factories
@@ -344,15 +345,21 @@ def test_loader_processes_are_not_tried_where_nothing_waits_for_data(
     assert {trial.strategy.workers for trial in searched(prepared).trials} == {0}
 
 
+def failing_with(attention: Attention, outcome: Outcome) -> Callable[..., Trial]:
+    """The scripted device, but that nothing runs with some attention."""
+
+    def run(number: int, job: Job, **_: Any) -> Trial:
+        if job.strategy.attention == attention:
+            return factories.trial(number, job.strategy, outcome=outcome, reason="scripted", measurement=None)
+        return run_scripted(number, job)
+
+    return run
+
+
 def test_a_guess_that_fails_does_not_discredit_what_it_is_made_of(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
-    def flash_fails(number: int, job: Job, **_: Any) -> Trial:
-        if job.strategy.attention == "sdpa_flash":
-            return factories.trial(number, job.strategy, outcome="crashed", reason="scripted", measurement=None)
-        return run_scripted(number, job)
-
-    scripted_device.setattr(trials, "run_trial", flash_fails)
+    scripted_device.setattr(trials, "run_trial", failing_with("sdpa_flash", "crashed"))
     result = searched(prepared)
     assert result.trials[1].outcome == "crashed", "the guess itself"
     assert (result.best.strategy.attention, result.best.strategy.precision) == ("sdpa", "bf16")
@@ -382,12 +389,7 @@ def test_what_may_not_win_is_not_what_others_have_to_beat(
 def test_a_value_that_fails_whatever_it_is_combined_with_is_given_up(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
-    def refusing(number: int, job: Job, **_: Any) -> Trial:
-        if job.strategy.attention == "sdpa":
-            return factories.trial(number, job.strategy, outcome="invalid", reason="scripted", measurement=None)
-        return run_scripted(number, job)
-
-    scripted_device.setattr(trials, "run_trial", refusing)
+    scripted_device.setattr(trials, "run_trial", failing_with("sdpa", "invalid"))
     result = searched(prepared)
     assert 1 <= sum(trial.strategy.attention == "sdpa" for trial in result.trials) <= 2
     assert result.best.strategy.attention == "sdpa_flash"

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from autotune.backends.base import Capability
 from autotune.measurement import Interval
-from autotune.report import terminal
+from autotune.report import summary, terminal
 from autotune.report.live import ProbeDisplay, SearchDisplay, TrainDisplay
 from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
@@ -92,7 +92,7 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
     training.on_step(1, 17, 544)
     training.on_epoch(epoch)
     for what in (
-        terminal.search_summary(result(), "imdb", Path("profiles/cpu/imdb.toml")),
+        summary.search_summary(result(), "imdb", Path("profiles/cpu/imdb.toml")),
         terminal.probe_report(factories.hardware()),
         terminal.epoch_table([epoch] * 5),
         search_display().render(),
@@ -103,7 +103,7 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
 
 
 def test_the_summary_tells_baseline_best_change_and_the_three_lines() -> None:
-    text = "\n".join(rendered(terminal.search_summary(result(), "imdb", Path("p/imdb.toml")), 120))
+    text = "\n".join(rendered(summary.search_summary(result(), "imdb", Path("p/imdb.toml")), 120))
     for words in (
         "5.00x faster",
         "95 % interval 4.80 to 5.20",
@@ -147,7 +147,7 @@ def test_what_each_knob_brings_is_shown_with_its_interval_and_a_bar() -> None:
         Share(knob="padding", value="buckets", plain="max", ratio=Interval(ratio=1.41, low=1.2, high=1.7)),
         Share(knob="workers", value=2, plain=0, ratio=Interval(ratio=0.98, low=0.9, high=1.05)),
     )
-    lines = rendered(terminal.changed_knobs(BEST, baseline(32), brought), 80)
+    lines = rendered(summary.changed_knobs(BEST, baseline(32), brought), 80)
     rows = {line.split()[0]: line for line in lines}
     assert list(rows)[:3] == ["precision", "padding", "workers"], "the largest first"
     assert "fp32 -> bf16" in rows["precision"]

@@ -44,7 +44,8 @@ def list_(profiles: Path | None, device_name: str | None) -> None:
 def show(path: Path) -> None:
     """What a profile sets, and the evidence for it."""
     from autotune.profile import read_profile
-    from autotune.report.terminal import changed_knobs, interval_words, stdout
+    from autotune.report.summary import changed_knobs
+    from autotune.report.terminal import interval_words, stdout
     from autotune.units import format_bytes, format_duration, format_rate
 
     profile = read_profile(path)

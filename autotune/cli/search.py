@@ -85,7 +85,8 @@ def command(
     from autotune.probe import describe_device, probe
     from autotune.profile import write_profile
     from autotune.report.live import ProbeDisplay, SearchDisplay
-    from autotune.report.terminal import busy_words, planned_words, search_summary, space_table, stdout
+    from autotune.report.summary import planned_words, search_summary
+    from autotune.report.terminal import busy_words, space_table, stdout
     from autotune.search.result import profile_of
     from autotune.search.settings import Settings
     from autotune.search.study import search

@@ -28,6 +28,7 @@ from autotune.report.terminal import (
     trial_table,
 )
 from autotune.search.proof import Proof
+from autotune.search.settings import Observer
 from autotune.search.space import Space
 from autotune.strategy import Strategy
 from autotune.training import Epoch
@@ -126,7 +127,7 @@ class ProbeDisplay(_Display):
         return Group(table, self._spinner)
 
 
-class SearchDisplay(_Display):
+class SearchDisplay(_Display, Observer):
     """The trial under way, the best so far, the time, the last trials."""
 
     def __init__(self, title: str, *, budget_s: float | None, max_trials: int | None) -> None:

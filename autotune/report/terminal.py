@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,9 +15,6 @@ from autotune.backends.base import Capability, Device
 from autotune.measurement import Interval, Trial
 from autotune.probe import MAX_BUSY_PART, Hardware
 from autotune.profile import Profile
-from autotune.search.explain import Share
-from autotune.search.objective import PlannedRun
-from autotune.search.result import Result
 from autotune.search.space import Space
 from autotune.strategy import Strategy, baseline
 from autotune.training import Epoch
@@ -33,9 +29,6 @@ _STYLE = {
     "diverged": "red",
     "invalid": "yellow",
 }
-_BAR = 14
-"""Columns of the longest bar."""
-_ESTIMATED = "estimated from all trials, with 95 % intervals"
 _UNITS = {
     "gflop_per_s": "{:,.0f} GFLOP/s",
     "side_elements": "side {:,.0f}",
@@ -217,142 +210,11 @@ def trial_line(trial: Trial) -> str:
     return f"trial {number:>2}  {outcome.plain:8} {setting.plain}" + (f"  [{figures}]" if figures else "")
 
 
-def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = True) -> RenderableType:
-    """Baseline beside best, what changed, and what to do with it."""
-    base, best = result.baseline.measurement, result.best.measurement
-    assert base is not None
-    assert best is not None
-    planned = result.planned
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    table.add_column("", no_wrap=True)
-    for title in ("baseline", "best", ""):
-        table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    ratio = result.speedup.ratio
-    faster = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-    table.add_row(
-        "samples/s", format_rate(base.samples_per_s), format_rate(best.samples_per_s), Text(faster, style="bold green")
-    )
-    table.add_row(
-        "step", f"{base.step_ms:,.0f} ms", f"{best.step_ms:,.0f} ms", planned_step(best.step_ms, base.step_ms)
-    )
-    table.add_row(
-        "peak memory",
-        format_bytes(base.peak_memory_bytes),
-        format_bytes(best.peak_memory_bytes),
-        _change(base.peak_memory_bytes, best.peak_memory_bytes, "less memory", "more memory"),
-    )
-    table.add_row("waiting for data", f"{base.loader_wait:.1%}", f"{best.loader_wait:.1%}", "")
-    cached = "" if result.warm_up_cached_s is None else f"{format_duration(result.warm_up_cached_s)} once compiled"
-    table.add_row("warm-up", format_duration(base.warm_up_s), format_duration(best.warm_up_s), cached)
-    base_s, best_s = planned.projected_s(base), planned.projected_s(best)
-    epochs = f"{planned.epochs} epoch{'s' if planned.epochs != 1 else ''}"
-    table.add_row(
-        f"projected, {epochs}",
-        format_duration(base_s),
-        format_duration(best_s),
-        f"saves {format_duration(base_s - best_s)}" if base_s > best_s else "",
-    )
-    found = (table, "", Text(_confidence(result), style="bright_black"), "")
-    knobs = changed_knobs(result.best.strategy, result.baseline.strategy, result.shares)
-    if not is_saved:
-        kept = "Not saved: the profile that is there has passed its last test, and this has not ("
-        return Group(*found, knobs, "", Text.assemble(kept, (str(path), "bold"), "). The same command goes on."))
-    return Group(
-        *found,
-        knobs,
-        "",
-        Text.assemble("Saved ", (str(path), "bold"), ". To use it:"),
-        "",
-        Text(f"    autotune train --model {name}", style="cyan"),
-        Text(""),
-        Text("    import autotune", style="cyan"),
-        Text(f'    run = autotune.load("{name}").apply()', style="cyan"),
-        Text("    for batch in run.loader: loss = run.step(batch)", style="cyan"),
-    )
-
-
-def planned_step(best_ms: float, base_ms: float) -> str:
-    """How many steps of the best fit into one of the baseline, where they do."""
-    return "" if best_ms >= base_ms else f"{base_ms / best_ms:.1f} steps in the time of one"
-
-
-def changed_knobs(best: Strategy, base: Strategy, shares: Sequence[Share] = ()) -> RenderableType:
-    """Every knob that the best sets differently, with what it brings where that is known."""
-    changed = best.changed(base)
-    if not changed:
-        return Text("The plain baseline is the best of what was tried.")
-    by_knob = {share.knob: share.ratio for share in shares}
-    longest = max((math.log(ratio.ratio) for ratio in by_knob.values()), default=0.0)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column()
-    order = [share.knob for share in shares]
-    for knob in sorted(changed, key=lambda knob: order.index(knob) if knob in order else len(order)):
-        now, before = changed[knob]
-        row: list[RenderableType] = [knob, Text.assemble((f"{before} -> ", "bright_black"), str(now))]
-        if knob in by_knob:
-            ratio = by_knob[knob]
-            bar = "█" * round(_BAR * max(0.0, math.log(ratio.ratio)) / longest) if longest > 0 else ""
-            spread = Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="bright_black")
-            row += [f"{ratio.ratio:.2f}x", spread, Text(bar, style="green", no_wrap=True, overflow="crop")]
-        table.add_row(*row)
-    if not shares:
-        return table
-    return Group(table, Text(f"What each brings, all else as in the best: {_ESTIMATED}.", style="bright_black"))
-
-
 def interval_words(interval: Interval) -> str:
     """``7.9x (95 % interval 7.7 to 8.1)``."""
     if math.isinf(interval.high):
         return f"{interval.ratio:.2f}x (measured once, so without an interval)"
     return f"{interval.ratio:.2f}x (95 % interval {interval.low:.2f} to {interval.high:.2f})"
-
-
-def _confidence(result: Result) -> str:
-    outcomes: dict[str, int] = {}
-    for trial in result.trials:
-        outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
-    counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
-    rounds = f"{result.num_rounds} rounds in turns with the baseline"
-    how = rounds if result.num_rounds else "from separate trials, not measured in turns"
-    base, best = result.baseline.measurement, result.best.measurement
-    assert base is not None
-    assert best is not None
-    gained_s = result.planned.projected_s(base) - result.planned.projected_s(best)
-    epochs_to_pay = result.search_s / (gained_s / result.planned.epochs) if gained_s > 0 else math.inf
-    pays = ""
-    if epochs_to_pay < result.planned.epochs:
-        when = "within the first epoch" if epochs_to_pay < 1 else f"after {epochs_to_pay:.1f} epochs"
-        pays = f"; pays for itself {when}"
-    is_baseline = result.best.strategy == result.baseline.strategy
-    verdict = "Nothing is faster." if is_baseline else f"Speed-up {interval_words(result.speedup)}, {how}."
-    settled = " No other was expected to save more than trying it takes." if result.is_settled else ""
-    return (
-        f"{verdict} {len(result.trials)} trials ({counts}) in "
-        f"{format_duration(result.search_s)}{pays}.{settled}{_proof_words(result)}"
-    )
-
-
-def _proof_words(result: Result) -> str:
-    proof = result.proof
-    if result.best.strategy == result.baseline.strategy:
-        return ""
-    if proof is None:
-        return " Interrupted before its losses were compared and it was soaked: search again to go on."
-    compared = f"Losses not compared, the baseline did not train these batches ({proof.not_compared}); "
-    if proof.loss_deviation is not None:
-        how = "Approximate: first losses" if result.best.strategy.is_approximate else "First losses"
-        compared = f"{how} within {proof.loss_deviation:.2%} of the fp32 baseline's on the same batches; "
-    return f" {compared}{proof.soak_steps} steps lasted, the longest samples in a row first."
-
-
-def _change(before: float, after: float, less: str, more: str) -> str:
-    if abs(after / before - 1) < 0.005:
-        return "the same"
-    return f"{1 - after / before:.0%} {less}" if after < before else f"{after / before - 1:.0%} {more}"
 
 
 def epoch_table(epochs: list[Epoch]) -> Table:
@@ -400,9 +262,3 @@ def profile_table(rows: list[tuple[Path, Profile, bool]]) -> Table:
             f"{profile.device.name}\n{path}",
         )
     return table
-
-
-def planned_words(planned: PlannedRun) -> str:
-    """``5 epochs of 25,000 reviews, each with an evaluation of 25,000``."""
-    epochs = f"{planned.epochs} epoch{'s' if planned.epochs != 1 else ''}"
-    return f"{epochs} of {planned.num_train:,} samples, each followed by an evaluation of {planned.num_test:,}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import msgspec
 
@@ -34,8 +33,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
-class Observer(Protocol):
-    """Hears what a search is doing; the terminal's live display is one."""
+class Observer:
+    """Hears what a search is doing, and does nothing with what a subclass does not override."""
 
     def on_space(self, space: Space) -> None:
         """What will be searched."""

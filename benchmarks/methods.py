@@ -1,0 +1,216 @@
+"""Search methods on a recorded grid: ours, and what people use otherwise. Each says what it held for the best when."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import optuna
+
+from autotune import backends
+from autotune.measurement import Trial
+from autotune.search.journal import Journal
+from autotune.search.objective import PlannedRun
+from autotune.search.settings import Observer, Settings
+from autotune.search.space import Space, expert_guess
+from autotune.search.task import Task
+from autotune.search.trials import Trials
+from autotune.strategy import Strategy, baseline
+from autotune.trial.pulse import Pulse
+from autotune.workloads.base import Workload, WorkloadRef
+from benchmarks.recorded import Recorded, job_of
+
+MAX_ASKED = 3000
+"""A sampler that has repeated itself so often is left alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed(Task):
+    """A search's task on a grid."""
+
+    recorded: Recorded
+
+    @functools.cached_property
+    def space(self) -> Space:
+        """What was recorded."""
+        return self.recorded.space
+
+    @functools.cached_property
+    def planned(self) -> PlannedRun:
+        """The training that it was recorded for."""
+        return self.recorded.grid.header.planned
+
+    @property
+    def baseline(self) -> Strategy:
+        """The plain one."""
+        return baseline(self.space.global_batch)
+
+
+class Held(NamedTuple):
+    """What a method holds for the best from some time on."""
+
+    since_s: float
+    strategy: Strategy
+
+
+class _Noting(Observer):
+    """Notes what the search holds for the best after each trial."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        self._recorded = recorded
+        self.held: list[Held] = []
+
+    def on_trial_end(self, trial: Trial, best: Trial | None) -> None:
+        if best is not None:
+            self.held.append(Held(self._recorded.clock, best.strategy))
+
+
+class _NoPulse(Pulse):
+    """Records are moved to one speed by their own pulses."""
+
+    def beat(self) -> None:
+        return None
+
+
+def ours(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
+    """The search's own trials."""
+    header = recorded.grid.header
+    task = Replayed(
+        recorded=recorded,
+        ref=WorkloadRef(name=header.model, folder="", source=header.source),
+        workload=cast("Workload", None),  # a grid has no model
+        hardware=header.hardware,
+        backend=backends.get(header.hardware.device.kind),
+        settings=Settings(budget_s=budget_s, seed=seed),
+    )
+    noting, journal = _Noting(recorded), Journal(optuna.create_study())
+    trials = Trials(task, noting, journal, _NoPulse(task.backend.name), run=recorded.run, clock=lambda: recorded.clock)
+    trials.run(reserved_s=lambda: 0.0)
+    return noting.held
+
+
+class _Rival:
+    """Measures whole trials, remembers them, and holds the fastest."""
+
+    def __init__(self, recorded: Recorded, budget_s: float) -> None:
+        self._recorded, self._budget_s = recorded, budget_s
+        self.losses: dict[Strategy, float] = {}
+        self.held: list[Held] = []
+
+    @property
+    def is_over(self) -> bool:
+        return self._recorded.clock >= self._budget_s or len(self.losses) == len(self._recorded.by_strategy)
+
+    def loss(self, strategy: Strategy) -> float:
+        """Seconds of the planned run; infinite where it did not run."""
+        if strategy not in self.losses:
+            trial = self._recorded.run(0, job_of(strategy), memory_limit_bytes=2**60)
+            planned: PlannedRun = self._recorded.grid.header.planned
+            self.losses[strategy] = planned.projected_s(trial.measurement) if trial.measurement else math.inf
+            best = min(self.losses, key=self.losses.__getitem__)
+            if math.isfinite(self.losses[best]) and (not self.held or best != self.held[-1].strategy):
+                self.held.append(Held(self._recorded.clock, best))
+        return self.losses[strategy]
+
+
+def _in_order(strategies: Callable[[Recorded, int], Sequence[Strategy]]) -> Callable[..., list[Held]]:
+    def method(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
+        rival = _Rival(recorded, budget_s)
+        for strategy in strategies(recorded, seed):
+            if rival.is_over:
+                break
+            rival.loss(strategy)
+        return rival.held
+
+    return method
+
+
+def _shuffled(recorded: Recorded, seed: int) -> list[Strategy]:
+    strategies = list(recorded.by_strategy)
+    random.Random(seed).shuffle(strategies)
+    return strategies
+
+
+def _grid_order(recorded: Recorded, _: int) -> list[Strategy]:
+    everything = itertools.product(*recorded.space.values.values())
+    named = (recorded.space.strategy(dict(zip(recorded.space.values, chosen, strict=True))) for chosen in everything)
+    return [strategy for strategy in named if recorded.space.refusal(strategy) is None]
+
+
+def _optuna(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Callable[..., list[Held]]:
+    def method(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
+        rival, space = _Rival(recorded, budget_s), recorded.space
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            study = optuna.create_study(sampler=sampler(seed))
+        knobs = {knob: values for knob, values in space.values.items() if len(values) > 1}
+        plain = {knob: values[0] for knob, values in space.values.items()}
+        for _ in range(MAX_ASKED):
+            if rival.is_over:
+                break
+            trial = study.ask()
+            chosen = {knob: trial.suggest_categorical(knob, values) for knob, values in knobs.items()}
+            strategy = space.strategy({**plain, **chosen})
+            if space.refusal(strategy) is not None or not math.isfinite(rival.loss(strategy)):
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(trial, rival.loss(strategy))
+        return rival.held
+
+    return method
+
+
+def one_knob_at_a_time(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
+    """From the plain baseline: all values of a knob, keep the best, the next knob; again until nothing gets better."""
+    rival, space = _Rival(recorded, budget_s), recorded.space
+    here = baseline(space.global_batch)
+    rival.loss(here)
+    knobs = [knob for knob, values in space.values.items() if len(values) > 1]
+    random.Random(seed).shuffle(knobs)
+    while not rival.is_over:
+        before = here
+        for knob in knobs:
+            for value in space.values[knob]:
+                near = space.strategy({**space.params(here), knob: value})
+                if space.refusal(near) is None and not rival.is_over:
+                    rival.loss(near)
+            here = rival.held[-1].strategy if rival.held else here
+        if here == before:
+            break
+    return rival.held
+
+
+def guess_then_batch_size(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
+    """What people do with a batch-size finder: write down what should be fast, then have the micro batch doubled while
+    it fits. The fastest of those, not the largest, is held."""
+    rival, space = _Rival(recorded, budget_s), recorded.space
+    guess = expert_guess(space, recorded.grid.header.hardware, backends.get(recorded.grid.header.hardware.device.kind))
+    if space.refusal(guess) is None:
+        rival.loss(guess)
+    for micro_batch in space.values["micro_batch"]:
+        strategy = space.strategy({**space.params(guess), "micro_batch": micro_batch})
+        if space.refusal(strategy) is None and (rival.is_over or not math.isfinite(rival.loss(strategy))):
+            break
+    return rival.held
+
+
+METHODS: dict[str, Callable[..., list[Held]]] = {
+    "autotune": ours,
+    "Optuna TPE": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed)),
+    "Optuna TPE multivariate group": _optuna(
+        lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
+    ),
+    "Optuna GP": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed)),
+    "random": _in_order(_shuffled),
+    "grid order": _in_order(_grid_order),
+    "one knob at a time": one_knob_at_a_time,
+    "guess then batch size": guess_then_batch_size,
+}
+FEWER_SEEDS = {"Optuna GP": 10}
+"""Methods whose own computation takes too long for all seeds."""

@@ -128,3 +128,21 @@ def test_what_costs_more_to_try_has_to_promise_more() -> None:
     free = sampler.ask(known)
     assert free is not None
     assert free.strategy.precision != "fp32"
+
+
+def test_what_may_well_fail_has_to_promise_more_and_what_cannot_run_is_not_proposed() -> None:
+    known = [Known(BASELINE, 1000.0, 0.03)]
+
+    def proposed(chance: float) -> Strategy:
+        sampler = Sampler(
+            SPACE,
+            optuna.create_study(),
+            seed=0,
+            chance=lambda strategy: 1.0 if strategy.precision == "fp32" else chance,
+        )
+        proposal = sampler.propose(known, lambda strategy, loss: 1.0)
+        assert proposal is not None
+        return proposal.strategy
+
+    assert proposed(1.0).precision != "fp32"
+    assert proposed(0.01).precision == proposed(0.0).precision == "fp32"

@@ -46,11 +46,11 @@ class Sampler:
         *,
         seed: int,
         seen: Iterable[Strategy] = (),
-        is_hopeless: Callable[[Strategy], bool] = lambda _: False,
+        chance: Callable[[Strategy], float] = lambda _: 1.0,
         usual: Mapping[str, float] = USUAL,
     ) -> None:
-        """``seen`` was tried before; what ``is_hopeless`` says so of is not proposed, but where it is enqueued.
-        ``usual`` is what knobs usually do to the loss."""
+        """``seen`` was tried before. ``chance`` says how likely a strategy is to run at all; one that has none is not
+        proposed, but where it is enqueued. ``usual`` is what knobs usually do to the loss."""
         import optuna
 
         self._space = space
@@ -60,7 +60,7 @@ class Sampler:
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             knob: optuna.distributions.CategoricalDistribution(values) for knob, values in space.values.items()
         }
-        self._is_hopeless, self._usual = is_hopeless, usual
+        self._chance, self._usual = chance, usual
         self._queue: list[Strategy] = []
         self._asked: optuna.trial.Trial | None = None
 
@@ -101,7 +101,7 @@ class Sampler:
         surrogate = Surrogate(self._space.values, known, self._usual)
         best_log = float(surrogate.predict([one.strategy for one in _contenders(known)])[0].min())
         mean, deviation = surrogate.predict(candidates)
-        gains = expected_gain(best_log, mean, deviation)
+        gains = expected_gain(best_log, mean, deviation) * [self._chance(strategy) for strategy in candidates]
         costs_s = [cost_s(strategy, loss) for strategy, loss in zip(candidates, np.exp(mean).tolist(), strict=True)]
         chosen = int(np.argmax(gains / np.asarray(costs_s)))
         return Proposal(candidates[chosen], float(gains[chosen]), costs_s[chosen])
@@ -153,7 +153,7 @@ class Sampler:
         return [strategy for strategy in everything if self._may_try(strategy) and not self._space.refusal(strategy)]
 
     def _may_try(self, strategy: Strategy) -> bool:
-        return strategy not in self._seen and not self._is_hopeless(strategy)
+        return strategy not in self._seen and self._chance(strategy) > 0
 
 
 def _contenders(known: Sequence[Known]) -> Sequence[Known]:

@@ -74,10 +74,10 @@ class Trials:
             journal.study,
             seed=task.settings.seed,
             seen=[trial.strategy for trial in self.all],
-            is_hopeless=self._is_hopeless,
+            chance=self._chance,
             usual=USUAL_OF_MEMORY if task.settings.objective == "memory" else USUAL,
         )
-        self._doomed: set[tuple[str, Any]] = set()
+        self._doubts: dict[tuple[str, Any], float] = {}
         self._pulse_s: float | None = None
         self.is_settled = False
         """Whether it ended because no other trial was expected to be worth its time."""
@@ -116,7 +116,7 @@ class Trials:
                 self._sampler.enqueue(guess)
                 origin = "expert's guess"
         while self._goes_on(reserved_s):
-            self._doomed = self._never_fine()
+            self._doubts = self._doubtful()
             proposal = self._sampler.propose(self._known(), self._cost())
             if proposal is None:
                 break
@@ -278,26 +278,30 @@ class Trials:
         loss = self._loss(best)
         return loss is None or proposal.gain * loss > proposal.cost_s
 
-    def _is_hopeless(self, strategy: Strategy) -> bool:
-        return (
-            self._memory.is_over(strategy, self._task.memory_limit_bytes)
-            or (strategy.workers > 0 and self._loader_keeps_up())
-            or any(getattr(strategy, knob) == value for knob, value in self._doomed)
-        )
+    def _chance(self, strategy: Strategy) -> float:
+        """How likely it is to run, were nothing known but what failed; 0 where it need not be tried."""
+        is_over = self._memory.is_over(strategy, self._task.memory_limit_bytes)
+        if is_over or (strategy.workers > 0 and self._loader_keeps_up()):
+            return 0.0
+        doubts = (doubt for (knob, value), doubt in self._doubts.items() if getattr(strategy, knob) == value)
+        return 0.5 ** sum(doubts)
 
-    def _never_fine(self) -> set[tuple[str, Any]]:
-        """Knobs' values that several trials have failed with though all else in them was fine elsewhere."""
+    def _doubtful(self) -> dict[tuple[str, Any], float]:
+        """Knobs' values that were in failed trials alone, and how many failures each has to answer for: those that
+        share a failure share the blame. Infinite where a value alone can be to blame for several."""
 
         def pairs(trial: Trial) -> list[tuple[str, Any]]:
             return [(knob, getattr(trial.strategy, knob)) for knob in self._task.space.values]
 
         fine = {pair for trial in self.all if trial.outcome in ("ok", "pruned") for pair in pairs(trial)}
-        blamed: Counter[tuple[str, Any]] = Counter()
+        doubts: dict[tuple[str, Any], float] = {}
+        alone: Counter[tuple[str, Any]] = Counter()
         for trial in self.all:
             suspects = [pair for pair in pairs(trial) if pair not in fine]
-            if trial.outcome in FAILED and len(suspects) == 1:
-                blamed.update(suspects)
-        return {pair for pair, count in blamed.items() if count >= ENOUGH_FAILURES}
+            if trial.outcome in FAILED:
+                doubts |= {pair: doubts.get(pair, 0.0) + 1 / len(suspects) for pair in suspects}
+                alone.update(suspects if len(suspects) == 1 else ())
+        return doubts | {pair: math.inf for pair, count in alone.items() if count >= ENOUGH_FAILURES}
 
     def _loader_keeps_up(self) -> bool:
         """Whether nothing that was measured waited for data: loader processes could only take cores away."""

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent / "grids"
 PRODUCTS: dict[tuple[str, str], tuple[dict[str, tuple[Any, ...]], ...]] = {
     ("imdb", "cpu"): (
         {
-            "micro_batch": (2, 4, 8, 16, 32),
+            "micro_batch": (4, 8, 16, 32),
             "attention": ("eager", "sdpa"),
             "precision": ("fp32", "bf16", "fp16"),
             "padding": ("max", "longest", "buckets", "packed"),
@@ -36,7 +36,7 @@ PRODUCTS: dict[tuple[str, str], tuple[dict[str, tuple[Any, ...]], ...]] = {
         {
             "micro_batch": (4, 8, 16, 32),
             "attention": ("eager", "sdpa"),
-            "precision": ("fp32", "bf16", "fp16"),
+            "precision": ("bf16", "fp16"),
             "padding": ("longest", "buckets"),
             "allocator": ("retain",),
             "checkpoint": ("none",),

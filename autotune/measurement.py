@@ -1,6 +1,6 @@
 """What a trial found: how it ended and, where it ran, its figures. Records only; measuring is timing.py's."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
 
@@ -65,6 +65,15 @@ class Measurement(Rates, frozen=True, kw_only=True):
     """Mean loss of each step, warm-up included."""
     num_recompiled: int = 0
     """Graphs that were compiled when the warm-up was over; the laps in which they were count as warm-up."""
+
+    def measured_again(self, later: Self) -> Self:
+        """The later figures of the same strategy, but for the warm-up, which later finds compiled code at hand, and the
+        peak memory, which is the larger."""
+        return msgspec.structs.replace(
+            later,
+            warm_up_s=max(self.warm_up_s, later.warm_up_s),
+            peak_memory_bytes=max(self.peak_memory_bytes, later.peak_memory_bytes),
+        )
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):

@@ -96,7 +96,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs unshare")
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = f"mount -t tmpfs -o size=64k tmpfs {shlex.quote(str(folder))} && echo mounted && read end_of_input"
+    mount = f"mount -t tmpfs -o size=128k tmpfs {shlex.quote(str(folder))} && echo mounted && read end_of_input"
     with subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", mount], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as holder:
@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up_ends_the_search_with_a_line_and_leaves_the_old_pro
     path = profile_path(device, NAME, small_disk)
     write_profile(factories.profile(), path)
     before = path.read_bytes()
-    (small_disk / "other").write_bytes(b"x" * (52 * 1024))
+    (small_disk / "other").write_bytes(b"x" * (116 * 1024))
     done = autotune(*SEARCH, "--profiles", small_disk)
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from autotune.search.objective import PlannedRun
+from autotune.search.objective import FOLLOWS, PlannedRun
 from autotune.strategy import Strategy
 from benchmarks import replay
 from benchmarks.grid import Grid, Header, Record, read_grid
@@ -64,7 +64,7 @@ def test_the_truth_is_what_was_recorded_at_one_speed(path: Path) -> None:
     grid.records[0] = msgspec.structs.replace(slow, trial=trial)
     recorded = Recorded(grid)
     assert recorded.truth[SETTINGS[1]] == pytest.approx(1000 / (slow.trial.samples_per_s or 0) / 1.3)
-    assert recorded.truth[SETTINGS[0]] == pytest.approx(500 / (slow.trial.samples_per_s or 0))
+    assert recorded.truth[SETTINGS[0]] == pytest.approx(1000 / 2**FOLLOWS / (slow.trial.samples_per_s or 0))
 
 
 def test_giving_a_trial_up_costs_what_had_passed_by_then(path: Path) -> None:

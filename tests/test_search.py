@@ -24,9 +24,9 @@ from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.strategy import Attention, Strategy, baseline
 from autotune.trial.runner import TrialEndedError
-from autotune.trial.worker import Job
+from autotune.trial.worker import Job, Progress
 from tests import factories
-from tests.observing import Silent
+from tests.observing import Silent, SilentPulse
 from tests.scripted import (
     CPU,
     Prepared,
@@ -265,6 +265,40 @@ def test_what_was_given_up_against_a_setting_that_fails_is_tried_again(
     result = searched(prepared)
     assert result.best.number >= 40
     assert result.best.strategy.precision == "fp16"
+
+
+class DriftingPulse(SilentPulse):
+    """Says of the first beats that the device was slow; its trials were not, however."""
+
+    def __init__(self, backend_name: str) -> None:
+        self.num_beats = 0
+
+    def beat(self) -> float:
+        self.num_beats += 1
+        return 0.018 if self.num_beats <= 3 else 0.010
+
+
+def test_a_pulse_that_misleads_about_the_best_does_not_decide(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    guess = msgspec.structs.replace(baseline(32), precision="bf16", padding="buckets", workers=2)
+
+    def given_up(number: int, job: Job, *, hopeless: Callable[[Progress], str | None], **_: Any) -> Trial:
+        found = scripted(job.strategy)
+        reason = hopeless(Progress(stage="timing", num_laps=3, samples_per_s=found.samples_per_s))
+        if reason is None:
+            return factories.trial(number, job.strategy, measurement=found)
+        rate = found.samples_per_s
+        return factories.trial(number, job.strategy, outcome="pruned", measurement=None, samples_per_s=rate)
+
+    scripted_device.setattr(trials, "run_trial", given_up)
+    scripted_device.setattr(trials, "expert_guess", lambda *_: guess)
+    scripted_device.setattr(study, "Pulse", DriftingPulse)
+    observer = Silent()
+    result = searched(prepared, observer)
+    assert any("again" in origin for origin in observer.origins)
+    best = max(scripted(trial.strategy).samples_per_s for trial in result.trials)
+    assert scripted(result.best.strategy).samples_per_s == best
 
 
 def test_a_small_space_is_exhausted_and_the_search_ends(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -11,6 +12,8 @@ from autotune.trial.worker import Progress
 
 Objective = Literal["time", "memory"]
 
+FOLLOWS, DRIFT_DOUBT = 0.75, 0.4
+"""Training's seconds grow with this power of the pulse's, give or take (docs/LOG.md 2026-11-22)."""
 HOPELESS_AT_ONCE = 1.6
 """After its second lap a trial so many times slower than the best is given up."""
 HOPELESS = 1.25
@@ -39,7 +42,7 @@ def loss_of(
 ) -> float | None:
     """What the objective minimises: seconds of the planned run, or bytes. None where the trial gives no figure.
 
-    With ``pulse_s`` the seconds are those at the speed that the device had at that pulse, so that trials from slower
+    With ``pulse_s`` the seconds are those at the speed that the device has at that pulse, so that trials from slower
     and from faster minutes compare. A pruned trial's seconds are an estimate to steer by, and so are those of one that
     ran out of time: the reference's planned run, scaled by the training rates.
     """
@@ -57,8 +60,13 @@ def loss_of(
 
 
 def slowdown(pulse_s: float | None, than_s: float | None) -> float:
-    """How many times slower the device was at one pulse than at another; 1 where either was not measured."""
-    return pulse_s / than_s if pulse_s and than_s else 1.0
+    """How many times slower training was at one pulse than at another; 1 where either was not measured."""
+    return (pulse_s / than_s) ** FOLLOWS if pulse_s and than_s else 1.0
+
+
+def drift_doubt(pulse_s: float | None, than_s: float | None) -> float:
+    """How wrong that may be: a relative standard deviation."""
+    return DRIFT_DOUBT * abs(math.log(pulse_s / than_s)) if pulse_s and than_s else 0.0
 
 
 def hopeless(progress: Progress, best_samples_per_s: float, is_compiled: bool) -> str | None:

@@ -269,12 +269,7 @@ class _Search:
 
 
 def _remeasured(trial: Trial, measurement: Measurement) -> Trial:
-    """The trial with later figures, but for the warm-up, which later finds compiled code at hand, and the peak memory,
-    which is the larger."""
+    """The trial with later figures."""
     assert trial.measurement is not None
-    measurement = msgspec.structs.replace(
-        measurement,
-        warm_up_s=max(trial.measurement.warm_up_s, measurement.warm_up_s),
-        peak_memory_bytes=max(trial.measurement.peak_memory_bytes, measurement.peak_memory_bytes),
-    )
+    measurement = trial.measurement.measured_again(measurement)
     return msgspec.structs.replace(trial, measurement=measurement, samples_per_s=measurement.samples_per_s)

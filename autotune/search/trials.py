@@ -15,7 +15,7 @@ from autotune.measurement import Measurement, Outcome, Trial
 from autotune.search.explain import Share, shares
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import MemoryModel
-from autotune.search.objective import hopeless, loss_of, slowdown
+from autotune.search.objective import drift_doubt, hopeless, loss_of, slowdown
 from autotune.search.proof import Proof
 from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
@@ -38,6 +38,8 @@ START_S, COMPILE_S = 1.0, 40.0
 """What a trial takes beyond its steps before one was tried, and what a compiled one does."""
 NOISE, NOISE_PRUNED = 0.03, 0.15
 """Relative standard deviation of a trial's figure at best, and of one that was given up after two laps."""
+TOO_DOUBTFUL = 0.1
+"""The best is measured again where the device's drift since makes its figure so uncertain."""
 NO_WAIT = 0.01
 """A loader that takes less than this share of the step's time is fast enough."""
 FAILED: tuple[Outcome, ...] = ("crashed", "invalid", "diverged", "timeout", "oom")
@@ -116,6 +118,10 @@ class Trials:
                 self._sampler.enqueue(guess)
                 origin = "expert's guess"
         while self._goes_on(reserved_s):
+            stale = self._stale()
+            if stale is not None:
+                self.try_now(stale.strategy, "the best again: the device's speed has changed")
+                continue
             self._doubts = self._doubtful()
             proposal = self._sampler.propose(self._known(), self._cost())
             if proposal is None:
@@ -190,8 +196,9 @@ class Trials:
         self._journal.start(strategy)
         before_s = self._pulse_s or self._pulse.beat()
         best_samples_per_s = None
-        if best and best.samples_per_s and task.settings.objective == "time":
-            best_samples_per_s = best.samples_per_s * slowdown(best.pulse_s, before_s)
+        if best and best.samples_per_s and best.strategy != strategy and task.settings.objective == "time":
+            doubt = math.exp(drift_doubt(best.pulse_s, before_s))
+            best_samples_per_s = best.samples_per_s * slowdown(best.pulse_s, before_s) / doubt
 
         def give_up(progress: Progress) -> str | None:
             is_compiled = strategy.compile != "none"
@@ -209,6 +216,9 @@ class Trials:
         self._pulse_s = self._pulse.beat()
         if before_s and self._pulse_s:
             trial = msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * self._pulse_s))
+        if best and best.strategy == strategy and best.measurement and trial.measurement:
+            both = best.measurement.measured_again(trial.measurement)
+            trial = msgspec.structs.replace(trial, measurement=both)
         self._record(trial)
 
     def _give_up(self, strategy: Strategy, starts: int) -> None:
@@ -248,9 +258,10 @@ class Trials:
     def _noise(self, trial: Trial) -> float:
         if self._task.settings.objective == "memory":
             return NOISE
+        drift = drift_doubt(trial.pulse_s, self._usual_pulse_s)
         laps = trial.measurement.epoch_s if trial.measurement else ()
         error = statistics.stdev(laps) / statistics.mean(laps) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf
-        return min(max(error, NOISE), NOISE_PRUNED)
+        return math.hypot(min(max(error, NOISE), NOISE_PRUNED), drift)
 
     def _cost(self) -> Callable[[Strategy, float], float]:
         """Gives the seconds that a trial of some strategy and expected loss takes: what others of its kind have taken
@@ -308,26 +319,36 @@ class Trials:
         waits = [trial.measurement.loader_wait for trial in self.all if trial.measurement]
         return max(waits, default=1.0) < NO_WAIT
 
+    def _stale(self) -> Trial | None:
+        """The best, where too much has changed since it was measured for others to be compared with it."""
+        best = self.best()
+        if best is None or best is self.reference or self.all[-1].strategy == best.strategy:
+            return None
+        return best if drift_doubt(best.pulse_s, self._pulse_s) > TOO_DOUBTFUL else None
+
     def _usable(self) -> list[Trial]:
-        return [
-            trial
-            for trial in self.all
-            if trial.outcome == "ok" and trial.measurement is not None and self.may_win(trial, trial.measurement)
-        ]
+        """What may win; a setting's last figures where it was measured several times."""
+        last = {trial.strategy: trial for trial in self.all if trial.outcome == "ok"}
+        return [trial for trial in last.values() if trial.measurement and self.may_win(trial, trial.measurement)]
+
+    @property
+    def _usual_pulse_s(self) -> float | None:
+        beats = [trial.pulse_s for trial in self.all if trial.pulse_s]
+        return statistics.median(beats) if beats else None
 
     def _loss(self, trial: Trial) -> float | None:
-        """At the speed that the device had during the baseline."""
+        """At the speed that the device usually had in this search."""
         return loss_of(
             trial,
             self._task.settings.objective,
             self._task.planned,
-            pulse_s=self.reference.pulse_s,
+            pulse_s=self._usual_pulse_s,
             reference=self.reference,
         )
 
     def _rate(self, trial: Trial) -> float:
-        """Samples a second, at the speed that the device had during the baseline."""
-        return (trial.samples_per_s or 0.0) * slowdown(trial.pulse_s, self.reference.pulse_s)
+        """Samples a second, at the speed that the device usually had in this search."""
+        return (trial.samples_per_s or 0.0) * slowdown(trial.pulse_s, self._usual_pulse_s)
 
     def _stop_pulse(self) -> None:
         self._pulse.close()

@@ -115,7 +115,7 @@ def search_with(fault: str, folder: Path) -> Seen:
         padding="longest",
         workers=1 if "loader worker" in fault else 0,
     )
-    settings = Settings(budget_s=None, max_trials=4, epochs=1000, memory_budget_bytes=MEMORY_BUDGET)
+    settings = Settings(budget_s=None, max_trials=4, epochs=1000, memory_budget_bytes=MEMORY_BUDGET, explains=False)
     clock = Clock()
     before = set(psutil.Process().children(recursive=True))
     with quick(), mock.patch.object(trials, "expert_guess", return_value=faulty):

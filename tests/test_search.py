@@ -301,6 +301,51 @@ def test_a_pulse_that_misleads_about_the_best_does_not_decide(
     assert scripted(result.best.strategy).samples_per_s == best
 
 
+GUESS = msgspec.structs.replace(baseline(32), precision="bf16", padding="buckets", workers=1)
+
+
+def test_each_knob_is_taken_back_and_what_brings_nothing_stays_back(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
+    observer = Silent()
+    result = searched(prepared, observer, max_trials=2, budget_s=1000.0)
+    by_knob = {share.knob: share for share in result.shares}
+    assert list(by_knob) == ["precision", "padding", "workers"], "the largest first"
+    assert [share.ratio and round(share.ratio.ratio, 2) for share in result.shares] == [2.0, 1.8, 0.95]
+    assert all(share.num_rounds == 3 for share in result.shares)
+    assert by_knob["workers"].brings_nothing
+    assert result.best.strategy == msgspec.structs.replace(GUESS, workers=0)
+    assert result.num_rounds == 3, "raced against the baseline itself"
+    assert observer.origins[-1] == "without what brings nothing"
+
+
+def test_where_there_is_no_time_each_knobs_share_is_estimated(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
+    for explains, budget_s in ((False, None), (True, 10.0)):
+        result = searched(prepared, max_trials=2, explains=explains, budget_s=budget_s)
+        assert result.best.strategy == GUESS
+        assert {share.num_rounds for share in result.shares} == {0}
+
+
+def test_a_knob_without_which_it_does_not_run_is_kept(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
+    class NoneWithoutBuckets(ScriptedRace):
+        def run(self, **_: Any) -> None:
+            super().run()
+            for entrant in self.entrants[1:]:
+                if entrant.trial.number < 0 and entrant.job.strategy.padding == "max":
+                    self.failures[entrant.trial.number] = TrialEndedError("oom", "scripted")
+
+    scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
+    scripted_device.setattr(study, "Race", NoneWithoutBuckets)
+    result = searched(prepared, max_trials=2, budget_s=1000.0)
+    assert result.shares[0].knob == "padding"
+    assert (result.shares[0].ratio, result.shares[0].reason) == (None, "oom: scripted")
+    assert result.best.strategy.padding == "buckets"
+
+
 def test_a_small_space_is_exhausted_and_the_search_ends(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -157,6 +157,23 @@ def test_what_each_knob_brings_is_shown_with_its_interval_and_a_bar() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_what_was_measured_without_a_knob_is_told_from_what_is_estimated() -> None:
+    nothing = Interval(ratio=1.0, low=0.98, high=1.02)
+    brought = (
+        Share(knob="checkpoint", value="every_block", plain="none", ratio=None, num_rounds=4, reason="oom: too much"),
+        Share(knob="precision", value="bf16", plain="fp32", ratio=Interval(ratio=2.0, low=1.8, high=2.2), num_rounds=4),
+        Share(knob="optimizer", value="fused", plain="default", ratio=nothing, num_rounds=4),
+    )
+    lines = rendered(summary.changed_knobs(BEST, baseline(32), brought), 80)
+    rows = {line.split()[0]: line for line in lines}
+    assert "without it: oom:" in rows["checkpoint"]
+    assert "set back" in rows["optimizer"], "the best does not have it"
+    assert "set back" not in rows["precision"]
+    assert "4 rounds" in " ".join(lines)
+    assert "estimated" not in " ".join(lines)
+    assert max(map(len, lines)) <= 80
+
+
 def test_a_setting_is_described_by_what_it_changes() -> None:
     assert terminal.describe(baseline(32)) == "plain baseline"
     words = "bf16 · sdpa_flash · 8x4 · buckets · ckpt every_block · compile reduce-overhead · retain · 2 workers"

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option("--deterministic", is_flag=True, help="Only algorithms that give the same result every time.")
 @click.option("--explain-space", is_flag=True, help="Only print what would be searched, and why not the rest.")
+@click.option("--no-explain", is_flag=True, help="Spend no time on measuring what each knob of the best brings.")
 @click.option("--refresh", is_flag=True, help="Probe the device again.")
 @click.option("--fresh", is_flag=True, help="Start anew, even where an interrupted search could go on.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -68,6 +69,7 @@ def command(
     allow_approximate: bool,
     deterministic: bool,
     explain_space: bool,
+    no_explain: bool,
     refresh: bool,
     fresh: bool,
     seed: int,
@@ -118,6 +120,7 @@ def command(
             includes_slow=include_slow,
             allows_approximate=allow_approximate,
             is_deterministic=deterministic,
+            explains=not no_explain,
             epochs=epochs,
             seed=seed,
         )

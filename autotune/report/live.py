@@ -189,6 +189,14 @@ class SearchDisplay(_Display, Observer):
         if done < _EVERY_ROUND or done % _EVERY_ROUND == 0:
             self.say(f"{self._current}, {self._doing}")
 
+    def on_taking_back(self, done: int, num_knobs: int) -> None:
+        """A round of the best with what differs from it by one knob ended; at 0 they start."""
+        if done == 0:
+            self._trial_start = time.monotonic()
+        self._current = f"what each knob brings: the best in turns with {num_knobs} that lack one"
+        self._doing = f"{done} rounds done" if done else "starting"
+        self.say(f"{self._current}, {self._doing}")
+
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""
         self._trial_start = time.monotonic()

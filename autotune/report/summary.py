@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -19,7 +19,6 @@ from autotune.units import format_bytes, format_duration, format_rate
 
 _BAR = 14
 """Columns of the longest bar."""
-_ESTIMATED = "estimated from all trials, with 95 % intervals"
 
 
 def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = True) -> RenderableType:
@@ -86,27 +85,43 @@ def changed_knobs(best: Strategy, base: Strategy, shares: Sequence[Share] = ()) 
     changed = best.changed(base)
     if not changed:
         return Text("The plain baseline is the best of what was tried.")
-    by_knob = {share.knob: share.ratio for share in shares}
-    longest = max((math.log(ratio.ratio) for ratio in by_knob.values()), default=0.0)
+    longest = max((math.log(share.ratio.ratio) for share in shares if share.ratio), default=0.0)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column()
-    order = [share.knob for share in shares]
-    for knob in sorted(changed, key=lambda knob: order.index(knob) if knob in order else len(order)):
-        now, before = changed[knob]
-        row: list[RenderableType] = [knob, Text.assemble((f"{before} -> ", "bright_black"), str(now))]
-        if knob in by_knob:
-            ratio = by_knob[knob]
-            bar = "█" * round(_BAR * max(0.0, math.log(ratio.ratio)) / longest) if longest > 0 else ""
-            spread = Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="bright_black")
-            row += [f"{ratio.ratio:.2f}x", spread, Text(bar, style="green", no_wrap=True, overflow="crop")]
-        table.add_row(*row)
+    for share in shares:
+        table.add_row(share.knob, _change_words(share.plain, share.value), *_share_cells(share, changed, longest))
+    shown = {share.knob for share in shares}
+    for knob, (now, before) in changed.items():
+        if knob not in shown:
+            table.add_row(knob, _change_words(before, now))
     if not shares:
         return table
-    return Group(table, Text(f"What each brings, all else as in the best: {_ESTIMATED}.", style="bright_black"))
+    num_rounds = shares[0].num_rounds
+    how = (
+        f"measured without it and with it in turns, {num_rounds} rounds" if num_rounds else "estimated from all trials"
+    )
+    words = f"What each brings, all else as in the best: {how}, 95 % intervals."
+    return Group(table, Text(words, style="bright_black"))
+
+
+def _change_words(before: object, now: object) -> Text:
+    return Text.assemble((f"{before} -> ", "bright_black"), str(now))
+
+
+def _share_cells(share: Share, changed: Mapping[str, object], longest: float) -> list[RenderableType]:
+    ratio = share.ratio
+    if ratio is None:
+        return ["", "", Text(f"without it: {share.reason}", style="yellow")]
+    spread = Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="bright_black")
+    bar = "█" * round(_BAR * max(0.0, math.log(ratio.ratio)) / longest) if longest > 0 else ""
+    last = Text(bar, style="green", no_wrap=True, overflow="crop")
+    if share.knob not in changed:
+        last = Text("nothing: set back", style="bright_black")
+    return [f"{ratio.ratio:.2f}x", spread, last]
 
 
 def _confidence(result: Result) -> str:

@@ -35,7 +35,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The best's last test; None where the search was interrupted before it, and for the plain baseline."""
     was_interrupted: bool
     shares: tuple[Share, ...] = ()
-    """What each knob of the best brings, the largest first."""
+    """What each knob of the best brings, the largest first; those too that brought nothing and were set back."""
     is_settled: bool = False
     """Whether the trials ended because no other was expected to save more than it takes."""
 

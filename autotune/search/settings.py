@@ -28,6 +28,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Whether values that change what is trained are searched."""
     is_deterministic: bool = False
     """Whether every trial has to use algorithms that give the same result every time."""
+    explains: bool = True
+    """Whether the best is timed without each of its knobs, where the budget has the time."""
     epochs: int | None = None
     """Epochs of the planned run; the recipe's by default."""
     seed: int = 0
@@ -53,6 +55,9 @@ class Observer:
 
     def on_race(self, done: int, num_entrants: int) -> None:
         """A round of the finals ended; at 0 they start."""
+
+    def on_taking_back(self, done: int, num_knobs: int) -> None:
+        """A round of the best with what differs from it by one knob ended; at 0 they start."""
 
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""

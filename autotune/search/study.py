@@ -11,7 +11,8 @@ import msgspec
 
 from autotune.errors import AutotuneError, InterruptedSearchError
 from autotune.measurement import Interval, Measurement, Trial
-from autotune.search import finals, proof
+from autotune.search import explain, finals, proof
+from autotune.search.explain import Share
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.search.journal import open_journal
 from autotune.search.objective import loss_of
@@ -21,6 +22,7 @@ from autotune.search.settings import Observer
 from autotune.search.task import Task
 from autotune.search.trials import Trials
 from autotune.stats import ratio_of_means
+from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
 from autotune.trial.runner import TrialEndedError
 from autotune.units import format_bytes
@@ -74,13 +76,17 @@ class _Search:
         self.task, self.observer, self.trials = task, observer, trials
         self.race: Race | None = None
         self.winner: tuple[Trial, Proof | None] | None = None
+        self.shares: tuple[Share, ...] = ()
+        self.explained: set[Strategy] = set()
+        """The settings whose knobs' shares were measured."""
         self.was_interrupted = False
 
     def run(self) -> None:
-        """Trials, race and last test."""
+        """Trials, race, what each knob brings, last test."""
         self.observer.on_space(self.task.space)
         self.trials.run(reserved_s=self._reserved_s)
-        self._run_race()
+        self._run_race(self.trials.finalists())
+        self._take_knobs_back()
         self._find_winner()
 
     # The race
@@ -89,32 +95,28 @@ class _Search:
         step_s = self.trials.reference_step_s
         if step_s is None:
             return 0.0
-        return finals.shortest_s(step_s, self.trials.finalists()) + proof.needed_s(step_s)
+        explain_s = self._explain_s(self.trials.best())
+        return finals.shortest_s(step_s, self.trials.finalists()) + (explain_s or 0.0) + proof.needed_s(step_s)
 
-    def _run_race(self) -> None:
+    def _run_race(self, finalists: list[Trial]) -> None:
+        """The finalists and the baseline, which is the first entrant."""
         task, reference = self.task, self.trials.reference
         step_s = self.trials.reference_step_s
-        entrants = [trial for trial in self.trials.finalists() if trial is not reference]
+        entrants = [trial for trial in finalists if trial is not reference]
         if not entrants or step_s is None:
             return
-        share_s, left_s = min(FINALS_S, self.trials.elapsed_s()), math.inf
+        share_s, left_s = min(FINALS_S, self.trials.elapsed_s()), self._left_s()
         if task.settings.budget_s is not None:
             share_s = FINALS_SHARE * task.settings.budget_s
-            left_s = task.settings.budget_s - self.trials.elapsed_s() - proof.needed_s(step_s)
+        if not self.explained:
+            left_s -= self._explain_s(self.trials.best()) or 0.0
         if finals.shortest_s(step_s, entrants) > left_s + share_s:
             return
         while entrants and not self._fits_together([reference, *entrants]):
             entrants.pop()
         if not entrants:
             return
-        self.race = race = Race(
-            [
-                Entrant(trial=trial, job=task.job(trial.strategy), silence_s=self.trials.silence_s(trial.strategy))
-                for trial in [reference, *entrants]
-            ],
-            timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(entrants[0].strategy)),
-            memory_limit_bytes=task.machine_limit_bytes,
-        )
+        self.race = race = self._race_of([reference, *entrants])
         self.observer.on_race(0, len(entrants) + 1)
         race.run(enough_s=min(share_s, left_s), on_round=lambda done: self.observer.on_race(done, len(entrants) + 1))
         for number, end in race.failures.items():
@@ -122,9 +124,80 @@ class _Search:
         if race.failures:
             self.trials.reconsider()
 
+    def _left_s(self) -> float:
+        """Of the budget, but for the last test."""
+        budget_s, step_s = self.task.settings.budget_s, self.trials.reference_step_s or 0.0
+        return math.inf if budget_s is None else budget_s - self.trials.elapsed_s() - proof.needed_s(step_s)
+
+    def _race_of(self, trials: list[Trial]) -> Race:
+        return Race(
+            [
+                Entrant(trial=trial, job=self.task.job(trial.strategy), silence_s=self.trials.silence_s(trial.strategy))
+                for trial in trials
+            ],
+            timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(trials[-1].strategy)),
+            memory_limit_bytes=self.task.machine_limit_bytes,
+        )
+
     def _fits_together(self, trials: list[Trial]) -> bool:
         peaks = [trial.measurement.peak_memory_bytes for trial in trials if trial.measurement]
         return sum(peaks) < self.task.machine_limit_bytes
+
+    # What each knob brings
+
+    def _explain_s(self, best: Trial | None) -> float | None:
+        """Seconds that measuring the shares of this one's knobs takes; None where the budget does not have them, or
+        there is nothing to measure."""
+        settings = self.task.settings
+        if best is None or best.measurement is None or not settings.explains:
+            return None
+        shares = self.trials.estimated_shares(best.strategy)
+        needed_s = explain.needed_s(best.measurement.step_ms / 1000, shares)
+        allowed_s = FINALS_S if settings.budget_s is None else explain.SHARE * settings.budget_s
+        return needed_s if shares and needed_s <= allowed_s else None
+
+    def _take_knobs_back(self) -> None:
+        """Times the winner in turns with what it is without each of its knobs. Where some bring nothing, the winner
+        without them is tried, and raced against it."""
+        task, best = self.task, self._standing()
+        needed_s = self._explain_s(best)
+        if best is None or needed_s is None or needed_s > self._left_s():
+            return
+        without = explain.taken_back(best.strategy, task.baseline, task.space)
+        found: list[Share] = []
+        for group in self._groups(best, without):
+            found += explain.measured(
+                best,
+                group,
+                task.baseline,
+                race_of=self._race_of,
+                enough_s=needed_s * len(group) / len(without),
+                on_round=self.observer.on_taking_back,
+            )
+        self.shares = explain.largest_first(found)
+        needless = [share.knob for share in self.shares if share.brings_nothing]
+        simpler = explain.set_back(best.strategy, task.baseline, needless)
+        self.explained = {best.strategy, simpler}
+        if simpler == best.strategy or task.space.refusal(simpler) is not None:
+            return
+        tried = self.trials.try_late(simpler, "without what brings nothing")
+        if tried is not None:
+            self._run_race([best, tried])
+
+    def _groups(self, best: Trial, without: dict[str, Strategy]) -> list[dict[str, Strategy]]:
+        """As few as fit into memory beside the best; what does not even alone is left out."""
+        peaks = self.trials.likely_peaks_bytes([best.strategy, *without.values()])
+        groups: list[dict[str, Strategy]] = [{}]
+        left_bytes = room_bytes = self.task.machine_limit_bytes - peaks[0]
+        for (knob, strategy), peak_bytes in zip(without.items(), peaks[1:], strict=True):
+            if peak_bytes > room_bytes:
+                continue
+            if peak_bytes > left_bytes:
+                groups.append({})
+                left_bytes = room_bytes
+            groups[-1][knob] = strategy
+            left_bytes -= peak_bytes
+        return [group for group in groups if group]
 
     # The last test
 
@@ -147,7 +220,7 @@ class _Search:
             self.trials.reconsider()
             best = self.trials.best()
             if best is not None and best.number not in self._finals():
-                self._run_race()
+                self._run_race(self.trials.finalists())
         reference = self.trials.reference
         if reference.measurement is not None and self.task.fits(reference.measurement):
             self.winner = reference, None
@@ -241,7 +314,7 @@ class _Search:
             num_rounds=len(entered[best.number].epoch_s) if was_raced else 0,
             proof=found,
             was_interrupted=self.was_interrupted,
-            shares=self.trials.shares(best.strategy),
+            shares=self.shares if best.strategy in self.explained else self.trials.estimated_shares(best.strategy),
             is_settled=self.trials.is_settled,
         )
 

@@ -6,13 +6,14 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from autotune.measurement import Measurement, Outcome, Trial
-from autotune.search.explain import Share, shares
+from autotune.search.explain import Share, estimated
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import MemoryModel
 from autotune.search.objective import drift_doubt, hopeless, loss_of, slowdown
@@ -148,16 +149,30 @@ class Trials:
         given_up = [trial for trial in self.all if trial.outcome == "pruned" and trial.strategy not in ended]
         hopeful, best = max(given_up, key=self._rate, default=None), self.best()
         if hopeful is not None and (best is None or self._rate(hopeful) > self._rate(best)):
-            self.try_now(hopeful.strategy, "given up before")
-            self._stop_pulse()
+            self.try_late(hopeful.strategy, "given up before")
 
-    def shares(self, best: Strategy) -> tuple[Share, ...]:
+    def try_late(self, strategy: Strategy, origin: str) -> Trial | None:
+        """Tries this one when the others are over; None where it cannot win."""
+        self.try_now(strategy, origin)
+        self._stop_pulse()
+        tried = self.all[-1]
+        return tried if tried in self._usable() else None
+
+    def estimated_shares(self, best: Strategy) -> tuple[Share, ...]:
         """What each knob of a setting brings, by all trials; nothing where seconds are not what is minimised."""
         known = self._known()
         if len(known) < 2 or self._task.settings.objective != "time":
             return ()
         surrogate = Surrogate(self._task.space.values, known)
-        return shares(surrogate, best, self._task.baseline, self._task.space)
+        return estimated(surrogate, best, self._task.baseline, self._task.space)
+
+    def likely_peaks_bytes(self, strategies: Sequence[Strategy]) -> list[int]:
+        """Peak memory of each, by all trials; most take less."""
+        known = [
+            Known(trial.strategy, trial.measurement.peak_memory_bytes, NOISE) for trial in self.all if trial.measurement
+        ]
+        mean, deviation = Surrogate(self._task.space.values, known, USUAL_OF_MEMORY).predict(strategies)
+        return [int(peak) for peak in np.exp(mean + deviation)]
 
     def finalists(self) -> list[Trial]:
         """The best few by their own figures, the best first."""

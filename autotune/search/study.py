@@ -153,8 +153,12 @@ class _Search:
             return None
         shares = self.trials.estimated_shares(best.strategy)
         needed_s = explain.needed_s(best.measurement.step_ms / 1000, shares)
-        allowed_s = FINALS_S if settings.budget_s is None else explain.SHARE * settings.budget_s
-        return needed_s if shares and needed_s <= allowed_s else None
+        return needed_s if shares and needed_s <= self._allowed_s else None
+
+    @property
+    def _allowed_s(self) -> float:
+        budget_s = self.task.settings.budget_s
+        return FINALS_S if budget_s is None else explain.SHARE * budget_s
 
     def _take_knobs_back(self) -> None:
         """Times the winner in turns with what it is without each of its knobs. Where some bring nothing, the winner
@@ -171,7 +175,7 @@ class _Search:
                 group,
                 task.baseline,
                 race_of=self._race_of,
-                enough_s=needed_s * len(group) / len(without),
+                enough_s=min(self._allowed_s, self._left_s()) * len(group) / len(without),
                 on_round=self.observer.on_taking_back,
             )
         self.shares = explain.largest_first(found)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from autotune import backends, store
 from autotune.backends.base import Backend
+from autotune.errors import AutotuneError
 from autotune.profile import Profile
 from autotune.strategy import Attention, Strategy
 
@@ -73,16 +74,26 @@ class Tuned:
         )
 
 
-def load(name: str, *, profiles: Path | None = None, data: Path | None = None, limit: int | None = None) -> Tuned:
+def load(
+    name: str,
+    *,
+    pick: str | None = None,
+    profiles: Path | None = None,
+    data: Path | None = None,
+    limit: int | None = None,
+) -> Tuned:
     """This device's profile for a workload; safe defaults, with a warning, where there is none.
 
+    ``pick`` chooses where a profile has several: ``"leanest"``, or ``"memory<4GiB"`` for the fastest that fits.
     ``profiles`` is a folder to look in first, ``data`` and ``limit`` are as in ``autotune train``. Raises UsageError
-    for an unknown workload, AutotuneError for a broken profile.
+    for an unknown workload, AutotuneError for a broken profile, or one that has no such choice.
     """
     from autotune import workloads
 
     wanted, backend = workloads.wanted(name), backends.find()
     found = store.find_profile(backend.device(), wanted, profiles)
+    if found is None and pick is not None:
+        raise AutotuneError(f"there is no profile for {name} to pick {pick!r} from; make one: autotune search")
     if found is None:
         warnings.warn(
             f"no profile for {name} on this device, safe defaults are used; make one: autotune search --model {name}",
@@ -91,6 +102,7 @@ def load(name: str, *, profiles: Path | None = None, data: Path | None = None, l
         strategy, profile, path = safe_defaults(name), None, None
     else:
         profile, path = found
+        profile = profile if pick is None else profile.pick(pick)
         strategy = profile.strategy
     return Tuned(name=name, strategy=strategy, profile=profile, path=path, backend=backend, data=data, limit=limit)
 

@@ -29,11 +29,13 @@ class Lap(msgspec.Struct, frozen=True, kw_only=True):
     """Padded width squared, summed over the samples: attention's cost grows with it."""
     losses: tuple[float, ...]
     """Mean loss of each step."""
+    joules: float | None = None
+    """What the device drew; None where it has no counter."""
     num_compiled: int = 0
     """Graphs that torch.compile compiled meanwhile."""
 
 
-class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How fast and how big one Strategy is on one Workload, projected from the timed steps to a whole epoch."""
 
     samples_per_s: float
@@ -50,6 +52,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Share of the step time spent waiting for data, 0 to 1."""
     peak_memory_bytes: int
     """Peak device memory of training and evaluation, the longest batch included."""
+    joules_per_sample: float | None = None
+    """What the device drew while it trained, per real sample; None where it has no counter."""
 
     def run_s(self, *, num_train: int, num_test: int, epochs: int) -> float:
         """Projected wall time of a run in seconds: warm-up once, then training and one evaluation an epoch."""
@@ -90,6 +94,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """The measurement's; a rough estimate from the first steps where the trial was pruned."""
     wall_s: float = 0.0
     """What the trial cost the search."""
+    others_cores: float | None = None
+    """Of the cores that it might use, those that other work took while a finished trial was timed."""
     pulse_s: float | None = None
     """Seconds that a fixed piece of work took around the trial: the device's own speed then."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import tomli_w
@@ -14,6 +14,7 @@ from autotune.errors import AutotuneError
 from autotune.files import replace_file
 from autotune.measurement import Interval, Rates
 from autotune.strategy import Strategy
+from autotune.units import format_bytes, parse_bytes
 
 SCHEMA = 1
 """Raised when a profile's meaning changes; older ones are read as long as they can be."""
@@ -67,12 +68,26 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Steps, the longest samples' in a row first, that the best has lasted; none where the search was interrupted."""
     loss_deviation: float | None = None
     """Largest distance of the best's first losses from the fp32 baseline's on the same batches, as a share of them."""
+    shares: dict[str, Interval] = {}
+    """How many times longer it took with each knob's plain value, all else as in the best, where that was measured."""
     baseline_strategy: Strategy
     baseline: Figures
     best: Figures
 
 
-class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ProfiledChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One of several settings to choose from, each the best in its own way."""
+
+    name: str
+    strategy: Strategy
+    figures: Figures
+    speedup: Interval
+    """Over the baseline."""
+    soak_steps: int = 0
+    loss_deviation: float | None = None
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The file's contents."""
 
     schema: int
@@ -84,6 +99,42 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     workload: ProfiledWorkload
     strategy: Strategy
     evidence: Evidence
+    front: tuple[ProfiledChoice, ...] = ()
+    """What a search for several aims found; ``strategy`` is the first's."""
+
+    def pick(self, wanted: str) -> Self:
+        """The profile with one of its choices in force: by its name, or by ``memory<4GiB`` the fastest that fits.
+
+        Raises AutotuneError where there is no such choice, UsageError where ``wanted`` makes no sense.
+        """
+        evidence = self.evidence
+        own = ProfiledChoice(name="best", strategy=self.strategy, figures=evidence.best, speedup=evidence.speedup)
+        choices = self.front or (own,)
+        words = ", ".join(f"{choice.name} ({format_bytes(choice.figures.peak_memory_bytes)})" for choice in choices)
+        knob, is_limit, limit = wanted.partition("<")
+        if is_limit and knob.strip() == "memory":
+            limit_bytes = parse_bytes(limit)
+            fitting = [choice for choice in choices if choice.figures.peak_memory_bytes < limit_bytes]
+            if not fitting:
+                raise AutotuneError(f"nothing in the profile stays below {format_bytes(limit_bytes)}; it has {words}")
+            chosen = min(fitting, key=lambda choice: choice.figures.projected_s)
+        else:
+            named = [choice for choice in choices if choice.name == wanted]
+            if not named:
+                more = "" if self.front else "; autotune search --objective pareto finds several"
+                raise AutotuneError(f"the profile has no choice {wanted!r}; it has {words}{more}")
+            chosen = named[0]
+        if chosen is own:
+            return self
+        evidence = msgspec.structs.replace(
+            evidence,
+            best=chosen.figures,
+            speedup=chosen.speedup,
+            soak_steps=chosen.soak_steps,
+            loss_deviation=chosen.loss_deviation,
+            warm_up_cached_s=evidence.warm_up_cached_s if chosen.strategy == self.strategy else None,
+        )
+        return msgspec.structs.replace(self, strategy=chosen.strategy, evidence=evidence)
 
 
 def read_profile(path: Path) -> Profile:
@@ -112,11 +163,14 @@ def parse_profile(data: dict[str, Any], name: str) -> Profile:
         message, _, where = str(exc).partition(" - at ")
         key = re.sub(r"[`$]", "", where).lstrip(".") or "the top level"
         raise AutotuneError(f"profile {name}, at {key}: {message}; mend it, or search again") from exc
-    if profile.strategy.global_batch != profile.workload.global_batch:
-        raise AutotuneError(
-            f"profile {name}, at strategy: micro_batch x accumulation is {profile.strategy.global_batch}, but "
-            f"workload.global_batch is {profile.workload.global_batch}; mend it, or search again"
-        )
+    strategies = {"strategy": profile.strategy}
+    strategies |= {f"front[{place}].strategy": choice.strategy for place, choice in enumerate(profile.front)}
+    for key, strategy in strategies.items():
+        if strategy.global_batch != profile.workload.global_batch:
+            raise AutotuneError(
+                f"profile {name}, at {key}: micro_batch x accumulation is {strategy.global_batch}, but "
+                f"workload.global_batch is {profile.workload.global_batch}; mend it, or search again"
+            )
     return profile
 
 

@@ -79,6 +79,7 @@ class Timer:
         gc_was_enabled = gc.isenabled()
         gc.disable()
         synchronize()
+        before_j = run.backend.energy_j()
         start = now = time.perf_counter()
         try:
             while now - start < LAP_S:
@@ -93,6 +94,7 @@ class Timer:
                 now = time.perf_counter()
             synchronize()
             seconds = time.perf_counter() - start
+            after_j = run.backend.energy_j()
         finally:
             if gc_was_enabled:
                 gc.enable()
@@ -105,6 +107,7 @@ class Timer:
             padded_tokens=sum(batch.padded_tokens for batch in planned),
             padded_squares=sum(batch.padded_squares for batch in planned),
             losses=self._finite(losses, norms),
+            joules=None if before_j is None or after_j is None else after_j - before_j,
             num_compiled=_num_compiled() - compiled_before,
         )
         self.laps.append(lap)
@@ -200,7 +203,7 @@ class Timer:
         """The figures of all laps so far. Needs at least one lap."""
         warm_up, timed = self.steady()
         rate, cost = self._rate(timed), self._cost()
-        eval_samples_per_s = math.inf
+        power_w, eval_samples_per_s = _power_w(timed), math.inf
         if self._eval_seconds:
             eval_s = self._eval_seconds / cost.of(self._eval_work) * cost.of(total(map(_work, self._eval_plan)))
             eval_samples_per_s = self._run.workload.num_test / eval_s
@@ -212,6 +215,7 @@ class Timer:
             warm_up_s=max(0.0, sum(lap.seconds - rate * cost.of(_lap_work(lap)) for lap in warm_up)),
             loader_wait=sum(lap.wait_s for lap in timed) / sum(lap.seconds for lap in timed),
             peak_memory_bytes=self._run.backend.peak_memory_bytes(),
+            joules_per_sample=None if power_w is None else power_w / self.samples_per_s(),
             epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
             losses=tuple(loss for lap in self.laps for loss in lap.losses),
             num_recompiled=sum(lap.num_compiled for lap in warm_up[_first_steady(self.laps, cost) :]),
@@ -268,6 +272,11 @@ def _first_steady(laps: list[Lap], cost: Cost) -> int:
     while start < len(laps) - 2 and costs[start] > STEADY * float(np.median(costs[start + 1 :])):
         start += 1
     return start
+
+
+def _power_w(laps: Sequence[Lap]) -> float | None:
+    drawn = [lap.joules for lap in laps if lap.joules is not None]
+    return sum(drawn) / sum(lap.seconds for lap in laps) if len(drawn) == len(laps) else None
 
 
 def _num_compiled() -> int:

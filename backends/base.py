@@ -107,6 +107,9 @@ class Backend(Protocol):
     def peak_memory_bytes(self) -> int:
         """Peak memory since start_memory_window, in bytes."""
 
+    def energy_j(self) -> float | None:
+        """Joules that the device has drawn since some moment that stays the same; None where it has no counter."""
+
     def limit_memory(self, limit_bytes: int) -> None:
         """Makes this process fail with out-of-memory above the limit, where the platform can."""
 

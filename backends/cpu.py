@@ -146,6 +146,11 @@ def peak_memory_bytes() -> int:
     return own_bytes + children_bytes
 
 
+def energy_j() -> None:
+    """None: what processors count is readable by root only, and not in virtual machines."""
+    return None
+
+
 def limit_memory(limit_bytes: int) -> None:
     """Does nothing: an address-space limit would also count what is mapped and never touched, so the process that
     started this one watches its resident memory instead.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import warnings
 from typing import Any, get_args
@@ -117,6 +118,27 @@ def peak_memory_bytes() -> int:
     import torch
 
     return torch.cuda.max_memory_reserved()
+
+
+def energy_j() -> float | None:
+    """NVML's total energy counter, Volta and later, which moves some fifty times a second."""
+    with contextlib.suppress(ImportError):
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError, AttributeError):  # torch < 2.3 does not say which card it is
+            pynvml.nvmlInit()
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(_nvml_handle())) / 1000
+    return None
+
+
+@functools.cache
+def _nvml_handle() -> Any:
+    """By the card's own number: NVML counts all cards, torch those that CUDA_VISIBLE_DEVICES names."""
+    import pynvml
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
 
 
 def limit_memory(limit_bytes: int) -> None:

@@ -7,6 +7,7 @@ only where it is set before the first one starts; limit_memory works in any of t
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -69,6 +70,11 @@ def script(action: Callable[[], None]) -> None:
     """What synchronize does from now on in this process: hang, raise, or die, as a device in trouble does."""
     global _script
     _script = action
+
+
+def energy_j() -> float:
+    """A hundred watts."""
+    return 100 * time.perf_counter()
 
 
 def limit_memory(limit_bytes: int) -> None:

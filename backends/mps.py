@@ -97,6 +97,11 @@ def peak_memory_bytes() -> int:
     return _sampler.peak_bytes
 
 
+def energy_j() -> None:
+    """None: Apple's counters need root."""
+    return None
+
+
 def limit_memory(limit_bytes: int) -> None:
     """Makes torch's allocator refuse what goes above the limit."""
     import torch

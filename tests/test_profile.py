@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune import store
-from autotune.errors import AutotuneError
-from autotune.profile import format_profile, parse_profile, read_profile, write_profile
+from autotune.errors import AutotuneError, UsageError
+from autotune.measurement import Interval
+from autotune.profile import ProfiledChoice, format_profile, parse_profile, read_profile, write_profile
 from autotune.strategy import Attention, Checkpoint, Compile, Padding, Precision, Strategy
 from tests import factories
 
@@ -79,6 +80,39 @@ def test_a_wrong_profile_is_refused_with_file_and_key(tmp_path: Path, path: str,
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_one_of_several_choices_is_picked_by_name_or_by_memory() -> None:
+    plain = factories.profile()
+    chosen = {
+        name: ProfiledChoice(
+            name=name,
+            strategy=Strategy(micro_batch=micro_batch, accumulation=32 // micro_batch),
+            figures=msgspec.structs.replace(
+                plain.evidence.best, peak_memory_bytes=gib * 2**30, projected_s=1000.0 / gib
+            ),
+            speedup=Interval(ratio=float(gib), low=1.0, high=9.0),
+            soak_steps=50,
+        )
+        for name, micro_batch, gib in (("fastest", 32, 4), ("balanced", 8, 2), ("leanest", 1, 1))
+    }
+    profile = msgspec.structs.replace(plain, front=tuple(chosen.values()))
+    for wanted, name in (("leanest", "leanest"), ("memory<3GiB", "balanced"), ("memory < 8GiB", "fastest")):
+        picked = profile.pick(wanted)
+        assert picked.strategy == chosen[name].strategy
+        assert picked.evidence.best == chosen[name].figures
+        assert picked.evidence.speedup == chosen[name].speedup
+    for wanted, words in (
+        ("memory<1GiB", "leanest \\(1.00 GiB\\)"),
+        ("quickest", "no choice 'quickest'; it has fastest"),
+    ):
+        with pytest.raises(AutotuneError, match=words):
+            profile.pick(wanted)
+    with pytest.raises(UsageError, match="a memory size is"):
+        profile.pick("memory<much")
+    assert plain.pick("best") == plain
+    with pytest.raises(AutotuneError, match="--objective pareto"):
+        plain.pick("leanest")
 
 
 def test_a_file_that_is_no_toml_or_not_there_is_refused(tmp_path: Path) -> None:

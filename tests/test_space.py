@@ -14,7 +14,7 @@ from torch import nn
 
 from autotune.measurement import Trial
 from autotune.search.memory import MemoryModel
-from autotune.search.objective import PlannedRun, hopeless, loss_of
+from autotune.search.objective import BALANCED, FASTEST, LEANEST, THRIFTIEST, PlannedRun, hopeless, loss_of
 from autotune.search.sampling import Sampler
 from autotune.search.space import Space, build_space, expert_guess
 from autotune.strategy import Strategy
@@ -131,11 +131,16 @@ def test_a_trial_is_given_up_only_when_far_behind(laps: int, rate: float, is_com
 def test_the_loss_is_the_planned_run_or_the_peak() -> None:
     planned = PlannedRun(num_train=1000, num_test=300, epochs=2)
     trial = factories.trial(measurement=factories.measurement(10.0, warm_up_s=7.0))
-    assert loss_of(trial, "time", planned) == pytest.approx(7 + 2 * (100 + 10))
-    assert loss_of(trial, "memory", planned) == GIB
+    assert loss_of(trial, FASTEST, planned) == pytest.approx(7 + 2 * (100 + 10))
+    assert loss_of(trial, LEANEST, planned) == GIB
+    assert loss_of(trial, BALANCED, planned) == pytest.approx((GIB * (7 + 2 * (100 + 10))) ** 0.5)
+    assert loss_of(trial, THRIFTIEST, planned) is None, "no counter"
+    counted = msgspec.structs.replace(trial.measurement, joules_per_sample=3.0)  # type: ignore[type-var]
+    drew = msgspec.structs.replace(trial, measurement=counted)
+    assert loss_of(drew, THRIFTIEST, planned) == 3 * 2 * planned.num_train
     pruned = factories.trial(outcome="pruned", measurement=None, samples_per_s=5.0)
-    assert loss_of(pruned, "time", planned, reference=trial) == pytest.approx(2 * (7 + 2 * (100 + 10)))
-    assert loss_of(pruned, "memory", planned, reference=trial) is None
+    assert loss_of(pruned, FASTEST, planned, reference=trial) == pytest.approx(2 * (7 + 2 * (100 + 10)))
+    assert loss_of(pruned, LEANEST, planned, reference=trial) is None
 
 
 def test_two_trials_of_a_kind_predict_the_others_peak() -> None:

@@ -17,6 +17,7 @@ from autotune.cli.options import (
     prepare,
     profiles_option,
 )
+from autotune.errors import UsageError
 from autotune.units import parse_bytes, parse_duration
 
 if TYPE_CHECKING:
@@ -33,10 +34,17 @@ if TYPE_CHECKING:
 @click.option("--trials", type=click.IntRange(min=1), metavar="N", help="Stop after N trials, the baseline counted.")
 @click.option(
     "--objective",
-    type=click.Choice(["time", "memory"]),
+    type=click.Choice(["time", "memory", "pareto", "energy"]),
     default="time",
     show_default=True,
-    help="Minimise the planned run's wall time, or peak memory.",
+    help="Minimise the planned run's wall time, peak memory, or joules a sample; pareto finds the fastest, the leanest "
+    "and one between.",
+)
+@click.option(
+    "--min-speed",
+    type=click.FloatRange(0.0, 1.0, min_open=True),
+    metavar="SHARE",
+    help="With --objective memory: at least this share of the fastest setting's speed.",
 )
 @click.option("--memory-budget", metavar="SIZE", help="Only settings that stay below this (on a CPU: 90 % of it).")
 @click.option("--include-slow", is_flag=True, help="Search what the probe found too slow as well.")
@@ -59,6 +67,7 @@ def command(
     budget: str | None,
     trials: int | None,
     objective: str,
+    min_speed: float | None,
     memory_budget: str | None,
     include_slow: bool,
     epochs: int | None,
@@ -82,6 +91,8 @@ def command(
     """
     budget_s = parse_duration(budget) if budget else None if trials else 300.0
     memory_budget_bytes = parse_bytes(memory_budget) if memory_budget else None
+    if min_speed is not None and objective != "memory":
+        raise UsageError("--min-speed goes with --objective memory; pareto finds several to choose from")
 
     from autotune import store, workloads
     from autotune.probe import describe_device, probe
@@ -114,6 +125,7 @@ def command(
             click.echo(busy, err=True)
         settings = Settings(
             objective=cast("Objective", objective),
+            min_speed=min_speed,
             budget_s=budget_s,
             max_trials=trials,
             memory_budget_bytes=memory_budget_bytes,
@@ -174,6 +186,10 @@ def _report(result: Result, device: Device, workload: Workload, path: Path) -> d
         "speedup": result.speedup,
         "num_rounds": result.num_rounds,
         "shares": result.shares,
+        "front": [
+            {"name": choice.name, "speedup": choice.speedup, "proof": choice.proof, **_figures(choice.trial, result)}
+            for choice in result.front
+        ],
         "proof": result.proof,
         "was_interrupted": result.was_interrupted,
         "trials": [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autotune.cli.options import data_options, device_option, find_backend, model_option, prepare, profiles_option
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, UsageError
 
 if TYPE_CHECKING:
     from autotune.profile import Profile
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     metavar="PATH|none",
     help="A profile's file, or none for the plain baseline. Default: this device's profile.",
 )
+@click.option(
+    "--pick",
+    metavar="NAME|memory<SIZE",
+    help="Of a profile with several choices (search --objective pareto): fastest, balanced, leanest, or the fastest "
+    "below a size.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's.")
 @data_options
 @click.option("--metrics", type=click.Path(path_type=Path), help="Default: runs/<workload>-<time>/metrics.json.")
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 def command(
     name: str,
     profile_name: str | None,
+    pick: str | None,
     epochs: int | None,
     data: Path | None,
     limit: int | None,
@@ -69,6 +76,12 @@ def command(
         elif profile_name is None:
             click.echo(f"No profile for {name} on this device, safe defaults are used; make one: ", err=True, nl=False)
             click.echo(f"autotune search --model {name}", err=True)
+    if pick is not None:
+        if profile is None or profile_name == "none":
+            raise UsageError(
+                f"--pick chooses from a profile; make one: autotune search --model {name} --objective pareto"
+            )
+        profile = profile.pick(pick)
     if metrics is None:
         metrics = Path("runs") / f"{store.file_stem(label)}-{datetime.datetime.now():%Y%m%d-%H%M%S}" / "metrics.json"
     store.check_writable(metrics, "--metrics")

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autotune.report.terminal import interval_words
+from autotune.report.terminal import describe, interval_words
 from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
 from autotune.search.result import Result
@@ -56,7 +56,9 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
         format_duration(best_s),
         f"saves {format_duration(base_s - best_s)}" if base_s > best_s else "",
     )
-    found = (table, "", Text(_confidence(result), style="bright_black"), "")
+    found: list[RenderableType] = [table, "", Text(_confidence(result), style="bright_black"), ""]
+    if result.front:
+        found += [front_table(result), ""]
     knobs = changed_knobs(result.best.strategy, result.baseline.strategy, result.shares)
     if not is_saved:
         kept = "Not saved: the profile that is there has passed its last test, and this has not ("
@@ -73,6 +75,25 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
         Text(f'    run = autotune.load("{name}").apply()', style="cyan"),
         Text("    for batch in run.loader: loss = run.step(batch)", style="cyan"),
     )
+
+
+def front_table(result: Result) -> RenderableType:
+    """What there is to choose from."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("--pick", no_wrap=True, style="bold")
+    for title in ("samples/s", "faster", "peak memory"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("setting")
+    for choice in result.front:
+        assert choice.trial.measurement is not None
+        table.add_row(
+            choice.name,
+            format_rate(choice.trial.measurement.samples_per_s),
+            f"{choice.speedup.ratio:.2f}x",
+            format_bytes(choice.trial.measurement.peak_memory_bytes),
+            describe(choice.trial.strategy),
+        )
+    return table
 
 
 def planned_step(best_ms: float, base_ms: float) -> str:

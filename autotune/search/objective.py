@@ -10,10 +10,36 @@ import msgspec
 from autotune.measurement import Rates, Trial
 from autotune.trial.worker import Progress
 
-Objective = Literal["time", "memory"]
+Objective = Literal["time", "memory", "pareto", "energy"]
 
+
+class Aim(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to be the best: least seconds to the power of ``1 - memory`` times bytes to the power of ``memory``, or
+    least energy."""
+
+    name: str
+    memory: float = 0.0
+    is_energy: bool = False
+
+    @property
+    def is_time(self) -> bool:
+        """Whether nothing but the planned run's seconds counts."""
+        return not self.memory and not self.is_energy
+
+
+FASTEST, BALANCED, LEANEST = (Aim(name=n, memory=m) for n, m in (("fastest", 0.0), ("balanced", 0.5), ("leanest", 1.0)))
+THRIFTIEST = Aim(name="thriftiest", is_energy=True)
+AIMS: dict[Objective, tuple[Aim, ...]] = {
+    "time": (FASTEST,),
+    "memory": (LEANEST,),
+    "pareto": (FASTEST, BALANCED, LEANEST),
+    "energy": (THRIFTIEST,),
+}
+"""What a search for each objective looks for, the profile's own setting first."""
 FOLLOWS, DRIFT_DOUBT = 0.75, 0.4
 """Training's seconds grow with this power of the pulse's, give or take (docs/LOG.md 2026-11-22)."""
+TOO_SLOW = 4
+"""A setting that has to be faster has its loss raised by how much, to this power."""
 HOPELESS_AT_ONCE = 1.6
 """After its second lap a trial so many times slower than the best is given up."""
 HOPELESS = 1.25
@@ -31,32 +57,45 @@ class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
         """Wall time of the planned run at these rates, in seconds."""
         return rates.run_s(num_train=self.num_train, num_test=self.num_test, epochs=self.epochs)
 
+    @property
+    def num_trained(self) -> int:
+        """Samples trained on, each as often as there are epochs."""
+        return self.epochs * self.num_train
+
 
 def loss_of(
     trial: Trial,
-    objective: Objective,
+    aim: Aim,
     planned: PlannedRun,
     *,
     pulse_s: float | None = None,
     reference: Trial | None = None,
 ) -> float | None:
-    """What the objective minimises: seconds of the planned run, or bytes. None where the trial gives no figure.
+    """What the aim minimises: of the planned run's seconds and of bytes, or joules. None where the trial gives no
+    figure.
 
     With ``pulse_s`` the seconds are those at the speed that the device has at that pulse, so that trials from slower
     and from faster minutes compare. A pruned trial's seconds are an estimate to steer by, and so are those of one that
     ran out of time: the reference's planned run, scaled by the training rates.
     """
     if trial.outcome == "ok" and trial.measurement is not None:
-        if objective == "memory":
-            return float(trial.measurement.peak_memory_bytes)
-        return planned.projected_s(trial.measurement) / slowdown(trial.pulse_s, pulse_s)
+        found = trial.measurement
+        if aim.is_energy:
+            return None if found.joules_per_sample is None else found.joules_per_sample * planned.num_trained
+        seconds = planned.projected_s(found) / slowdown(trial.pulse_s, pulse_s)
+        return float(seconds ** (1 - aim.memory) * found.peak_memory_bytes**aim.memory)
     known = reference.measurement if reference else None
     is_partial = trial.outcome in ("pruned", "timeout")
-    if is_partial and trial.samples_per_s and objective == "time" and reference and known is not None:
+    if is_partial and trial.samples_per_s and aim.is_time and reference and known is not None:
         reference_s = planned.projected_s(known) / slowdown(reference.pulse_s, pulse_s)
         rate = trial.samples_per_s * slowdown(trial.pulse_s, pulse_s)
         return reference_s * known.samples_per_s * slowdown(reference.pulse_s, pulse_s) / rate
     return None
+
+
+def held_to_speed(loss: float, samples_per_s: float, least_samples_per_s: float) -> float:
+    """A loss that grows steeply where a setting is slower than it may be: the slower, the more."""
+    return loss * max(1.0, least_samples_per_s / samples_per_s) ** TOO_SLOW
 
 
 def slowdown(pulse_s: float | None, than_s: float | None) -> float:

@@ -9,11 +9,21 @@ import msgspec
 from autotune import __version__
 from autotune.backends.base import Device
 from autotune.measurement import Interval, Trial
-from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledDevice, ProfiledWorkload
+from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledChoice, ProfiledDevice, ProfiledWorkload
 from autotune.search.explain import Share
 from autotune.search.objective import Objective, PlannedRun
 from autotune.search.proof import Proof
 from autotune.workloads.base import Workload
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several settings to choose from."""
+
+    name: str
+    trial: Trial
+    speedup: Interval
+    """Over the baseline."""
+    proof: Proof | None
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +46,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     was_interrupted: bool
     shares: tuple[Share, ...] = ()
     """What each knob of the best brings, the largest first; those too that brought nothing and were set back."""
+    front: tuple[Choice, ...] = ()
+    """What was found for each aim, where there are several; the best is the first."""
     is_settled: bool = False
     """Whether the trials ended because no other was expected to save more than it takes."""
 
@@ -64,6 +76,17 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
             num_parameters=workload.num_parameters,
         ),
         strategy=result.best.strategy,
+        front=tuple(
+            ProfiledChoice(
+                name=choice.name,
+                strategy=choice.trial.strategy,
+                figures=figures(choice.trial, result.planned),
+                speedup=choice.speedup,
+                soak_steps=choice.proof.soak_steps if choice.proof else 0,
+                loss_deviation=choice.proof.loss_deviation if choice.proof else None,
+            )
+            for choice in result.front
+        ),
         evidence=Evidence(
             objective=result.objective,
             search_s=round(result.search_s, 1),
@@ -75,6 +98,7 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
             soak_steps=result.proof.soak_steps if result.proof else 0,
             loss_deviation=result.proof.loss_deviation if result.proof else None,
             baseline_strategy=result.baseline.strategy,
+            shares={share.knob: share.ratio for share in result.shares if share.ratio and share.num_rounds},
             baseline=figures(result.baseline, result.planned),
             best=figures(result.best, result.planned),
         ),

@@ -47,10 +47,9 @@ class Sampler:
         seed: int,
         seen: Iterable[Strategy] = (),
         chance: Callable[[Strategy], float] = lambda _: 1.0,
-        usual: Mapping[str, float] = USUAL,
     ) -> None:
         """``seen`` was tried before. ``chance`` says how likely a strategy is to run at all; one that has none is not
-        proposed, but where it is enqueued. ``usual`` is what knobs usually do to the loss."""
+        proposed, but where it is enqueued."""
         import optuna
 
         self._space = space
@@ -60,7 +59,7 @@ class Sampler:
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             knob: optuna.distributions.CategoricalDistribution(values) for knob, values in space.values.items()
         }
-        self._chance, self._usual = chance, usual
+        self._chance = chance
         self._queue: list[Strategy] = []
         self._asked: optuna.trial.Trial | None = None
 
@@ -83,10 +82,16 @@ class Sampler:
         proposal = self.propose(known, cost_s)
         return None if proposal is None else self.take(proposal)
 
-    def propose(self, known: Sequence[Known], cost_s: Callable[[Strategy, float], float]) -> Proposal | None:
+    def propose(
+        self,
+        known: Sequence[Known],
+        cost_s: Callable[[Strategy, float], float],
+        usual: Mapping[str, float] = USUAL,
+    ) -> Proposal | None:
         """A strategy not taken before; None when all there are have been.
 
-        What is queued comes first. ``cost_s`` says what trying a strategy of an expected loss takes.
+        What is queued comes first. ``cost_s`` says what trying a strategy of an expected loss takes, ``usual`` what
+        knobs usually do to the loss.
         """
         while self._queue:
             strategy = self._queue.pop(0)
@@ -98,7 +103,7 @@ class Sampler:
             return Proposal(self._random.choice(untried)) if untried else None
         if not known:
             return Proposal(candidates[-1])
-        surrogate = Surrogate(self._space.values, known, self._usual)
+        surrogate = Surrogate(self._space.values, known, usual)
         best_log = float(surrogate.predict([one.strategy for one in _contenders(known)])[0].min())
         mean, deviation = surrogate.predict(candidates)
         gains = expected_gain(best_log, mean, deviation) * [self._chance(strategy) for strategy in candidates]

@@ -18,6 +18,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked of a search."""
 
     objective: Objective = "time"
+    min_speed: float | None = None
+    """Where memory is minimised: the share of the fastest setting's samples a second that the winner must have."""
     budget_s: float | None = 300.0
     """Wall time for the trials, the race and the last test; None where only ``max_trials`` counts."""
     max_trials: int | None = None

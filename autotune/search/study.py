@@ -15,9 +15,9 @@ from autotune.search import explain, finals, proof
 from autotune.search.explain import Share
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.search.journal import open_journal
-from autotune.search.objective import loss_of
+from autotune.search.objective import Aim, held_to_speed, loss_of
 from autotune.search.proof import Proof, prove, reference_losses
-from autotune.search.result import Result
+from autotune.search.result import Choice, Result
 from autotune.search.settings import Observer
 from autotune.search.task import Task
 from autotune.search.trials import Trials
@@ -75,7 +75,9 @@ class _Search:
     def __init__(self, task: Task, observer: Observer, trials: Trials) -> None:
         self.task, self.observer, self.trials = task, observer, trials
         self.race: Race | None = None
-        self.winner: tuple[Trial, Proof | None] | None = None
+        self.winners: dict[Aim, tuple[Trial, Proof | None]] = {}
+        self.proofs: dict[int, Proof] = {}
+        """Last tests by the trial's number."""
         self.shares: tuple[Share, ...] = ()
         self.explained: set[Strategy] = set()
         """The settings whose knobs' shares were measured."""
@@ -87,7 +89,9 @@ class _Search:
         self.trials.run(reserved_s=self._reserved_s)
         self._run_race(self.trials.finalists())
         self._take_knobs_back()
-        self._find_winner()
+        for aim in self.task.sought:
+            if (winner := self._winner(aim)) is not None:
+                self.winners[aim] = winner
 
     # The race
 
@@ -163,7 +167,7 @@ class _Search:
     def _take_knobs_back(self) -> None:
         """Times the winner in turns with what it is without each of its knobs. Where some bring nothing, the winner
         without them is tried, and raced against it."""
-        task, best = self.task, self._standing()
+        task, best = self.task, self._standing(self.task.sought[0])
         needed_s = self._explain_s(best)
         if best is None or needed_s is None or needed_s > self._left_s():
             return
@@ -186,7 +190,8 @@ class _Search:
             return
         tried = self.trials.try_late(simpler, "without what brings nothing")
         if tried is not None:
-            self._run_race([best, tried])
+            others = [trial for trial in self.trials.finalists() if trial.number not in (best.number, tried.number)]
+            self._run_race([best, tried, *(others if len(task.sought) > 1 else ())])
 
     def _groups(self, best: Trial, without: dict[str, Strategy]) -> list[dict[str, Strategy]]:
         """As few as fit into memory beside the best; what does not even alone is left out."""
@@ -205,29 +210,28 @@ class _Search:
 
     # The last test
 
-    def _find_winner(self) -> None:
+    def _winner(self, aim: Aim) -> tuple[Trial, Proof | None] | None:
         """The best that passes the last test; the plain baseline needs none."""
         for _ in range(MAX_PROOFS):
-            trial = self._standing()
+            trial = self._standing(aim)
             if trial is None:
                 break
             if trial.strategy == self.task.baseline:
-                self.winner = trial, None
-                return
-            found = self._proof(trial)
+                return trial, None
+            found = self.proofs.get(trial.number) or self._proof(trial)
+            self.proofs[trial.number] = found
             if found.outcome == "ok":
-                self.winner = trial, found
-                return
+                return trial, found
             self.trials.failures[trial.number] = msgspec.structs.replace(
                 found, reason=f"in the last test: {found.reason}"
             )
             self.trials.reconsider()
-            best = self.trials.best()
+            best = self.trials.best(aim)
             if best is not None and best.number not in self._finals():
                 self._run_race(self.trials.finalists())
         reference = self.trials.reference
-        if reference.measurement is not None and self.task.fits(reference.measurement):
-            self.winner = reference, None
+        fits = reference.measurement is not None and self.task.fits(reference.measurement)
+        return (reference, None) if fits else None
 
     def _proof(self, trial: Trial) -> Proof:
         self.observer.on_proof(trial)
@@ -258,12 +262,12 @@ class _Search:
         except TrialEndedError as end:
             return end
 
-    def _standing(self) -> Trial | None:
+    def _standing(self, aim: Aim) -> Trial | None:
         """The best by the race; by the trials where that is no help, or where those who raced have failed since."""
-        reference, best = self.trials.reference, self.trials.best()
+        reference, best = self.trials.reference, self.trials.best(aim)
         rivals = [final for final in self._finals().values() if self.trials.may_win(final.trial, final.measurement)]
         if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
-            return ranked(rivals, self._final_loss)[0].trial
+            return ranked(rivals, lambda final: self._final_loss(final, aim))[0].trial
         return best
 
     def _finals(self) -> dict[int, Final]:
@@ -271,10 +275,14 @@ class _Search:
         found = self.race.finals() if self.race and self.race.num_rounds >= 2 else []
         return {final.trial.number: final for final in found}
 
-    def _final_loss(self, final: Final) -> float:
-        loss = loss_of(_remeasured(final.trial, final.measurement), self.task.settings.objective, self.task.planned)
+    def _final_loss(self, final: Final, aim: Aim) -> float:
+        loss = loss_of(_remeasured(final.trial, final.measurement), aim, self.task.planned)
         assert loss is not None
-        return loss
+        min_speed = self.task.settings.min_speed
+        if min_speed is None or not aim.memory:
+            return loss
+        fastest = max(other.measurement.samples_per_s for other in self._finals().values())
+        return held_to_speed(loss, final.measurement.samples_per_s, min_speed * fastest)
 
     # The verdict
 
@@ -286,18 +294,14 @@ class _Search:
             trial = self.trials.reference
             raise AutotuneError(f"the plain baseline did not run ({trial.outcome}: {trial.reason}); nothing to compare")
         reference, entered = self.trials.reference, self._finals()
-        best, found = self.winner or (self._standing() if self.was_interrupted else None, None)
+        first = self.task.sought[0]
+        best, found = self.winners.get(first) or (self._standing(first) if self.was_interrupted else None, None)
         if best is None:
             raise self._no_winner()
         if self.was_interrupted and best is reference:
             raise InterruptedSearchError("interrupted before a setting was faster than the baseline; nothing to save")
         was_raced = {reference.number, best.number} <= entered.keys()
         is_compiled = best.strategy.compile != "none"
-        ratio = Interval(ratio=1.0, low=1.0, high=1.0)
-        if best is not reference and was_raced:
-            ratio = finals.ratio(entered[reference.number], entered[best.number])
-        elif best is not reference and best.measurement and reference.measurement:
-            ratio = ratio_of_means(reference.measurement.epoch_s, best.measurement.epoch_s)
 
         def at_last(trial: Trial, peak_bytes: int) -> Trial:
             final = entered.get(trial.number)
@@ -306,10 +310,20 @@ class _Search:
             peak_bytes = max(measured.peak_memory_bytes, peak_bytes)
             return _remeasured(trial, msgspec.structs.replace(measured, peak_memory_bytes=peak_bytes))
 
+        front = tuple(
+            Choice(
+                name=aim.name,
+                trial=at_last(trial, passed.peak_memory_bytes if passed else 0),
+                speedup=self._speedup(trial),
+                proof=passed,
+            )
+            for aim, (trial, passed) in self.winners.items()
+        )
         return Result(
             baseline=at_last(reference, 0),
             best=at_last(best, found.peak_memory_bytes if found else 0),
-            speedup=ratio,
+            speedup=self._speedup(best),
+            front=front if len(self.task.sought) > 1 else (),
             planned=self.task.planned,
             objective=self.task.settings.objective,
             trials=tuple(map(self._as_it_ended, self.trials.all)),
@@ -321,6 +335,15 @@ class _Search:
             shares=self.shares if best.strategy in self.explained else self.trials.estimated_shares(best.strategy),
             is_settled=self.trials.is_settled,
         )
+
+    def _speedup(self, trial: Trial) -> Interval:
+        """Over the baseline, by the race; by the trials where not both were in it."""
+        reference, entered = self.trials.reference, self._finals()
+        if {reference.number, trial.number} <= entered.keys() and trial is not reference:
+            return finals.ratio(entered[reference.number], entered[trial.number])
+        if trial is not reference and trial.measurement and reference.measurement:
+            return ratio_of_means(reference.measurement.epoch_s, trial.measurement.epoch_s)
+        return Interval(ratio=1.0, low=1.0, high=1.0)
 
     def _no_winner(self) -> AutotuneError:
         if self.was_interrupted:

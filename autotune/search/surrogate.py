@@ -41,6 +41,13 @@ USUAL_OF_MEMORY: dict[str, float] = {
     "precision": 0.3,
 }
 """The same of peak memory."""
+
+
+def usual_of(memory: float) -> dict[str, float]:
+    """The same of seconds to the power of ``1 - memory`` times bytes to the power of ``memory``."""
+    return {knob: math.hypot((1 - memory) * of_time, memory * USUAL_OF_MEMORY[knob]) for knob, of_time in USUAL.items()}
+
+
 _OTHER = 0.1
 _TOGETHER = 0.4
 """What two knobs do beyond their sum has this times the product of their own standard deviations."""

@@ -12,7 +12,7 @@ from autotune import __version__
 from autotune.backends.base import Backend
 from autotune.measurement import Measurement
 from autotune.probe import Hardware
-from autotune.search.objective import PlannedRun
+from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
 from autotune.search.settings import Settings
 from autotune.search.space import Space, build_space
 from autotune.strategy import Strategy
@@ -58,6 +58,16 @@ class Task:
         )
 
     @property
+    def sought(self) -> tuple[Aim, ...]:
+        """What a setting is to be found for, the profile's own first."""
+        return AIMS[self.settings.objective]
+
+    @property
+    def aims(self) -> tuple[Aim, ...]:
+        """What trials are made for, in turns: what is sought, and what has to be known besides."""
+        return self.sought if self.settings.min_speed is None else (*self.sought, FASTEST)
+
+    @property
     def baseline(self) -> Strategy:
         """The plain setting that everything is compared with."""
         return msgspec.structs.replace(self.workload.baseline, deterministic=self.settings.is_deterministic)
@@ -100,6 +110,7 @@ class Task:
             "planned": msgspec.to_builtins(self.planned),
             "space": [list(map(list, self.space.values.items())), sorted(self.space.pairs)],
             "objective": self.settings.objective,
+            "min_speed": self.settings.min_speed,
             "memory_budget_bytes": self.settings.memory_budget_bytes,
             "seed": self.settings.seed,
         }

@@ -12,16 +12,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from autotune.errors import AutotuneError
 from autotune.measurement import Measurement, Outcome, Trial
 from autotune.search.explain import Share, estimated
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import MemoryModel
-from autotune.search.objective import drift_doubt, hopeless, loss_of, slowdown
+from autotune.search.objective import FASTEST, Aim, drift_doubt, held_to_speed, hopeless, loss_of, slowdown
 from autotune.search.proof import Proof
 from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
 from autotune.search.space import expert_guess
-from autotune.search.surrogate import USUAL, USUAL_OF_MEMORY, Known, Surrogate
+from autotune.search.surrogate import USUAL_OF_MEMORY, Known, Surrogate, usual_of
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
@@ -66,6 +67,7 @@ class Trials:
         """``run`` stands in for ``run_trial`` and ``clock`` for the wall's, where a recorded grid is searched."""
         self._task, self._observer, self._journal, self._pulse = task, observer, journal, pulse
         self._run, self._clock = run or run_trial, clock
+        self.aims = task.aims
         self.all = journal.trials  # the journal adds to it
         self.failures: dict[int, Proof] = {}
         """Why a setting that was fine in its trial cannot win all the same, by its trial's number."""
@@ -78,7 +80,6 @@ class Trials:
             seed=task.settings.seed,
             seen=[trial.strategy for trial in self.all],
             chance=self._chance,
-            usual=USUAL_OF_MEMORY if task.settings.objective == "memory" else USUAL,
         )
         self._doubts: dict[tuple[str, Any], float] = {}
         self._pulse_s: float | None = None
@@ -106,6 +107,8 @@ class Trials:
             self.try_now(task.baseline, "plain baseline")
         if self.reference.measurement is None:
             return
+        if self.aims[0].is_energy and self.reference.measurement.joules_per_sample is None:
+            raise AutotuneError("this device has no energy counter that can be read; choose another --objective")
         if self._journal.interrupted is not None:
             strategy, starts = self._journal.interrupted
             if starts < MAX_STARTS:
@@ -124,7 +127,8 @@ class Trials:
                 self.try_now(stale.strategy, "the best again: the device's speed has changed")
                 continue
             self._doubts = self._doubtful()
-            proposal = self._sampler.propose(self._known(), self._cost())
+            aim = self._aim
+            proposal = self._sampler.propose(self._known(aim), self._cost(aim), usual_of(aim.memory))
             if proposal is None:
                 break
             if not self._pays(proposal):
@@ -159,9 +163,9 @@ class Trials:
         return tried if tried in self._usable() else None
 
     def estimated_shares(self, best: Strategy) -> tuple[Share, ...]:
-        """What each knob of a setting brings, by all trials; nothing where seconds are not what is minimised."""
-        known = self._known()
-        if len(known) < 2 or self._task.settings.objective != "time":
+        """What each knob of a setting brings to the speed, by all trials; nothing where that is not what is wanted."""
+        known = self._known(FASTEST)
+        if len(known) < 2 or self.aims[0] != FASTEST:
             return ()
         surrogate = Surrogate(self._task.space.values, known)
         return estimated(surrogate, best, self._task.baseline, self._task.space)
@@ -175,15 +179,21 @@ class Trials:
         return [int(peak) for peak in np.exp(mean + deviation)]
 
     def finalists(self) -> list[Trial]:
-        """The best few by their own figures, the best first."""
-        losses = [(loss, trial) for trial in self._usable() if (loss := self._loss(trial)) is not None]
-        losses.sort(key=lambda pair: pair[0])
-        return [trial for loss, trial in losses[:NUM_FINALISTS] if loss <= losses[0][0] * CLOSE_TO_BEST]
+        """The best few by their own figures, the best first; of each aim the best, where there are several."""
+        ranked = [self._ranked(aim) for aim in self.aims]
+        num_close = NUM_FINALISTS if len(self._task.sought) == 1 else 1
+        close = [trial for loss, trial in ranked[0][:num_close] if loss <= ranked[0][0][0] * CLOSE_TO_BEST]
+        others = [trial for found in ranked[1:] for _, trial in found[:1]]
+        return list({trial.number: trial for trial in [*close, *others]}.values())
 
-    def best(self) -> Trial | None:
-        """The best that may win, by its own figures."""
-        finalists = self.finalists()
-        return finalists[0] if finalists else None
+    def best(self, aim: Aim | None = None) -> Trial | None:
+        """The best that may win, by its own figures; that of the first aim, unless another is named."""
+        ranked = self._ranked(aim or self.aims[0])
+        return ranked[0][1] if ranked else None
+
+    def _ranked(self, aim: Aim) -> list[tuple[float, Trial]]:
+        losses = [(loss, trial) for trial in self._usable() if (loss := self._loss(trial, aim)) is not None]
+        return sorted(losses, key=lambda pair: pair[0])
 
     def may_win(self, trial: Trial, measurement: Measurement) -> bool:
         """Whether it fits the limit by these figures, and has not failed since its trial."""
@@ -206,12 +216,14 @@ class Trials:
         return self._clock() - self._start
 
     def _try(self, strategy: Strategy, origin: str) -> None:
-        number, best, task = len(self.all), self.best(), self._task
+        number, task = len(self.all), self._task
+        aim = self._aim
+        best = self.best(aim)
         self._observer.on_trial_start(number, strategy, origin)
         self._journal.start(strategy)
         before_s = self._pulse_s or self._pulse.beat()
         best_samples_per_s = None
-        if best and best.samples_per_s and best.strategy != strategy and task.settings.objective == "time":
+        if best and best.samples_per_s and best.strategy != strategy and aim == FASTEST:
             doubt = math.exp(drift_doubt(best.pulse_s, before_s))
             best_samples_per_s = best.samples_per_s * slowdown(best.pulse_s, before_s) / doubt
 
@@ -246,7 +258,7 @@ class Trials:
     def _record(self, trial: Trial) -> None:
         self._journal.record(trial, self._sampler.asked, self.elapsed_s())
         self._memory.learn(trial)
-        self._sampler.tell(self._loss(trial))
+        self._sampler.tell(self._loss(trial, self.aims[0]))
         self._observer.on_trial_end(trial, self.best())
 
     def _goes_on(self, reserved_s: Callable[[], float]) -> bool:
@@ -260,28 +272,33 @@ class Trials:
 
     # What the sampler is told
 
-    def _known(self) -> list[Known]:
+    @property
+    def _aim(self) -> Aim:
+        """What the next trial is for: each aim in its turn."""
+        return self.aims[len(self.all) % len(self.aims)]
+
+    def _known(self, aim: Aim) -> list[Known]:
         """What was tried and how sure its figures are."""
         known, may_win = [], {trial.number for trial in self._usable()}
         for trial in self.all:
-            loss = self._loss(trial)
+            loss = self._loss(trial, aim)
             # what is over the limit would draw the search to more of its kind
             if loss is not None and (trial.measurement is None or self._task.fits(trial.measurement)):
-                known.append(Known(trial.strategy, loss, self._noise(trial), may_win=trial.number in may_win))
+                known.append(Known(trial.strategy, loss, self._noise(trial, aim), may_win=trial.number in may_win))
         return known
 
-    def _noise(self, trial: Trial) -> float:
-        if self._task.settings.objective == "memory":
+    def _noise(self, trial: Trial, aim: Aim) -> float:
+        if aim.memory == 1:
             return NOISE
         drift = drift_doubt(trial.pulse_s, self._usual_pulse_s)
         laps = trial.measurement.epoch_s if trial.measurement else ()
         error = statistics.stdev(laps) / statistics.mean(laps) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf
         return math.hypot(min(max(error, NOISE), NOISE_PRUNED), drift)
 
-    def _cost(self) -> Callable[[Strategy, float], float]:
+    def _cost(self, aim: Aim) -> Callable[[Strategy, float], float]:
         """Gives the seconds that a trial of some strategy and expected loss takes: what others of its kind have taken
         beyond their steps, and its steps."""
-        if self._task.settings.objective != "time":
+        if aim != FASTEST:
             return lambda strategy, loss: 1.0
         beyond_s: dict[bool, list[float]] = {False: [], True: []}
         for trial in self.all:
@@ -299,9 +316,9 @@ class Trials:
     def _pays(self, proposal: Proposal) -> bool:
         """Whether the planned run is expected to be shorter by more than the trial takes."""
         settings, best = self._task.settings, self.best()
-        if proposal.gain is None or best is None or settings.max_trials is not None or settings.objective != "time":
+        if proposal.gain is None or best is None or settings.max_trials is not None or self.aims != (FASTEST,):
             return True
-        loss = self._loss(best)
+        loss = self._loss(best, FASTEST)
         return loss is None or proposal.gain * loss > proposal.cost_s
 
     def _chance(self, strategy: Strategy) -> float:
@@ -351,15 +368,13 @@ class Trials:
         beats = [trial.pulse_s for trial in self.all if trial.pulse_s]
         return statistics.median(beats) if beats else None
 
-    def _loss(self, trial: Trial) -> float | None:
+    def _loss(self, trial: Trial, aim: Aim) -> float | None:
         """At the speed that the device usually had in this search."""
-        return loss_of(
-            trial,
-            self._task.settings.objective,
-            self._task.planned,
-            pulse_s=self._usual_pulse_s,
-            reference=self.reference,
-        )
+        loss = loss_of(trial, aim, self._task.planned, pulse_s=self._usual_pulse_s, reference=self.reference)
+        min_speed, fastest = self._task.settings.min_speed, self.best(FASTEST) if aim.memory else None
+        if loss is None or min_speed is None or fastest is None:
+            return loss
+        return held_to_speed(loss, self._rate(trial), min_speed * self._rate(fastest))
 
     def _rate(self, trial: Trial) -> float:
         """Samples a second, at the speed that the device usually had in this search."""

@@ -11,7 +11,7 @@ import msgspec
 
 from autotune import backends
 from autotune.backends.cpu import usable_cores
-from autotune.contention import Load
+from autotune.contention import QUIET_SHARE, Load
 from autotune.measurement import Measurement, Outcome, Trial
 from autotune.process import Child, ChildDied
 from autotune.timing import NARROW
@@ -181,10 +181,13 @@ def run_trial(
                 raise TrialEndedError("pruned", reason)
 
     def was_disturbed() -> bool:
-        """Whether others had the cores that the laps since the first needed; those of an accelerator need few."""
-        (load, before_s), *_ = since_first
+        """Whether others had the cores that the laps needed; those of an accelerator need few."""
         is_on_cores = backends.get(job.backend).is_host_memory
-        return is_on_cores and not load.is_quiet(usable_cores(), session.cpu_s() - before_s)
+        return is_on_cores and others_cores() > QUIET_SHARE * usable_cores()
+
+    def others_cores() -> float:
+        (load, before_s), *_ = since_first
+        return load.busy_cores(usable_cores(), session.cpu_s() - before_s)
 
     def ended(outcome: Outcome, reason: str, measurement: Measurement | None = None) -> Trial:
         return Trial(
@@ -195,11 +198,14 @@ def run_trial(
             measurement=measurement,
             samples_per_s=measurement.samples_per_s if measurement else (last and last.samples_per_s) or None,
             wall_s=time.monotonic() - start,
+            others_cores=busy_cores,
         )
 
+    busy_cores: float | None = None
     try:
         with Session(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s) as session:
             done = session.time(ORDINARY, timeout_s=timeout_s, on_progress=listen)
+            busy_cores = others_cores()
     except TrialEndedError as end:
         return ended(end.outcome, end.reason)
     peak_bytes = done.measurement.peak_memory_bytes

@@ -6,6 +6,8 @@ scripted torch.cuda, which says nothing about a real card.
 
 from __future__ import annotations
 
+import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +102,16 @@ class TestContract:
             backend.set_precision(precision)
         backend.set_precision("fp32")
         assert torch.get_float32_matmul_precision() == "highest"
+
+    def test_energy_only_grows_where_it_is_counted(self, backend: Backend, name: str) -> None:
+        before_j = backend.energy_j()
+        if before_j is None:
+            assert backend.energy_j() is None
+            return
+        time.sleep(0.1)
+        after_j = backend.energy_j()
+        assert after_j is not None
+        assert 0 < after_j - before_j < 1000
 
     def test_an_impossible_allocation_is_out_of_memory(self, backend: Backend, name: str) -> None:
         with pytest.raises((RuntimeError, MemoryError)) as caught:
@@ -230,6 +242,23 @@ class TestWithoutTheHardware:
         device = cuda.device()
         assert (device.name, device.architecture) == ("Scripted H100", "sm_90 Hopper")
         assert (device.memory_free_bytes, device.memory_total_bytes) == (70 * 2**30, 80 * 2**30)
+
+    def test_cuda_energy_is_that_of_torchs_card(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        nvml = types.SimpleNamespace(
+            NVMLError=KeyError,
+            nvmlInit=lambda: None,
+            nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+            nvmlDeviceGetTotalEnergyConsumption={"GPU-1234": 5_250}.__getitem__,
+        )
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="1234"))
+        cuda._nvml_handle.cache_clear()
+        assert cuda.energy_j() == 5.25
+        cuda._nvml_handle.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="another"))
+        assert cuda.energy_j() is None, "no counter, no figure"
+        cuda._nvml_handle.cache_clear()
 
     def test_mps_peak_is_the_highest_sample(self, monkeypatch: pytest.MonkeyPatch) -> None:
         allocated = [100, 900, 300]

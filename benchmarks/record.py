@@ -1,9 +1,9 @@
 """Measures a whole grid of settings: python -m benchmarks.record [--model imdb] [--minutes 60] [--repeats 2 --top 40]
 
 Every setting goes through the search's own trial runner, in random order, so that the device's drift falls on all knobs
-alike; a fixed piece of work is timed before and after each, as in a search. The table under benchmarks/grids is saved
-after every trial: the same command goes on where it was. A trial that other work disturbed is measured again. With ``--repeats`` the fastest settings, and as many drawn at
-random, are measured so often.
+alike; a fixed piece of work is timed before and after each, as in a search. A trial that other work disturbed is
+measured again. The table under benchmarks/grids is saved after every trial: the same command goes on where it was. With
+``--repeats`` the fastest settings, and as many drawn at random, are measured so often.
 """
 
 from __future__ import annotations

@@ -110,6 +110,24 @@ def read_for(path: Path, device: Device, wanted: Wanted) -> Profile:
     return profile
 
 
+def nearest_profile(device: Device, label: str, profiles: Path | None = None) -> Profile | None:
+    """A profile to start a search from: this device's own, else its for another workload, else another device's of the
+    kind, those of the same workload and architecture first. None where there is none; broken ones are passed over."""
+    found = []
+    for path in all_profiles(profiles):
+        with contextlib.suppress(AutotuneError):
+            profile = read_profile(path)
+            if profile.device.kind == device.kind:
+                found.append(profile)
+
+    def distance(profile: Profile) -> tuple[bool, bool, bool]:
+        its = profile.device
+        is_other = profile.workload.name != label
+        return its.fingerprint != device.fingerprint, is_other, its.architecture != device.architecture
+
+    return min(found, key=distance, default=None)
+
+
 def is_tested(path: Path, device: Device, wanted: Wanted) -> bool:
     """Whether there is a profile for this there that has passed its last test."""
     try:

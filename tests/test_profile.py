@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune import store
+from autotune.backends.base import Device
 from autotune.errors import AutotuneError, UsageError
 from autotune.measurement import Interval
 from autotune.profile import ProfiledChoice, format_profile, parse_profile, read_profile, write_profile
@@ -202,6 +203,43 @@ def test_a_profile_for_another_model_of_the_name_is_refused(tmp_path: Path) -> N
     message = "10,000 parameters, imdb's has 20,000; search again: autotune search --model examples/t.py:f"
     with pytest.raises(AutotuneError, match=message):
         store.read_for(path, device, wanted._replace(num_parameters=20_000))
+
+
+def test_the_nearest_profile_is_this_devices_own_then_its_others_then_another_devices(tmp_path: Path) -> None:
+    here, there = factories.device(), factories.device(name="another", architecture="another")
+
+    def written(device: Device, workload: str) -> Path:
+        plain = factories.profile()
+        profile = msgspec.structs.replace(
+            plain,
+            device=msgspec.structs.replace(
+                plain.device,
+                fingerprint=device.fingerprint,
+                name=device.name,
+                architecture=device.architecture,
+                kind=device.kind,
+            ),
+            workload=msgspec.structs.replace(plain.workload, name=workload),
+            autotune=f"{device.name} {workload}",
+        )
+        path = store.profile_path(device, workload, tmp_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_profile(profile, path)
+        return tmp_path
+
+    def nearest(folder: Path) -> str:
+        found = store.nearest_profile(here, "imdb", folder)
+        assert found is not None
+        return found.autotune
+
+    folder = written(there, "imdb")
+    assert nearest(folder) == "another imdb"
+    written(here, "other")
+    assert nearest(folder) == f"{here.name} other"
+    written(here, "imdb").joinpath("broken").mkdir()
+    (folder / "broken" / "imdb.toml").write_text("not a profile")
+    assert nearest(folder) == f"{here.name} imdb"
+    assert store.nearest_profile(msgspec.structs.replace(here, kind="none"), "imdb", folder) is None
 
 
 def test_only_a_profile_of_this_device_that_lasted_is_a_tested_one(tmp_path: Path) -> None:

@@ -75,6 +75,25 @@ def test_the_best_of_the_space_is_found(prepared: Prepared, scripted_device: pyt
     assert result.speedup.ratio == pytest.approx(best.samples_per_s / base.samples_per_s)
 
 
+def test_the_nearest_profiles_setting_is_tried_third(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ref, workload = prepared
+    elsewhere = Strategy(micro_batch=6, accumulation=8, precision="bf16", attention="sdpa_cudnn", padding="longest")
+    task = Task(
+        ref=ref,
+        workload=workload,
+        hardware=factories.hardware(),
+        backend=CPU,
+        settings=Settings(budget_s=None, max_trials=3),
+        known_good=elsewhere,
+    )
+    observer = Silent()
+    third = search(task, observer, journal_path=tmp_path / "imdb.journal").trials[2].strategy
+    assert observer.origins[2] == "as in the nearest profile"
+    assert third == Strategy(micro_batch=4, accumulation=8, precision="bf16", attention="eager", padding="longest")
+
+
 def test_a_misleading_guess_does_not_win(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
     def no_flash(number: int, job: Job, **_: Any) -> Trial:
         found = scripted(job.strategy)

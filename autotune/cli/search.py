@@ -136,7 +136,15 @@ def command(
             epochs=epochs,
             seed=seed,
         )
-        task = Task(ref=ref, workload=workload, hardware=hardware, backend=backend, settings=settings)
+        nearest = store.nearest_profile(device, label, profiles)
+        task = Task(
+            ref=ref,
+            workload=workload,
+            hardware=hardware,
+            backend=backend,
+            settings=settings,
+            known_good=None if nearest is None else nearest.strategy,
+        )
         if explain_space:
             stdout().print(space_table(task.space))
             stdout().print(f"{task.space.size:,} combinations; the probe has the figures: autotune probe")

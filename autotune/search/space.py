@@ -72,6 +72,17 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         """A strategy as the sampler's parameters."""
         return {knob: getattr(strategy, knob) for knob in self.values}
 
+    def nearest(self, strategy: Strategy) -> Strategy:
+        """A strategy of another device or workload, with plain values where its own are not tried here. What comes of
+        it may still be refused."""
+        values = self.params(strategy)
+        for knob, known in self.values.items():
+            if knob == "micro_batch":
+                values[knob] = max((size for size in known if size <= values[knob]), default=min(known))
+            elif values[knob] not in known:
+                values[knob] = known[0]
+        return self.strategy(values)
+
     def refusal(self, strategy: Strategy) -> str | None:
         """Why this combination cannot run here; None where it can."""
         if (strategy.attention, strategy.precision) not in self.pairs:

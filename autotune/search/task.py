@@ -35,6 +35,8 @@ class Task:
     hardware: Hardware
     backend: Backend
     settings: Settings
+    known_good: Strategy | None = None
+    """What was the best on the nearest device or workload."""
 
     @functools.cached_property
     def planned(self) -> PlannedRun:

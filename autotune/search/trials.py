@@ -115,12 +115,9 @@ class Trials:
                 self.try_now(strategy, "again, the search was killed in it")
             else:
                 self._give_up(strategy, starts)
-        origin = "search"
-        if len(self.all) == 1:
-            guess = expert_guess(task.space, task.hardware, task.backend)
-            if guess != task.baseline and task.space.refusal(guess) is None:
-                self._sampler.enqueue(guess)
-                origin = "expert's guess"
+        origins = self._beginnings() if len(self.all) == 1 else {}
+        for strategy in origins:
+            self._sampler.enqueue(strategy)
         while self._goes_on(reserved_s):
             stale = self._stale()
             if stale is not None:
@@ -135,9 +132,16 @@ class Trials:
                 self.is_settled = True
                 break
             self._sampler.take(proposal)
-            self._try(proposal.strategy, origin)
-            origin = "search"
+            self._try(proposal.strategy, origins.get(proposal.strategy, "search"))
         self._stop_pulse()
+
+    def _beginnings(self) -> dict[Strategy, str]:
+        """What is tried behind the baseline, and whose idea it is."""
+        task = self._task
+        found = {expert_guess(task.space, task.hardware, task.backend): "expert's guess"}
+        if task.known_good is not None:
+            found.setdefault(task.space.nearest(task.known_good), "as in the nearest profile")
+        return {s: origin for s, origin in found.items() if s != task.baseline and task.space.refusal(s) is None}
 
     def try_now(self, strategy: Strategy, origin: str) -> None:
         """Tries this one next, even where it was tried before."""

@@ -16,13 +16,14 @@ import optuna
 from autotune import backends
 from autotune.measurement import Trial
 from autotune.search.journal import Journal
-from autotune.search.objective import PlannedRun
+from autotune.search.objective import FASTEST, PlannedRun, hopeless, loss_of
 from autotune.search.settings import Observer, Settings
 from autotune.search.space import Space, expert_guess
 from autotune.search.task import Task
 from autotune.search.trials import Trials
 from autotune.strategy import Strategy, baseline
 from autotune.trial.pulse import Pulse
+from autotune.trial.worker import Progress
 from autotune.workloads.base import Workload, WorkloadRef
 from benchmarks.recorded import Recorded, job_of
 
@@ -80,6 +81,11 @@ class _NoPulse(Pulse):
 
 def ours(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
     """The search's own trials."""
+    return search_on(recorded, Settings(budget_s=budget_s, seed=seed))[0]
+
+
+def search_on(recorded: Recorded, settings: Settings) -> tuple[list[Held], list[Trial]]:
+    """What a search's trials on a grid hold for the best, and the trials."""
     header = recorded.grid.header
     task = Replayed(
         recorded=recorded,
@@ -87,21 +93,23 @@ def ours(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
         workload=cast("Workload", None),  # a grid has no model
         hardware=header.hardware,
         backend=backends.get(header.hardware.device.kind),
-        settings=Settings(budget_s=budget_s, seed=seed),
+        settings=settings,
     )
     noting, journal = _Noting(recorded), Journal(optuna.create_study())
     trials = Trials(task, noting, journal, _NoPulse(task.backend.name), run=recorded.run, clock=lambda: recorded.clock)
     trials.run(reserved_s=lambda: 0.0)
-    return noting.held
+    return noting.held, trials.all
 
 
 class _Rival:
-    """Measures whole trials, remembers them, and holds the fastest."""
+    """Measures whole trials, remembers them, and holds the fastest. One that ``gives_up`` ends hopeless trials as ours
+    does, and learns what they would have taken."""
 
-    def __init__(self, recorded: Recorded, budget_s: float) -> None:
-        self._recorded, self._budget_s = recorded, budget_s
+    def __init__(self, recorded: Recorded, budget_s: float, *, gives_up: bool = False) -> None:
+        self._recorded, self._budget_s, self._gives_up = recorded, budget_s, gives_up
         self.losses: dict[Strategy, float] = {}
         self.held: list[Held] = []
+        self._best: Trial | None = None
 
     @property
     def is_over(self) -> bool:
@@ -110,13 +118,19 @@ class _Rival:
     def loss(self, strategy: Strategy) -> float:
         """Seconds of the planned run; infinite where it did not run."""
         if strategy not in self.losses:
-            trial = self._recorded.run(0, job_of(strategy), memory_limit_bytes=2**60)
-            planned: PlannedRun = self._recorded.grid.header.planned
-            self.losses[strategy] = planned.projected_s(trial.measurement) if trial.measurement else math.inf
-            best = min(self.losses, key=self.losses.__getitem__)
-            if math.isfinite(self.losses[best]) and (not self.held or best != self.held[-1].strategy):
-                self.held.append(Held(self._recorded.clock, best))
+            trial = self._recorded.run(0, job_of(strategy), memory_limit_bytes=2**60, hopeless=self._hopeless(strategy))
+            loss = loss_of(trial, FASTEST, self._recorded.grid.header.planned, reference=self._best)
+            self.losses[strategy] = loss = math.inf if loss is None else loss
+            if trial.measurement is not None and (self._best is None or loss < self.losses[self._best.strategy]):
+                self._best = trial
+                self.held.append(Held(self._recorded.clock, strategy))
         return self.losses[strategy]
+
+    def _hopeless(self, strategy: Strategy) -> Callable[[Progress], str | None]:
+        best = self._best.samples_per_s if self._best and self._gives_up else None
+        if best is None:
+            return lambda _: None
+        return lambda progress: hopeless(progress, best, strategy.compile != "none")
 
 
 def _in_order(strategies: Callable[[Recorded, int], Sequence[Strategy]]) -> Callable[..., list[Held]]:
@@ -143,14 +157,21 @@ def _grid_order(recorded: Recorded, _: int) -> list[Strategy]:
     return [strategy for strategy in named if recorded.space.refusal(strategy) is None]
 
 
-def _optuna(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> Callable[..., list[Held]]:
+def _optuna(
+    sampler: Callable[[int], optuna.samplers.BaseSampler], *, is_helped: bool = False
+) -> Callable[..., list[Held]]:
+    """``is_helped`` gives it what ours has beside the sampler: the expert's guess, and giving up what is hopeless."""
+
     def method(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
-        rival, space = _Rival(recorded, budget_s), recorded.space
+        rival, space = _Rival(recorded, budget_s, gives_up=is_helped), recorded.space
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             study = optuna.create_study(sampler=sampler(seed))
         knobs = {knob: values for knob, values in space.values.items() if len(values) > 1}
         plain = {knob: values[0] for knob, values in space.values.items()}
+        if is_helped:
+            guess = space.params(_guess(recorded))
+            study.enqueue_trial({knob: guess[knob] for knob in knobs})
         for _ in range(MAX_ASKED):
             if rival.is_over:
                 break
@@ -189,8 +210,7 @@ def one_knob_at_a_time(recorded: Recorded, seed: int, budget_s: float) -> list[H
 def guess_then_batch_size(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
     """What people do with a batch-size finder: write down what should be fast, then have the micro batch doubled while
     it fits. The fastest of those, not the largest, is held."""
-    rival, space = _Rival(recorded, budget_s), recorded.space
-    guess = expert_guess(space, recorded.grid.header.hardware, backends.get(recorded.grid.header.hardware.device.kind))
+    rival, space, guess = _Rival(recorded, budget_s), recorded.space, _guess(recorded)
     if space.refusal(guess) is None:
         rival.loss(guess)
     for micro_batch in space.values["micro_batch"]:
@@ -200,9 +220,15 @@ def guess_then_batch_size(recorded: Recorded, seed: int, budget_s: float) -> lis
     return rival.held
 
 
+def _guess(recorded: Recorded) -> Strategy:
+    hardware = recorded.grid.header.hardware
+    return expert_guess(recorded.space, hardware, backends.get(hardware.device.kind))
+
+
 METHODS: dict[str, Callable[..., list[Held]]] = {
     "autotune": ours,
     "Optuna TPE": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed)),
+    "Optuna TPE, helped": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed), is_helped=True),
     "Optuna TPE multivariate group": _optuna(
         lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
     ),

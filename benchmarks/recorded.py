@@ -61,6 +61,11 @@ class Recorded:
         planned: PlannedRun = self.grid.header.planned
         return planned.projected_s(record.trial.measurement) / slowdown(record.trial.pulse_s, self.usual_pulse_s)
 
+    def peak_bytes(self, strategy: Strategy) -> int:
+        """The largest peak that the setting was recorded with; it must have run."""
+        records = self.by_strategy[strategy]
+        return max(record.trial.measurement.peak_memory_bytes for record in records if record.trial.measurement)
+
     def drawn(self, strategy: Strategy) -> tuple[Record, float]:
         """A record of the setting, and the factor that its seconds are moved by. The same for one seed."""
         generator = random.Random(f"{self.seed} {strategy}")

@@ -59,7 +59,9 @@ if TYPE_CHECKING:
 @click.option("--explain-space", is_flag=True, help="Only print what would be searched, and why not the rest.")
 @click.option("--no-explain", is_flag=True, help="Spend no time on measuring what each knob of the best brings.")
 @click.option("--refresh", is_flag=True, help="Probe the device again.")
-@click.option("--fresh", is_flag=True, help="Start anew, even where an interrupted search could go on.")
+@click.option(
+    "--fresh", is_flag=True, help="Start from nothing: neither from an interrupted search nor from a profile."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
 def command(
@@ -136,7 +138,7 @@ def command(
             epochs=epochs,
             seed=seed,
         )
-        nearest = store.nearest_profile(device, label, profiles)
+        nearest = None if fresh else store.nearest_profile(device, label, profiles)
         task = Task(
             ref=ref,
             workload=workload,

@@ -27,6 +27,7 @@ from autotune.data.batching import (
 from autotune.errors import AutotuneError
 from autotune.models.attention import set_attention
 from autotune.models.blocks import find_blocks, set_checkpoint
+from autotune.models.fp8 import use_fp8
 from autotune.step import Step, weights_dtype
 from autotune.store import cache_dir
 from autotune.strategy import Strategy
@@ -235,6 +236,8 @@ def apply(
     forward_context = _set_knobs(model, strategy, workload)
     if weights_dtype(strategy) is not torch.float32:
         model.to(weights_dtype(strategy))
+    if strategy.precision == "fp8":
+        use_fp8(model, is_emulated=device.type == "cpu")
     if strategy.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.to(device).train()

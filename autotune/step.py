@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autotune.data.batching import MicroBatch
 from autotune.strategy import Strategy
 
-_AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _WEIGHTS_DTYPE = {"bf16_weights": torch.bfloat16}
 
 
@@ -104,7 +104,10 @@ class Step:
 
     def _on_device(self, micro: MicroBatch) -> MicroBatch:
         return micro._replace(
-            inputs={name: self._placed(tensor) for name, tensor in micro.inputs.items()},
+            inputs={
+                name: self._placed(value) if isinstance(value, Tensor) else value
+                for name, value in micro.inputs.items()
+            },
             targets=micro.targets.to(self._device, non_blocking=True),
         )
 

@@ -11,11 +11,12 @@ Attention = Literal[
     "sdpa_flash",
     "sdpa_efficient",
     "sdpa_cudnn",
+    "flash_attn",
     "window",
     "window_global",
     "window_global_random",
 ]
-Precision = Literal["fp32", "tf32", "bf16", "fp16", "bf16_weights"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "bf16_weights", "fp8"]
 Checkpoint = Literal["none", "memory_budget", "selective", "every_4th", "every_2nd", "every_block"]
 Compile = Literal["none", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 Padding = Literal["max", "longest", "buckets", "packed"]
@@ -28,7 +29,7 @@ SPARSE: tuple[Attention, ...] = ("window", "window_global", "window_global_rando
 """Attention to part of the keys."""
 APPROXIMATE: dict[str, frozenset[str]] = {
     "attention": frozenset(SPARSE),
-    "precision": frozenset({"bf16_weights"}),
+    "precision": frozenset({"bf16_weights", "fp8"}),
 }
 """By knob, the values that change what is trained, not only how fast: searched where the user allows it."""
 
@@ -41,10 +42,12 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     attention: Attention = "eager"
     """``eager``: written out (matmul, softmax, matmul). ``sdpa``: torch's own choice of kernel. ``sdpa_*``: one
-    kernel of ``scaled_dot_product_attention`` pinned. ``window*`` (approximate): part of the keys, models/sparse.py."""
+    kernel of ``scaled_dot_product_attention`` pinned. ``flash_attn``: the flash-attn packages' kernel, on the tokens
+    that count alone, models/flash.py. ``window*`` (approximate): part of the keys, models/sparse.py."""
     precision: Precision = "fp32"
     """fp32 with TF32 off; tf32: fp32 storage, TF32 matmuls; bf16, fp16: autocast, fp16 with a GradScaler;
-    ``bf16_weights`` (approximate): weights, gradients and the optimizer's state in bf16, no autocast."""
+    ``bf16_weights`` (approximate): weights, gradients and the optimizer's state in bf16, no autocast; ``fp8``
+    (approximate): bf16, and linear layers' matrix products in 8 bits, models/fp8.py."""
     checkpoint: Checkpoint = "none"
     """Which repeated blocks are recomputed in the backward pass; ``selective``: all of them, but for the results of
     their matrix products and attention kernels, which are kept; ``memory_budget``: the compiler chooses, to keep half

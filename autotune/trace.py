@@ -30,6 +30,7 @@ TOLERANCE: dict[Precision, float] = {
     "fp16": 2e-3,
     "bf16": 1.6e-2,
     "bf16_weights": math.inf,
+    "fp8": math.inf,
 }
 """How far a step's loss may be from the reference's, as a share of it. bf16's is what torch.testing.assert_close allows
 a single operation's result (rtol, torch 2.13); fp16 and tf32 keep three bits more and get an eighth of it; fp32's is

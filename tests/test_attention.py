@@ -1,6 +1,13 @@
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from autotune.models import flash
 from autotune.models.attention import SDPA_KERNELS, SelfAttention, attend, set_attention
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import APPROXIMATE, SPARSE, Attention
@@ -46,6 +53,75 @@ def test_a_kernel_that_the_cpu_lacks_is_refused_not_replaced() -> None:
         attend(q, k, v, mask, "sdpa_efficient")
 
 
+class Varlen:
+    """What the flash-attn packages and torch offer for sequences one after another, on a CPU."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        self.num_calls += 1
+        q, k, v, bounds, bounds_of_keys, longest, longest_of_keys = arguments
+        assert torch.equal(bounds, bounds_of_keys)
+        assert bounds.dtype == torch.int32
+        sizes = bounds.diff().tolist()
+        assert longest == longest_of_keys >= max(sizes)
+        parts = zip(*(x_SHK.transpose(0, 1).split(sizes, 1) for x_SHK in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 1).transpose(0, 1)
+
+
+@pytest.fixture
+def varlen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Varlen]:
+    """flash-attn 2 as it is where it is installed, but for the kernel: no CUDA device here."""
+    kernel = Varlen()
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=kernel))
+    flash.packaged.cache_clear()
+    flash.native.cache_clear()
+    yield kernel
+    flash.packaged.cache_clear()
+    flash.native.cache_clear()
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_flash_attn_computes_the_tokens_that_count_as_any_other_does(varlen: Varlen, is_masked: bool) -> None:
+    q, k, v, mask = tensors()
+    counts = mask[:, 0, 0] if is_masked else torch.ones(3, 12, dtype=torch.bool)
+    found = {}
+    for backend in ("eager", "flash_attn"):
+        out = attend(q, k, v, mask if is_masked else None, backend).transpose(1, 2)[counts]
+        found[backend] = (out, *torch.autograd.grad(out.square().sum(), [q, k, v]))
+    torch.testing.assert_close(found["flash_attn"], found["eager"], atol=1e-10, rtol=1e-8)
+    assert varlen.num_calls == 2, "once to see that it runs"
+
+
+def test_flash_attn_takes_packed_sequences_at_once(varlen: Varlen) -> None:
+    model = small_encoder()
+    row, lengths = torch.randint(1, 50, (1, 31)), (5, 16, 1, 9)
+    expected = model(row, lengths=lengths)
+    set_attention(model, "flash_attn")
+    torch.testing.assert_close(model(row, lengths=lengths), expected, atol=1e-5, rtol=1e-5)
+    assert varlen.num_calls == 1 + 4, "once to see that it runs, and once a layer"
+
+
+def test_torchs_own_kernel_takes_packed_sequences_at_once_where_it_runs(
+    varlen: Varlen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_encoder()
+    set_attention(model, "sdpa_flash")
+    row, lengths = torch.randint(1, 50, (1, 31)), (5, 16, 1, 9)
+    expected = model(row, lengths=lengths)  # one by one: torch's kernel is for CUDA
+    monkeypatch.setattr(flash, "_varlen_attn", lambda: varlen)
+    flash.native.cache_clear()
+    torch.testing.assert_close(model(row, lengths=lengths), expected, atol=1e-5, rtol=1e-5)
+    assert varlen.num_calls == 1 + 4
+
+
+def test_flash_attn_that_is_not_installed_is_refused_with_what_is_missing() -> None:
+    q, k, v, mask = tensors(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="flash_attn_interface is not installed; flash_attn is not installed"):
+        attend(q, k, v, mask, "flash_attn")
+
+
 def small_encoder() -> EncoderClassifier:
     torch.manual_seed(0)
     return EncoderClassifier(vocabulary_size=50, max_tokens=16, width=16, num_heads=2, ffn_width=32, dropout=0.0)
@@ -71,15 +147,15 @@ def test_padding_does_not_change_the_logits() -> None:
 def test_packed_sequences_give_the_logits_of_padded_ones(backend: Attention) -> None:
     model = small_encoder()
     set_attention(model, backend)
-    lengths = torch.tensor([5, 16, 1, 9])
-    mask = torch.arange(16) < lengths[:, None]
+    lengths = (5, 16, 1, 9)
+    mask = torch.arange(16) < torch.tensor(lengths)[:, None]
     ids = torch.randint(1, 50, (4, 16)) * mask
     row = ids[mask][None]
     for packed in (row, torch.nn.functional.pad(row, (0, 9))):
-        torch.testing.assert_close(model(packed, lengths_B=lengths), model(ids, mask), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(packed, lengths=lengths), model(ids, mask), atol=1e-5, rtol=1e-5)
 
 
 def test_pinned_kernels_cover_every_pinned_setting() -> None:
     from typing import get_args
 
-    assert {"eager", "sdpa", *SDPA_KERNELS, *APPROXIMATE["attention"]} == set(get_args(Attention))
+    assert {"eager", "sdpa", "flash_attn", *SDPA_KERNELS, *APPROXIMATE["attention"]} == set(get_args(Attention))

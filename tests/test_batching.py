@@ -117,7 +117,7 @@ def test_collate_pads_with_zeros_and_masks_them() -> None:
 def test_pack_puts_the_sequences_one_after_another() -> None:
     micro = pack(Sequences([3, 5]), np.array([1, 0]), 5)
     assert micro.inputs["ids_BT"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3] + 120 * [0]]
-    assert micro.inputs["lengths_B"].tolist() == [5, 3]
+    assert micro.inputs["lengths"] == (5, 3)
     assert (micro.num_samples, micro.num_tokens) == (2, 8)
     assert micro.targets.tolist() == [1, 0]
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from autotune.models.sparse import BLOCK, attend_sparsely, key_blocks
+from autotune.models.sparse import BLOCK, attend_flexibly, attend_sparsely, key_blocks
 from autotune.strategy import SPARSE, Attention
 
 
@@ -41,6 +42,22 @@ def test_it_is_full_attention_with_the_blocks_mask(kind: Attention, num_tokens: 
     counts = mask[:, 0, 0]
     for one, other in ((expected, found), *(_gradients((q, k, v), expected, found, counts))):
         torch.testing.assert_close(other.transpose(1, 2)[counts], one.transpose(1, 2)[counts], atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("num_tokens", [40, 300])
+@pytest.mark.parametrize("kind", SPARSE)
+def test_flex_attention_computes_the_same(kind: Attention, num_tokens: int) -> None:
+    """Its unfused form and forward only, which is all that it has on a CPU; compiled, tests/gpu."""
+    q, k, v, mask = (tensor.detach() for tensor in tensors(num_tokens))
+    for given in (mask, None):
+        counts = mask[:, 0, 0] if given is not None else torch.ones(2, num_tokens, dtype=torch.bool)
+        found = attend_flexibly(q, k, v, given, kind, flex_attention)
+        expected = attend_sparsely(q, k, v, given, kind)
+        torch.testing.assert_close(
+            found.transpose(1, 2)[counts], expected.transpose(1, 2)[counts], atol=1e-10, rtol=1e-8
+        )
+        assert found.isfinite().all()
 
 
 def _gradients(

@@ -23,7 +23,7 @@ from autotune.checks.compute import (
     memory_copy,
     optimizer,
 )
-from autotune.checks.kernels import ATTENTION_PRECISIONS, attention, flash_attn
+from autotune.checks.kernels import ATTENTION_PRECISIONS, attention
 from autotune.checks.tools import Figures, RefusalError, first_line
 from autotune.strategy import APPROXIMATE, Attention, Precision
 
@@ -46,6 +46,8 @@ def standard(backend: Backend) -> tuple[Check, ...]:
     """Every capability worth knowing of a device, quick ones first and torch.compile last."""
     precisions = [p for p in get_args(Precision) if p not in APPROXIMATE["precision"]]  # those compute as others do
     checks = [Check(name=f"matmul.{p}", run=functools.partial(matmul, precision=p)) for p in precisions]
+    if "fp8" in backend.precisions:
+        checks.append(Check(name="matmul.fp8", run=functools.partial(matmul, precision="fp8")))
     checks += [Check(name=f"autocast.{p}", run=functools.partial(autocast, precision=p)) for p in ("bf16", "fp16")]
     checks += [
         Check(name="grad_scaler", run=grad_scaler),
@@ -55,14 +57,14 @@ def standard(backend: Backend) -> tuple[Check, ...]:
         Check(name="memory_copy", run=memory_copy),
     ]
     checks += [
-        Check(name=f"attention.{kernel}.{p}", run=functools.partial(attention, kernel=kernel, precision=p))
+        Check(
+            name=f"attention.{kernel}.{p}",
+            run=functools.partial(attention, kernel=kernel, precision=p),
+            time_limit_s=60.0 if kernel == "flash_attn" else 20.0,  # version 4 compiles its kernels
+        )
         for kernel in get_args(Attention)
         if kernel not in APPROXIMATE["attention"]
         for p in ATTENTION_PRECISIONS
-    ]
-    checks += [
-        Check(name=f"attention.flash_attn.{p}", run=functools.partial(flash_attn, precision=p), time_limit_s=60.0)
-        for p in ("bf16", "fp16")
     ]
     ran = None
     for mode in backend.compile_modes:

@@ -1,16 +1,14 @@
-"""Checks of attention kernels: torch's, through the function that the models call, and the flash-attn packages.
+"""Checks of attention kernels, torch's and the flash-attn packages', through the function that the models call.
 
 Shapes: B batch, H heads, T tokens, K features a head.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from autotune.backends.base import Backend, torch_device
 from autotune.checks.tools import (
@@ -47,6 +45,8 @@ def attention(backend: Backend, kernel: Attention, precision: Precision) -> Figu
     Output and gradients must agree with written-out fp32 attention within TOLERANCES. A kernel that refuses the mask
     is refused, and the reason says whether it runs without one.
     """
+    if kernel == "flash_attn" and backend.device_type != "cuda":
+        raise RefusalError("needs a CUDA device")
     keep_BT = _padding_mask(backend)
     try:
         return _attention_figures(backend, functools.partial(_attend, kernel=kernel), precision, keep_BT)
@@ -62,23 +62,6 @@ def attention(backend: Backend, kernel: Attention, precision: Precision) -> Figu
         raise RefusalError(
             f"{first_line(exc, 80)}; runs without a mask, {figures['forward_ms']:.2g} ms forward"
         ) from exc
-
-
-def flash_attn(backend: Backend, precision: Precision) -> Figures:
-    """Milliseconds forward and backward, without a mask, of the first that runs of FA3, FA2, torch's FA4 and FA3."""
-    if backend.device_type != "cuda":
-        raise RefusalError("needs a CUDA device")
-    errors = []
-    for attempt in (_flash_attn_interface, _flash_attn_package, _torch_fa4, _torch_fa3):
-        try:
-            with attempt() as attend:
-                return _attention_figures(backend, attend, precision, None)
-        except ImportError as exc:
-            package = (exc.name or "flash_attn").partition(".")[0]
-            errors.append(f"{package} is not installed")
-        except Exception as exc:  # noqa: BLE001 - any way to fail is a refusal, recorded below
-            errors.append(first_line(exc, 60))
-    raise RefusalError("; ".join(dict.fromkeys(errors)))
 
 
 def _attention_figures(backend: Backend, attend: Attend, precision: Precision, keep_BT: torch.Tensor | None) -> Figures:
@@ -125,41 +108,6 @@ def _attend(
     from autotune.models.attention import attend
 
     return attend(q_BHTK, k_BHTK, v_BHTK, None if keep_BT is None else keep_BT[:, None, None, :], kernel)
-
-
-@contextlib.contextmanager
-def _flash_attn_interface() -> Iterator[Attend]:
-    yield functools.partial(_attend_packaged, importlib.import_module("flash_attn_interface").flash_attn_func)
-
-
-@contextlib.contextmanager
-def _flash_attn_package() -> Iterator[Attend]:
-    yield functools.partial(_attend_packaged, importlib.import_module("flash_attn").flash_attn_func)
-
-
-def _attend_packaged(
-    function: Callable[..., Any], q_BHTK: torch.Tensor, k_BHTK: torch.Tensor, v_BHTK: torch.Tensor, _: None
-) -> torch.Tensor:
-    """The packages take [B, T, H, K]; FA3's early releases return the softmax's statistics as well."""
-    output = function(*(tensor.transpose(1, 2) for tensor in (q_BHTK, k_BHTK, v_BHTK)))
-    output_BTHK: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return output_BTHK.transpose(1, 2)
-
-
-@contextlib.contextmanager
-def _torch_flash(implementation: str) -> Iterator[Attend]:
-    import torch.nn.attention
-
-    activate: Callable[[str], None] = torch.nn.attention.activate_flash_attention_impl
-    activate(implementation)
-    try:
-        yield functools.partial(_attend, kernel="sdpa_flash")
-    finally:
-        torch.nn.attention.restore_flash_attention_impl()
-
-
-_torch_fa3 = functools.partial(_torch_flash, "FA3")
-_torch_fa4 = functools.partial(_torch_flash, "FA4")
 
 
 def _padding_mask(backend: Backend) -> torch.Tensor:

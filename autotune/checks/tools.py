@@ -34,7 +34,13 @@ def dtype_of(precision: Precision) -> torch.dtype:
     """The dtype that tensors of a precision have."""
     import torch
 
-    return {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {
+        "fp32": torch.float32,
+        "tf32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "fp8": torch.float8_e4m3fn,
+    }[precision]
 
 
 def random_tensor(backend: Backend, shape: tuple[int, ...], seed: int) -> torch.Tensor:

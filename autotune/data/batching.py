@@ -7,7 +7,7 @@ cut into micro batches.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ Indices = NDArray[np.int64]
 class MicroBatch(NamedTuple):
     """One forward pass: tensors for the model, targets for the loss, and what they count for."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     targets: Tensor
     num_samples: int
     num_tokens: int
@@ -153,7 +153,7 @@ def pack(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
     ids = np.zeros(_row(lengths), dtype=np.int64)
     ids[: lengths.sum()] = np.concatenate([data.ids(int(index)) for index in indices])
     return MicroBatch(
-        inputs={"ids_BT": torch.from_numpy(ids)[None], "lengths_B": torch.from_numpy(lengths)},
+        inputs={"ids_BT": torch.from_numpy(ids)[None], "lengths": tuple(lengths.tolist())},
         targets=torch.from_numpy(data.labels[indices].astype(np.int64)),
         num_samples=len(indices),
         num_tokens=int(lengths.sum()),

@@ -7,7 +7,8 @@ Shapes: B batch, T tokens, D model width, H heads, K width of a head.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autotune.models.flash import Kernel, attend_packed, attend_unpadded, native, packaged
 from autotune.models.sparse import attend_sparsely
 from autotune.strategy import APPROXIMATE, Attention
 
@@ -30,7 +32,7 @@ SDPA_KERNELS: dict[Attention, SDPBackend] = {
 def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | None, backend: Attention) -> Tensor:
     """Softmax attention, BHTK. ``mask_B11T`` is true at the keys that count; None where all do.
 
-    Raises RuntimeError where the pinned kernel refuses these tensors.
+    Raises RuntimeError where the pinned kernel refuses these tensors, or is not installed.
     """
     if backend == "eager":
         scores_BHTT = q_BHTK @ k_BHTK.transpose(-1, -2) * q_BHTK.shape[-1] ** -0.5
@@ -40,6 +42,8 @@ def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | N
         return attended_BHTK
     if backend in APPROXIMATE["attention"]:
         return attend_sparsely(q_BHTK, k_BHTK, v_BHTK, mask_B11T, backend)
+    if backend == "flash_attn":
+        return attend_unpadded(q_BHTK, k_BHTK, v_BHTK, mask_B11T, packaged(q_BHTK.device.type, q_BHTK.dtype))
     pinned = sdpa_kernel(SDPA_KERNELS[backend]) if backend in SDPA_KERNELS else contextlib.nullcontext()
     with pinned:
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask_B11T)
@@ -59,30 +63,44 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, lengths: list[int] | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, lengths: Sequence[int] | None = None) -> Tensor:
         """Attended values, BTD. With ``lengths`` a row is that many sequences, each attending to itself only."""
         B, T, D = x_BTD.shape
         qkv_3BHTK = self.qkv(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         if lengths is None:
             y_BHTK = attend(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], mask_B11T, self.backend)
+        elif (kernel := _packed_kernel(self.backend, qkv_3BHTK)) is not None:
+            y_BHTK = attend_packed(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], lengths, kernel)
         else:
-            sequences = qkv_3BHTK.split(lengths, 3)
+            sequences = qkv_3BHTK.split(list(lengths), 3)
             y_BHTK = torch.cat([attend(q, k, v, None, self.backend) for q, k, v in sequences], 2)
         out_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
         return out_BTD
 
 
+def _packed_kernel(backend: Attention, tensor: Tensor) -> Kernel | None:
+    """One that takes all sequences of a row at once; None where each goes by itself."""
+    if backend == "flash_attn":
+        return packaged(tensor.device.type, tensor.dtype)
+    return native(tensor.device.type, tensor.dtype) if backend in ("sdpa", "sdpa_flash") else None
+
+
 def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention, ...]:
     """The backends that a model can be switched to, its own way first where it has but one.
 
-    autotune's SelfAttention takes all; Hugging Face's ``set_attn_implementation`` and timm's ``fused_attn`` all that
-    compute the same. Of a model that only calls ``scaled_dot_product_attention``, which ``forward`` finds out by
+    autotune's SelfAttention takes all; Hugging Face's ``set_attn_implementation`` and timm's ``fused_attn`` those of
+    torch, and the first the flash-attn packages where the model says so.
+    Of a model that only calls ``scaled_dot_product_attention``, which ``forward`` finds out by
     running it once, the kernel can be pinned: ``sdpa`` is its own way then. Of any other nothing can be changed:
     ``eager`` stands for its own way.
     """
     if (kind := _switches(model)) is not None:
         everything: tuple[Attention, ...] = get_args(Attention)
-        return everything if kind == "autotune" else tuple(a for a in everything if a not in APPROXIMATE["attention"])
+        if kind == "autotune":
+            return everything
+        takes_packages = kind == "transformers" and getattr(model, "_supports_flash_attn", False)
+        left_out = APPROXIMATE["attention"] | (set() if takes_packages else {"flash_attn"})
+        return tuple(attention for attention in everything if attention not in left_out)
     kernels = _Kernels()  # type: ignore[no-untyped-call]
     with kernels, contextlib.suppress(Exception):  # what the model cannot run here, training will say
         forward()
@@ -102,9 +120,16 @@ def set_attention(model: nn.Module, backend: Attention) -> contextlib.AbstractCo
         elif kind == "timm" and hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", backend != "eager")  # noqa: B010 - torch declares no such attribute
     if kind == "transformers":
-        model.set_attn_implementation("eager" if backend == "eager" else "sdpa")  # type: ignore[operator]
+        model.set_attn_implementation(_transformers_name(backend))  # type: ignore[operator]
     is_pinned = kind != "autotune" and backend in SDPA_KERNELS
     return _Pinned(SDPA_KERNELS[backend]) if is_pinned else contextlib.nullcontext()
+
+
+def _transformers_name(backend: Attention) -> str:
+    if backend == "flash_attn":
+        has_third = importlib.util.find_spec("flash_attn_interface") is not None
+        return "flash_attention_3" if has_third else "flash_attention_2"
+    return "eager" if backend == "eager" else "sdpa"
 
 
 def _switches(model: nn.Module) -> str | None:

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D model width, C classes. Packed, B is 1 and T all se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Linear(ffn_width, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, lengths: list[int] | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, lengths: Sequence[int] | None = None) -> Tensor:
         """The stream after this block, BTD."""
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), mask_B11T, lengths))
         out_BTD: Tensor = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
@@ -58,26 +60,26 @@ class EncoderClassifier(nn.Module):
         for embedding in (self.token_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)  # GPT-2's initialisation (Radford et al. 2019)
 
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None, lengths_B: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """Logits BC for token ids BT; ``mask_BT`` is true at real tokens, false at padding.
 
-        Packed, ids are 1T, the sequences one after another, and ``lengths_B`` says how long each is; what is left of
+        Packed, ids are 1T, the sequences one after another, and ``lengths`` says how long each is; what is left of
         the row is padding, a sequence of its own that counts for nothing.
         """
-        lengths: list[int] | None = None if lengths_B is None else lengths_B.tolist()
+        num_sequences = len(lengths or ())
         positions_T = torch.arange(max(lengths or ids_BT.shape[1:]), device=ids_BT.device)
         if lengths is not None:
             positions_T = torch.cat([positions_T[:length] for length in lengths])
             positions_T = F.pad(positions_T, (0, ids_BT.shape[1] - len(positions_T)))
         x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_T))
         if lengths is not None and (rest := ids_BT.shape[1] - sum(lengths)):
-            lengths.append(rest)
+            lengths = [*lengths, rest]
         mask_B11T = None if mask_BT is None else mask_BT[:, None, None, :]
         for block in self.blocks:
             x_BTD = block(x_BTD, mask_B11T, lengths)
         x_BTD = self.norm(x_BTD)
-        if lengths is not None and lengths_B is not None:
-            mean_BD = torch.stack([x_TD.mean(0) for x_TD in x_BTD[0].split(lengths)[: len(lengths_B)]])
+        if lengths is not None:
+            mean_BD = torch.stack([x_TD.mean(0) for x_TD in x_BTD[0].split(list(lengths))[:num_sequences]])
         elif mask_BT is not None:
             weight_BT1 = mask_BT.unsqueeze(-1).to(x_BTD.dtype)
             mean_BD = (x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)

@@ -3,7 +3,8 @@ Beltagy et al. 2020), with random blocks besides (BigBird, Zaheer et al. 2020). 
 
 Every block of queries sees its own block of keys, the one before and the one after; ``window_global`` besides the first
 block, whose queries see all keys; ``window_global_random`` besides some blocks drawn once and for all. Cost grows with
-the length, not with its square.
+the length, not with its square. On CUDA FlexAttention computes it (Dong et al. 2024); elsewhere blocks of keys are
+gathered for ``scaled_dot_product_attention``.
 
 Shapes: B batch, T tokens, H heads, K width of a head, N blocks of W tokens, M blocks of keys a block of queries sees.
 """
@@ -11,6 +12,8 @@ Shapes: B batch, T tokens, H heads, K width of a head, N blocks of W tokens, M b
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,8 @@ def attend_sparsely(
     q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | None, kind: Attention
 ) -> Tensor:
     """Softmax attention over the keys that ``kind`` names, BHTK. ``mask_B11T`` is true at the keys that count."""
+    if q_BHTK.is_cuda and (flex := _compiled_flex()) is not None:
+        return attend_flexibly(q_BHTK, k_BHTK, v_BHTK, mask_B11T, kind, flex)
     B, H, T, K = q_BHTK.shape
     num_blocks = -(-T // BLOCK)
     keys_NM = key_blocks(num_blocks, kind)
@@ -46,6 +51,49 @@ def attend_sparsely(
         return out_BHTK
     first = _attended(q_BHTK[:, :, :BLOCK], k_BHTK, v_BHTK, mask_B11T)
     return torch.cat([first, out_BHTK[:, :, BLOCK:]], 2)
+
+
+def attend_flexibly(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | None, kind: Attention, flex: Callable[..., Any]
+) -> Tensor:
+    """The same by FlexAttention, which leaves out the blocks that nobody sees. What pads is zero."""
+    keep_BT = None if mask_B11T is None else mask_B11T[:, 0, 0].expand(q_BHTK.shape[0], q_BHTK.shape[2])
+
+    def counted(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert keep_BT is not None
+        return torch.where(keep_BT[b, k], score, float("-inf"))
+
+    seen = _block_mask(q_BHTK.shape[2], kind, q_BHTK.device)
+    out_BHTK: Tensor = flex(q_BHTK, k_BHTK, v_BHTK, score_mod=None if keep_BT is None else counted, block_mask=seen)
+    return out_BHTK
+
+
+@functools.cache
+def _block_mask(num_tokens: int, kind: Attention, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    num_blocks = -(-num_tokens // BLOCK)
+    seen_NN = torch.zeros(num_blocks, num_blocks + 1, dtype=torch.bool)
+    seen_NN.scatter_(1, key_blocks(num_blocks, kind) % (num_blocks + 1), value=True)  # -1 goes beyond the last
+    if kind != "window":
+        seen_NN[0] = True
+    seen_NN = seen_NN[:, :num_blocks].to(device)
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return seen_NN[q // BLOCK, k // BLOCK]
+
+    return create_block_mask(sees, None, None, num_tokens, num_tokens, device=device.type)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any] | None:
+    """None where torch has no FlexAttention."""
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+    except ImportError:
+        return None
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
+    return compiled
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ _ATTENTION_DTYPE: dict[Precision, str] = {
     "bf16": "bf16",
     "fp16": "fp16",
     "bf16_weights": "bf16",
+    "fp8": "bf16",
 }
 _NEEDS_BLOCKS: dict[Checkpoint, int] = {
     "none": 0,
@@ -145,6 +146,8 @@ def build_space(
                 return False
         return True
 
+    for missing in set(get_args(Precision)) - set(backend.precisions):
+        left_out[f"precision={missing}"] = "not for this kind of device"
     precisions = [p for p in backend.precisions if p == "fp32" or allowed("precision", p, *_needs(p))]
     pairs = set()
     for attention in get_args(Attention):
@@ -287,5 +290,6 @@ def _needs(precision: Precision) -> tuple[str, ...]:
         "bf16": ("matmul.bf16", "autocast.bf16"),
         "fp16": ("matmul.fp16", "autocast.fp16", "grad_scaler"),
         "bf16_weights": ("matmul.bf16",),
+        "fp8": ("matmul.fp8", "autocast.bf16"),
     }
     return needs[precision]

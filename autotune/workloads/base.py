@@ -89,7 +89,9 @@ class Workload:
             shortest = int(np.argmin(self.train.lengths))
             micro = self.collate(self.train, np.array([shortest]), int(self.train.lengths[shortest]))
             device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-            inputs = {name: tensor.to(device) for name, tensor in micro.inputs.items()}
+            inputs = {
+                name: value.to(device) if isinstance(value, Tensor) else value for name, value in micro.inputs.items()
+            }
             was_training = model.training
             try:
                 with torch.random.fork_rng(devices=[]):  # without gradients torch's own encoder takes another way

@@ -11,9 +11,10 @@ import torch
 
 from autotune import backends, workloads
 from autotune.apply import Run, apply
+from autotune.models import flash
 from autotune.models.attention import attend
 from autotune.models.encoder import EncoderClassifier
-from autotune.strategy import Attention, Precision, Strategy
+from autotune.strategy import SPARSE, Attention, Precision, Strategy
 from autotune.workloads.base import Workload
 from tests.observing import matmul_dtypes
 
@@ -85,6 +86,61 @@ def test_cuda_graphs_are_replayed_where_the_mode_says_so(workload: Workload, mod
 @pytest.mark.parametrize(("optimizer", "kernel"), [("foreach", "_foreach_addcdiv_"), ("fused", "_fused_adamw_")])
 def test_the_optimizers_arithmetic_is_run_as_chosen(workload: Workload, optimizer: str, kernel: str) -> None:
     assert f"aten::{kernel}" in events(run_of(workload, optimizer=optimizer, precision="fp16"))
+
+
+def test_flash_attn_runs_where_it_is_installed_and_computes_the_same(workload: Workload) -> None:
+    q, k, v = (torch.randn(2, 4, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = (torch.arange(128, device="cuda") < torch.tensor([[128], [70]], device="cuda"))[:, None, None]
+    try:
+        found = attend(q, k, v, mask, "flash_attn")
+    except RuntimeError as exc:
+        pytest.skip(str(exc))
+    expected = attend(q, k, v, mask, "eager")
+    counts = mask[:, 0, 0]
+    torch.testing.assert_close(found.transpose(1, 2)[counts], expected.transpose(1, 2)[counts], atol=2e-2, rtol=2e-2)
+
+
+def test_packed_sequences_run_in_one_kernel(workload: Workload) -> None:
+    if flash.native("cuda", torch.bfloat16) is None:
+        pytest.skip("this torch has no kernel for sequences of different lengths")
+    seen = events(run_of(workload, padding="packed", attention="sdpa", precision="bf16"))
+    assert any("varlen_attn" in event for event in seen)
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_attention_to_part_of_the_keys_is_flex_attentions(kind: Attention) -> None:
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, 2, 300, 32, device="cuda", requires_grad=True) for _ in range(3)]
+    mask = (torch.arange(300, device="cuda") < torch.tensor([[300], [100]], device="cuda"))[:, None, None]
+    counts = mask[:, 0, 0]
+    on_cpu = [tensor.detach().cpu().requires_grad_() for tensor in qkv]
+    found = attend(qkv[0], qkv[1], qkv[2], mask, kind).transpose(1, 2)[counts]
+    expected = attend(on_cpu[0], on_cpu[1], on_cpu[2], mask.cpu(), kind).transpose(1, 2)[counts.cpu()]
+    torch.testing.assert_close(found.cpu(), expected, atol=5e-3, rtol=5e-3)
+    grads = torch.autograd.grad(found.square().sum(), qkv)
+    expected_grads = torch.autograd.grad(expected.square().sum(), on_cpu)
+    for one, other in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=2e-2, rtol=2e-2)
+
+
+def test_fp8_linear_layers_run_in_eight_bits(workload: Workload) -> None:
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    assert "aten::_scaled_mm" in events(run_of(workload, precision="fp8"))
+
+
+def test_energy_is_counted(workload: Workload) -> None:
+    before_j = backends.get("cuda").energy_j()
+    if before_j is None:
+        pytest.skip("no energy counter")
+    run = run_of(workload)
+    for batch, _ in zip(run.loader, range(20), strict=False):
+        run.step(batch)
+    torch.cuda.synchronize()
+    after_j = backends.get("cuda").energy_j()
+    assert after_j is not None
+    assert after_j > before_j
 
 
 def test_batches_come_pinned_and_are_copied_without_waiting(workload: Workload) -> None:

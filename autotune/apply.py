@@ -28,9 +28,9 @@ from autotune.errors import AutotuneError
 from autotune.models.attention import set_attention
 from autotune.models.blocks import find_blocks, set_checkpoint
 from autotune.models.fp8 import use_fp8
-from autotune.step import Step, weights_dtype
+from autotune.step import Step, compute_dtype, weights_dtype
 from autotune.store import cache_dir
-from autotune.strategy import Strategy
+from autotune.strategy import SPARSE, Strategy
 from autotune.workloads.base import Recipe, Workload
 
 KEPT_SHARE = 0.5
@@ -233,7 +233,7 @@ def apply(
     if strategy.padding != "max":
         backend.limit_kernel_caches()
     model = workload.build_model() if model is None else model
-    forward_context = _set_knobs(model, strategy, workload)
+    forward_context = _set_knobs(model, strategy, workload, device.type)
     if weights_dtype(strategy) is not torch.float32:
         model.to(weights_dtype(strategy))
     if strategy.precision == "fp8":
@@ -295,14 +295,16 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps:
     return LambdaLR(optimizer, factor)
 
 
-def _set_knobs(model: nn.Module, strategy: Strategy, workload: Workload) -> contextlib.AbstractContextManager[None]:
+def _set_knobs(
+    model: nn.Module, strategy: Strategy, workload: Workload, device_type: str
+) -> contextlib.AbstractContextManager[None]:
     """Puts the model's knobs in effect; gives what its forward passes are to run in."""
     if strategy.attention not in (attentions := workload.attentions_of(model)):
         raise AutotuneError(
             f"attention={strategy.attention} needs a model whose attention can be switched so, {type(model).__name__} "
             f"has none; search with this model, or set attention to {attentions[0]} in the profile"
         )
-    forward_context = set_attention(model, strategy.attention)
+    forward_context = set_attention(model, strategy.attention, device_type=device_type, dtype=compute_dtype(strategy))
     num_recomputed = set_checkpoint(model, strategy.checkpoint)
     if strategy.checkpoint == "memory_budget" and strategy.compile == "none":
         raise AutotuneError(
@@ -313,8 +315,9 @@ def _set_knobs(model: nn.Module, strategy: Strategy, workload: Workload) -> cont
             f"checkpoint={strategy.checkpoint} needs a model that repeats a block, {type(model).__name__} has none; "
             "search with this model, or set checkpoint to none in the profile"
         )
-    if strategy.compile != "none":
+    if strategy.compile != "none" or strategy.attention in SPARSE:  # which on CUDA is compiled by itself
         _prepare_compiler(strategy)
+    if strategy.compile != "none":
         options: dict[str, Any] = {} if strategy.compile == "default" else {"mode": strategy.compile}
         compiled = [model] if strategy.compile_scope == "model" else find_blocks(model)
         for module in compiled:

@@ -40,7 +40,7 @@ STOP_LIMIT_S = 10.0
 """For a child to end by itself."""
 
 # fp32, tf32 and bf16 have the same range, in falling exactness; fp16 has less range, and needs loss scaling for it
-_RANK_BY_PRECISION = {"fp32": 0, "tf32": 1, "bf16": 2, "fp16": 3}
+_RANK_BY_PRECISION = {"fp32": 0, "tf32": 1, "bf16": 2, "fp16": 3, "fp8": 4}
 MAX_BUSY_PART = 0.25
 """With more than this part of the cores taken by others, results are not kept: with one of two cores taken, fp32 matmul
 came to 7 GFLOP/s in place of 235, and kernels equally fast on a quiet machine were found too slow (2-core CPU)."""

@@ -83,6 +83,7 @@ class ProfiledChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     figures: Figures
     speedup: Interval
     """Over the baseline."""
+    num_rounds: int = 0
     soak_steps: int = 0
     loss_deviation: float | None = None
 
@@ -124,15 +125,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 more = "" if self.front else "; autotune search --objective pareto finds several"
                 raise AutotuneError(f"the profile has no choice {wanted!r}; it has {words}{more}")
             chosen = named[0]
-        if chosen is own:
+        if chosen.strategy == self.strategy:
             return self
         evidence = msgspec.structs.replace(
             evidence,
             best=chosen.figures,
             speedup=chosen.speedup,
+            num_rounds=chosen.num_rounds,
             soak_steps=chosen.soak_steps,
             loss_deviation=chosen.loss_deviation,
-            warm_up_cached_s=evidence.warm_up_cached_s if chosen.strategy == self.strategy else None,
+            warm_up_cached_s=None,
+            shares={},
         )
         return msgspec.structs.replace(self, strategy=chosen.strategy, evidence=evidence)
 

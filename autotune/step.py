@@ -121,6 +121,11 @@ class Step:
         )
 
 
+def compute_dtype(strategy: Strategy) -> torch.dtype:
+    """What attention and matrix products are computed in; linear layers under fp8 have their own."""
+    return _AUTOCAST_DTYPE.get(strategy.precision) or weights_dtype(strategy)
+
+
 def weights_dtype(strategy: Strategy) -> torch.dtype:
     """What the model's parameters are kept in."""
     return _WEIGHTS_DTYPE.get(strategy.precision, torch.float32)

@@ -50,8 +50,8 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     (approximate): bf16, and linear layers' matrix products in 8 bits, models/fp8.py."""
     checkpoint: Checkpoint = "none"
     """Which repeated blocks are recomputed in the backward pass; ``selective``: all of them, but for the results of
-    their matrix products and attention kernels, which are kept; ``memory_budget``: the compiler chooses, to keep half
-    of the activations' memory."""
+    their matrix products and of torch's attention kernels, which are kept; ``memory_budget``: the compiler chooses, to
+    keep half of the activations' memory."""
     micro_batch: int
     """Samples in one forward and backward pass."""
     accumulation: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import platform
 import warnings
 from typing import Any, get_args
@@ -171,6 +172,9 @@ def _versions() -> dict[str, str]:
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
+    for package in ("torchao", "flash-attn", "flash-attn-3", "flash-attn-4"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     with contextlib.suppress(ImportError):
         import pynvml
 

@@ -88,8 +88,11 @@ class Recorded:
         found = msgspec.structs.replace(record.trial, number=number, pulse_s=None, wall_s=record.trial.wall_s * factor)
         peak_bytes = found.measurement.peak_memory_bytes if found.measurement else 0
         if peak_bytes > memory_limit_bytes and record.laps:
-            self.clock += record.laps[0][0] * factor
-            return msgspec.structs.replace(found, outcome="oom", reason="over the limit", measurement=None)
+            wall_s = record.laps[0][0] * factor
+            self.clock += wall_s
+            return msgspec.structs.replace(
+                found, outcome="oom", reason="over the limit", measurement=None, wall_s=wall_s
+            )
         for num_laps, (at_s, samples_per_s) in enumerate(record.laps, 1):
             progress = Progress(stage="timing", num_laps=num_laps, samples_per_s=samples_per_s / factor)
             if (reason := hopeless(progress)) is not None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autotune.models import flash
+from autotune.models import attention, flash
 from autotune.models.attention import SDPA_KERNELS, SelfAttention, attend, set_attention
+from autotune.models.blocks import set_checkpoint
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import APPROXIMATE, SPARSE, Attention
 
@@ -103,6 +104,18 @@ def test_flash_attn_takes_packed_sequences_at_once(varlen: Varlen) -> None:
     assert varlen.num_calls == 1 + 4, "once to see that it runs, and once a layer"
 
 
+def test_packed_sequences_are_recomputed_as_they_were_computed(varlen: Varlen) -> None:
+    grads = []
+    for granularity in ("none", "every_block"):
+        model = small_encoder().train()
+        set_attention(model, "flash_attn")
+        set_checkpoint(model, granularity)
+        row = torch.randint(1, 50, (1, 31), generator=torch.Generator().manual_seed(0))
+        model(row, lengths=(5, 16, 1, 9)).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
 def test_torchs_own_kernel_takes_packed_sequences_at_once_where_it_runs(
     varlen: Varlen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,10 +123,19 @@ def test_torchs_own_kernel_takes_packed_sequences_at_once_where_it_runs(
     set_attention(model, "sdpa_flash")
     row, lengths = torch.randint(1, 50, (1, 31)), (5, 16, 1, 9)
     expected = model(row, lengths=lengths)  # one by one: torch's kernel is for CUDA
-    monkeypatch.setattr(flash, "_varlen_attn", lambda: varlen)
-    flash.native.cache_clear()
+    monkeypatch.setattr(attention, "native", lambda device_type, dtype: varlen)
+    set_attention(model, "sdpa_flash")
     torch.testing.assert_close(model(row, lengths=lengths), expected, atol=1e-5, rtol=1e-5)
-    assert varlen.num_calls == 1 + 4
+    assert varlen.num_calls == 4
+
+
+def test_trying_a_kernel_draws_no_random_numbers_and_works_without_gradients(varlen: Varlen) -> None:
+    model = small_encoder()
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        set_attention(model, "flash_attn")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert varlen.num_calls == 1
 
 
 def test_flash_attn_that_is_not_installed_is_refused_with_what_is_missing() -> None:

@@ -71,7 +71,7 @@ def test_a_bad_budget_is_refused_with_an_example() -> None:
 
 def test_what_goes_together_is_said_where_it_does_not() -> None:
     assert "--objective memory" in refused(2, "search", "--model", "imdb", "--min-speed", "0.8")
-    assert "--objective pareto" in refused(2, "train", "--model", "imdb", "--profile", "none", "--pick", "leanest")
+    assert "--profile none" in refused(2, "train", "--model", "imdb", "--profile", "none", "--pick", "leanest")
 
 
 def test_an_unknown_device_is_refused() -> None:

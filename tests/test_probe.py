@@ -202,6 +202,11 @@ def _attention(name: str, forward_ms: float, backward_ms: float) -> Capability:
     return Capability(name=f"attention.{name}", value=True, measured=measured)
 
 
+def test_every_precision_that_is_probed_can_be_judged() -> None:
+    figures = [_matmul(p, 100.0 + place) for place, p in enumerate(("fp32", "tf32", "bf16", "fp16", "fp8"))]
+    assert all(capability.value for capability in _judge(figures))
+
+
 def test_fp16_three_times_behind_fp32_is_too_slow() -> None:
     fp32, fp16 = _judge([_matmul("fp32", 181.0), _matmul("fp16", 0.98)])
     assert fp32.value

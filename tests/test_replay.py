@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from autotune.search.objective import FOLLOWS, PlannedRun
+from autotune.search.task import LONG_RUN_SHARE
 from autotune.strategy import Strategy
 from benchmarks import replay
 from benchmarks.grid import Grid, Header, Record, read_grid
@@ -92,6 +93,15 @@ def test_every_method_finds_the_best_where_it_may_try_everything(
     held = replayed(path, name, 0)
     assert held[-1][1] == pytest.approx(0.0, abs=1e-9)
     assert all(earlier[0] <= later[0] for earlier, later in itertools.pairwise(held))
+
+
+def test_a_search_under_a_memory_budget_says_how_often_it_ran_out(path: Path) -> None:
+    limit_bytes = int(8.5 * 2**20 / LONG_RUN_SHARE)  # micro batches of 4 and 8 fit
+    found = replay.budgeted(path, limit_bytes, 0)
+    assert found.num_trials > 1
+    assert found.num_oom >= found.num_avoidable == 0
+    assert found.regret >= 0
+    assert math.isfinite(found.regret)
 
 
 def test_regret_and_cost_are_read_off_what_was_held() -> None:

@@ -171,6 +171,51 @@ def test_the_front_has_the_fastest_the_leanest_and_one_between(
     assert again.pick("leanest").strategy == front["leanest"].trial.strategy
 
 
+def test_much_less_memory_does_not_make_up_for_being_too_slow(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    def lean_and_slow(number: int, job: Job, **_: Any) -> Trial:
+        found = scripted(job.strategy)
+        if job.strategy.micro_batch == 1:
+            found = msgspec.structs.replace(found, peak_memory_bytes=2**20)  # a thousandth
+        return factories.trial(number, job.strategy, measurement=found)
+
+    scripted_device.setattr(trials, "run_trial", lean_and_slow)
+    best = searched(prepared, objective="memory", min_speed=0.8, max_trials=60).best
+    assert best.strategy.micro_batch > 1
+
+
+def test_a_front_that_does_not_fit_into_memory_side_by_side_keeps_its_leanest(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    crowded = 45 * 60 * 2**20  # the baseline takes 32 of these, the fastest 8, the leanest one
+    scripted_device.setattr(Task, "machine_limit_bytes", property(lambda self: crowded))
+    result = searched(prepared, objective="pareto", max_trials=60)
+    front = {choice.name: choice.trial.strategy.micro_batch for choice in result.front}
+    assert front["leanest"] == 1
+    assert front["fastest"] == 8
+
+
+def test_a_best_that_fails_when_it_is_measured_again_is_the_best_no_more(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    tried: list[Strategy] = []
+
+    def once(number: int, job: Job, **_: Any) -> Trial:
+        tried.append(job.strategy)
+        if tried.count(job.strategy) > 1:
+            return factories.trial(number, job.strategy, outcome="crashed", measurement=None)
+        return run_scripted(number, job)
+
+    scripted_device.setattr(trials, "run_trial", once)
+    scripted_device.setattr(study, "Pulse", DriftingPulse)
+    result = searched(prepared, max_trials=20, explains=False)
+    failed = [trial.strategy for trial in result.trials if trial.outcome == "crashed"]
+    assert failed
+    assert len(failed) == len(set(failed)), "not again and again"
+    assert result.best.strategy not in failed
+
+
 @pytest.mark.parametrize("has_counter", [True, False])
 def test_energy_is_minimised_where_it_is_counted(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch, has_counter: bool
@@ -421,7 +466,8 @@ def test_a_knob_without_which_it_does_not_run_is_kept(prepared: Prepared, script
     scripted_device.setattr(study, "Race", NoneWithoutBuckets)
     result = searched(prepared, max_trials=2, budget_s=1000.0)
     assert result.shares[0].knob == "padding"
-    assert (result.shares[0].ratio, result.shares[0].reason) == (None, "oom: scripted")
+    assert (result.shares[0].ratio, result.shares[0].reason) == (None, "crashed: scripted")
+    assert "workers" not in {share.knob for share in result.shares}, "whose fault it was is not known"
     assert result.best.strategy.padding == "buckets"
 
 

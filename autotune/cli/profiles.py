@@ -45,7 +45,7 @@ def show(path: Path) -> None:
     """What a profile sets, and the evidence for it."""
     from autotune.profile import read_profile
     from autotune.report.summary import changed_knobs
-    from autotune.report.terminal import interval_words, stdout
+    from autotune.report.terminal import describe, interval_words, stdout
     from autotune.units import format_bytes, format_duration, format_rate
 
     profile = read_profile(path)
@@ -56,6 +56,11 @@ def show(path: Path) -> None:
         console.print(
             f"{title:8}  {format_rate(figures.samples_per_s)} samples/s, step {figures.step_ms:,.0f} ms, peak "
             f"{format_bytes(figures.peak_memory_bytes)}, planned run {format_duration(figures.projected_s)}"
+        )
+    for choice in profile.front:
+        console.print(
+            f"--pick {choice.name}: {format_rate(choice.figures.samples_per_s)} samples/s, peak "
+            f"{format_bytes(choice.figures.peak_memory_bytes)}, {describe(choice.strategy)}"
         )
     console.print(f"Speed-up {interval_words(evidence.speedup)}; {evidence.num_trials} trials, {profile.created}")
 

@@ -63,6 +63,8 @@ def command(
     backend = find_backend(device_name)
     device = backend.device()
     profile, path = None, None
+    if pick is not None and profile_name == "none":
+        raise UsageError("--pick chooses from a profile, and --profile none takes none")
     if profile_name is not None and profile_name != "none":
         path = Path(profile_name)
         profile = store.read_for(path, device, wanted)
@@ -73,14 +75,14 @@ def command(
             found = store.find_profile(device, wanted, profiles)
         if found is not None:
             profile, path = found
-        elif profile_name is None:
-            click.echo(f"No profile for {name} on this device, safe defaults are used; make one: ", err=True, nl=False)
-            click.echo(f"autotune search --model {name}", err=True)
-    if pick is not None:
-        if profile is None or profile_name == "none":
+        elif pick is not None:
             raise UsageError(
                 f"--pick chooses from a profile; make one: autotune search --model {name} --objective pareto"
             )
+        elif profile_name is None:
+            click.echo(f"No profile for {name} on this device, safe defaults are used; make one: ", err=True, nl=False)
+            click.echo(f"autotune search --model {name}", err=True)
+    if pick is not None and profile is not None:
         profile = profile.pick(pick)
     if metrics is None:
         metrics = Path("runs") / f"{store.file_stem(label)}-{datetime.datetime.now():%Y%m%d-%H%M%S}" / "metrics.json"

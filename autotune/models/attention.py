@@ -7,8 +7,7 @@ Shapes: B batch, T tokens, D model width, H heads, K width of a head.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autotune.models.flash import Kernel, attend_packed, attend_unpadded, native, packaged
+from autotune.models.flash import PACKAGES, Kernel, Row, attend_packed, attend_unpadded, native, packaged
 from autotune.models.sparse import attend_sparsely
 from autotune.strategy import APPROXIMATE, Attention
 
@@ -29,8 +28,16 @@ SDPA_KERNELS: dict[Attention, SDPBackend] = {
 }
 
 
-def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | None, backend: Attention) -> Tensor:
-    """Softmax attention, BHTK. ``mask_B11T`` is true at the keys that count; None where all do.
+def attend(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    mask_B11T: Tensor | None,
+    backend: Attention,
+    kernel: Kernel | None = None,
+) -> Tensor:
+    """Softmax attention, BHTK. ``mask_B11T`` is true at the keys that count; None where all do. ``kernel`` is
+    ``flash_attn``'s, where it is known already.
 
     Raises RuntimeError where the pinned kernel refuses these tensors, or is not installed.
     """
@@ -43,7 +50,8 @@ def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | N
     if backend in APPROXIMATE["attention"]:
         return attend_sparsely(q_BHTK, k_BHTK, v_BHTK, mask_B11T, backend)
     if backend == "flash_attn":
-        return attend_unpadded(q_BHTK, k_BHTK, v_BHTK, mask_B11T, packaged(q_BHTK.device.type, q_BHTK.dtype))
+        kernel = kernel or packaged(q_BHTK.device.type, q_BHTK.dtype).kernel
+        return attend_unpadded(q_BHTK, k_BHTK, v_BHTK, mask_B11T, kernel)
     pinned = sdpa_kernel(SDPA_KERNELS[backend]) if backend in SDPA_KERNELS else contextlib.nullcontext()
     with pinned:
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask_B11T)
@@ -60,29 +68,24 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.backend: Attention = "eager"
+        self.kernel: Kernel | None = None
+        """What takes all sequences of a packed row at once; None where each goes by itself."""
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, lengths: Sequence[int] | None = None) -> Tensor:
-        """Attended values, BTD. With ``lengths`` a row is that many sequences, each attending to itself only."""
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, row: Row | None = None) -> Tensor:
+        """Attended values, BTD. With ``row`` B is 1 and T all of its sequences, each attending to itself only."""
         B, T, D = x_BTD.shape
         qkv_3BHTK = self.qkv(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        if lengths is None:
-            y_BHTK = attend(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], mask_B11T, self.backend)
-        elif (kernel := _packed_kernel(self.backend, qkv_3BHTK)) is not None:
-            y_BHTK = attend_packed(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], lengths, kernel)
+        if row is None:
+            y_BHTK = attend(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], mask_B11T, self.backend, self.kernel)
+        elif self.kernel is not None:
+            y_BHTK = attend_packed(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], row, self.kernel)
         else:
-            sequences = qkv_3BHTK.split(list(lengths), 3)
+            sequences = qkv_3BHTK.split(list(row.lengths), 3)
             y_BHTK = torch.cat([attend(q, k, v, None, self.backend) for q, k, v in sequences], 2)
         out_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
         return out_BTD
-
-
-def _packed_kernel(backend: Attention, tensor: Tensor) -> Kernel | None:
-    """One that takes all sequences of a row at once; None where each goes by itself."""
-    if backend == "flash_attn":
-        return packaged(tensor.device.type, tensor.dtype)
-    return native(tensor.device.type, tensor.dtype) if backend in ("sdpa", "sdpa_flash") else None
 
 
 def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention, ...]:
@@ -109,26 +112,36 @@ def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention
     return ("eager",)
 
 
-def set_attention(model: nn.Module, backend: Attention) -> contextlib.AbstractContextManager[None]:
+def set_attention(
+    model: nn.Module, backend: Attention, *, device_type: str = "cpu", dtype: torch.dtype = torch.float32
+) -> contextlib.AbstractContextManager[None]:
     """Switches the model's attention as far as the model goes; gives the context that its forward passes need for the
-    rest: the pinned kernel, where the model does not pin it itself."""
+    rest: the pinned kernel, where the model does not pin it itself.
+
+    Attention will be computed in ``dtype``. Raises RuntimeError where no flash-attn package runs and one is asked for.
+    """
     assert backend in get_args(Attention)
-    kind = _switches(model)
+    kind, kernel, package = _switches(model), None, ""
+    if backend == "flash_attn":
+        package, kernel = packaged(device_type, dtype, torch.are_deterministic_algorithms_enabled())
+    elif backend in ("sdpa", "sdpa_flash"):
+        kernel = native(device_type, dtype)
     for module in model.modules():
         if isinstance(module, SelfAttention):
-            module.backend = backend
+            module.backend, module.kernel = backend, kernel
         elif kind == "timm" and hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", backend != "eager")  # noqa: B010 - torch declares no such attribute
     if kind == "transformers":
-        model.set_attn_implementation(_transformers_name(backend))  # type: ignore[operator]
+        model.set_attn_implementation(_transformers_name(backend, package))  # type: ignore[operator]
     is_pinned = kind != "autotune" and backend in SDPA_KERNELS
     return _Pinned(SDPA_KERNELS[backend]) if is_pinned else contextlib.nullcontext()
 
 
-def _transformers_name(backend: Attention) -> str:
+def _transformers_name(backend: Attention, package: str) -> str:
     if backend == "flash_attn":
-        has_third = importlib.util.find_spec("flash_attn_interface") is not None
-        return "flash_attention_3" if has_third else "flash_attention_2"
+        if package not in PACKAGES:
+            raise RuntimeError(f"transformers takes flash-attn's packages, and only torch's {package} runs here")
+        return "flash_attention_3" if package == PACKAGES[0] else "flash_attention_2"
     return "eager" if backend == "eager" else "sdpa"
 
 

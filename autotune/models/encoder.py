@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune.models.attention import SelfAttention
+from autotune.models.flash import Row, row_of
 
 
 class Block(nn.Module):
@@ -25,9 +26,9 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Linear(ffn_width, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, lengths: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, row: Row | None = None) -> Tensor:
         """The stream after this block, BTD."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), mask_B11T, lengths))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), mask_B11T, row))
         out_BTD: Tensor = x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
         return out_BTD
 
@@ -66,20 +67,21 @@ class EncoderClassifier(nn.Module):
         Packed, ids are 1T, the sequences one after another, and ``lengths`` says how long each is; what is left of
         the row is padding, a sequence of its own that counts for nothing.
         """
-        num_sequences = len(lengths or ())
         positions_T = torch.arange(max(lengths or ids_BT.shape[1:]), device=ids_BT.device)
         if lengths is not None:
             positions_T = torch.cat([positions_T[:length] for length in lengths])
             positions_T = F.pad(positions_T, (0, ids_BT.shape[1] - len(positions_T)))
         x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_T))
-        if lengths is not None and (rest := ids_BT.shape[1] - sum(lengths)):
-            lengths = [*lengths, rest]
+        row = None
+        if lengths is not None:
+            rest = ids_BT.shape[1] - sum(lengths)
+            row = row_of([*lengths, rest] if rest else lengths, ids_BT.device)
         mask_B11T = None if mask_BT is None else mask_BT[:, None, None, :]
         for block in self.blocks:
-            x_BTD = block(x_BTD, mask_B11T, lengths)
+            x_BTD = block(x_BTD, mask_B11T, row)
         x_BTD = self.norm(x_BTD)
-        if lengths is not None:
-            mean_BD = torch.stack([x_TD.mean(0) for x_TD in x_BTD[0].split(list(lengths))[:num_sequences]])
+        if row is not None and lengths is not None:
+            mean_BD = torch.stack([x_TD.mean(0) for x_TD in x_BTD[0].split(list(row.lengths))[: len(lengths)]])
         elif mask_BT is not None:
             weight_BT1 = mask_BT.unsqueeze(-1).to(x_BTD.dtype)
             mean_BD = (x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)

@@ -56,7 +56,7 @@ def attend_sparsely(
 def attend_flexibly(
     q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | None, kind: Attention, flex: Callable[..., Any]
 ) -> Tensor:
-    """The same by FlexAttention, which leaves out the blocks that nobody sees. What pads is zero."""
+    """The same by FlexAttention, which leaves out the blocks that nobody sees."""
     keep_BT = None if mask_B11T is None else mask_B11T[:, 0, 0].expand(q_BHTK.shape[0], q_BHTK.shape[2])
 
     def counted(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -45,6 +45,13 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
         format_bytes(best.peak_memory_bytes),
         _change(base.peak_memory_bytes, best.peak_memory_bytes, "less memory", "more memory"),
     )
+    if base.joules_per_sample is not None and best.joules_per_sample is not None:
+        table.add_row(
+            "energy",
+            f"{base.joules_per_sample:.3g} J/sample",
+            f"{best.joules_per_sample:.3g} J/sample",
+            _change(base.joules_per_sample, best.joules_per_sample, "less energy", "more energy"),
+        )
     table.add_row("waiting for data", f"{base.loader_wait:.1%}", f"{best.loader_wait:.1%}", "")
     cached = "" if result.warm_up_cached_s is None else f"{format_duration(result.warm_up_cached_s)} once compiled"
     table.add_row("warm-up", format_duration(base.warm_up_s), format_duration(best.warm_up_s), cached)
@@ -121,7 +128,7 @@ def changed_knobs(best: Strategy, base: Strategy, shares: Sequence[Share] = ()) 
             table.add_row(knob, _change_words(before, now))
     if not shares:
         return table
-    num_rounds = shares[0].num_rounds
+    num_rounds = min(share.num_rounds for share in shares)
     how = (
         f"measured without it and with it in turns, {num_rounds} rounds" if num_rounds else "estimated from all trials"
     )

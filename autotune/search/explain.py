@@ -97,6 +97,8 @@ def measured(
     for knob, rival in rivals.items() if of_best else ():
         assert of_best is not None
         final, end = finals.get(rival.number), race.failures.get(rival.number)
+        if end is not None and end.outcome == "oom" and len(rivals) > 1:
+            continue  # its neighbours may have taken the memory
         shares.append(
             _share(
                 knob,
@@ -110,10 +112,12 @@ def measured(
     return shares
 
 
-def needed_s(step_s: float, shares: Iterable[Share]) -> float:
-    """Seconds that measuring takes, where the best's step takes ``step_s`` and each knob brings so much."""
+def needed_s(step_s: float, warm_up_s: float, shares: Iterable[Share]) -> float:
+    """Seconds that measuring takes, where the best's step takes ``step_s`` after a warm-up, which each of the others
+    pays anew, and each knob brings so much."""
     steps_s = [step_s, *(step_s * share.ratio.ratio for share in shares if share.ratio)]
-    return len(steps_s) * _START_S + (_WARM_UP_STEPS + MIN_ROUNDS + 1) * sum(steps_s)
+    starting_s = len(steps_s) * _START_S + (len(steps_s) - 1) * warm_up_s
+    return starting_s + (_WARM_UP_STEPS + MIN_ROUNDS + 1) * sum(steps_s)
 
 
 def _share(knob: str, best: Strategy, baseline: Strategy, found: Interval | None, **details: Any) -> Share:

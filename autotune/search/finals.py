@@ -63,6 +63,8 @@ class Entrant(msgspec.Struct, frozen=True, kw_only=True):
     job: Job
     silence_s: float = math.inf
     """Its process hangs if it says nothing for so long."""
+    compiles: bool = False
+    """Whether its process compiles something before it is fast."""
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +135,7 @@ class Race:
                     return
                 if self.num_rounds == 2:  # A B, B A: both came first once
                     shortest_life_s = 2 * round_s + opening_s
-                    is_cheap = all(entrant.job.strategy.compile == "none" for entrant in self._running)
+                    is_cheap = not any(entrant.compiles for entrant in self._running)
                     if is_cheap and min(enough_s / shortest_life_s, max_rounds / 2) >= MIN_RANKED:
                         self._life_s = max(shortest_life_s, min(enough_s / PROCESSES, LIFE_S))
                 if self.num_rounds % 2 == 0 and now - born >= self._life_s:
@@ -185,7 +187,7 @@ class Race:
                 self._leave(entrant, end)
                 continue
             # compiled settings get more laps, to meet more shapes before the clock runs
-            laps = 0 if entrant.job.strategy.compile == "none" else 3
+            laps = 3 if entrant.compiles else 0
             if (done := self._turn(entrant, Command(min_laps=laps, longest=longest))) is not None:
                 self._measurements[number].append(done.measurement)
                 self._epochs[number] = done.epoch

@@ -23,6 +23,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     trial: Trial
     speedup: Interval
     """Over the baseline."""
+    num_rounds: int
     proof: Proof | None
 
 
@@ -82,6 +83,7 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
                 strategy=choice.trial.strategy,
                 figures=figures(choice.trial, result.planned),
                 speedup=choice.speedup,
+                num_rounds=choice.num_rounds,
                 soak_steps=choice.proof.soak_steps if choice.proof else 0,
                 loss_deviation=choice.proof.loss_deviation if choice.proof else None,
             )

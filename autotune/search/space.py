@@ -82,6 +82,10 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
                 values[knob] = max((size for size in known if size <= values[knob]), default=min(known))
             elif values[knob] not in known:
                 values[knob] = known[0]
+        for knob in ("prefetch", "compile_scope", "checkpoint", "padding", "attention"):
+            if self.refusal(self.strategy(values)) is None:
+                break
+            values[knob] = self.values[knob][0]
         return self.strategy(values)
 
     def refusal(self, strategy: Strategy) -> str | None:

@@ -15,7 +15,7 @@ from autotune.search import explain, finals, proof
 from autotune.search.explain import Share
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.search.journal import open_journal
-from autotune.search.objective import Aim, held_to_speed, loss_of
+from autotune.search.objective import FASTEST, Aim, loss_of
 from autotune.search.proof import Proof, prove, reference_losses
 from autotune.search.result import Choice, Result
 from autotune.search.settings import Observer
@@ -31,6 +31,10 @@ FINALS_SHARE = 0.3
 """At most this share of the budget goes to the race of the finalists."""
 FINALS_S = 60.0
 """So long is the race at most where there is no budget, and no longer than the trials took."""
+MIN_RACED = 2
+"""Rounds that a race's figures need: each entrant came first and last."""
+CONTEXT_BYTES = 600 * 2**20
+"""An accelerator's context, which no allocator counts: some 500 MB on CUDA."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""
 MAX_PROOFS = 6
@@ -117,12 +121,19 @@ class _Search:
         if finals.shortest_s(step_s, entrants) > left_s + share_s:
             return
         while entrants and not self._fits_together([reference, *entrants]):
-            entrants.pop()
+            entrants.remove(max(entrants, key=_peak_bytes))
         if not entrants:
             return
-        self.race = race = self._race_of([reference, *entrants])
+        race, earlier = self._race_of([reference, *entrants]), self.race
+        self.race = race
         self.observer.on_race(0, len(entrants) + 1)
-        race.run(enough_s=min(share_s, left_s), on_round=lambda done: self.observer.on_race(done, len(entrants) + 1))
+        try:
+            race.run(
+                enough_s=min(share_s, left_s), on_round=lambda done: self.observer.on_race(done, len(entrants) + 1)
+            )
+        finally:
+            if race.num_rounds < MIN_RACED and earlier is not None:  # interrupted
+                self.race = earlier
         for number, end in race.failures.items():
             self.trials.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
         if race.failures:
@@ -136,7 +147,12 @@ class _Search:
     def _race_of(self, trials: list[Trial]) -> Race:
         return Race(
             [
-                Entrant(trial=trial, job=self.task.job(trial.strategy), silence_s=self.trials.silence_s(trial.strategy))
+                Entrant(
+                    trial=trial,
+                    job=self.task.job(trial.strategy),
+                    silence_s=self.trials.silence_s(trial.strategy),
+                    compiles=self.task.compiles(trial.strategy),
+                )
                 for trial in trials
             ],
             timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(trials[-1].strategy)),
@@ -144,8 +160,12 @@ class _Search:
         )
 
     def _fits_together(self, trials: list[Trial]) -> bool:
-        peaks = [trial.measurement.peak_memory_bytes for trial in trials if trial.measurement]
-        return sum(peaks) < self.task.machine_limit_bytes
+        return sum(map(_peak_bytes, trials)) + len(trials) * self._process_bytes < self.task.machine_limit_bytes
+
+    @property
+    def _process_bytes(self) -> int:
+        """What a process takes of the device beside what is counted."""
+        return 0 if self.task.backend.is_host_memory else CONTEXT_BYTES
 
     # What each knob brings
 
@@ -156,7 +176,9 @@ class _Search:
         if best is None or best.measurement is None or not settings.explains:
             return None
         shares = self.trials.estimated_shares(best.strategy)
-        needed_s = explain.needed_s(best.measurement.step_ms / 1000, shares)
+        is_compiled = self.task.compiles(best.strategy)
+        warm_up_s = best.measurement.warm_up_s if is_compiled else 0.0
+        needed_s = explain.needed_s(best.measurement.step_ms / 1000, warm_up_s, shares)
         return needed_s if shares and needed_s <= self._allowed_s else None
 
     @property
@@ -182,11 +204,16 @@ class _Search:
                 enough_s=min(self._allowed_s, self._left_s()) * len(group) / len(without),
                 on_round=self.observer.on_taking_back,
             )
+        if not found:
+            return
         self.shares = explain.largest_first(found)
         needless = [share.knob for share in self.shares if share.brings_nothing]
         simpler = explain.set_back(best.strategy, task.baseline, needless)
         self.explained = {best.strategy, simpler}
-        if simpler == best.strategy or task.space.refusal(simpler) is not None:
+        step_s = self.trials.reference_step_s or 0.0
+        if best.wall_s + finals.shortest_s(step_s, [best, best]) > self._left_s():
+            return
+        if simpler in (best.strategy, task.baseline) or task.space.refusal(simpler) is not None:
             return
         tried = self.trials.try_late(simpler, "without what brings nothing")
         if tried is not None:
@@ -196,6 +223,7 @@ class _Search:
     def _groups(self, best: Trial, without: dict[str, Strategy]) -> list[dict[str, Strategy]]:
         """As few as fit into memory beside the best; what does not even alone is left out."""
         peaks = self.trials.likely_peaks_bytes([best.strategy, *without.values()])
+        peaks = [peak_bytes + self._process_bytes for peak_bytes in peaks]
         groups: list[dict[str, Strategy]] = [{}]
         left_bytes = room_bytes = self.task.machine_limit_bytes - peaks[0]
         for (knob, strategy), peak_bytes in zip(without.items(), peaks[1:], strict=True):
@@ -228,7 +256,8 @@ class _Search:
             self.trials.reconsider()
             best = self.trials.best(aim)
             if best is not None and best.number not in self._finals():
-                self._run_race(self.trials.finalists())
+                settled = [winner for winner, _ in self.winners.values()]
+                self._run_race(list({one.number: one for one in [*self.trials.finalists(), *settled]}.values()))
         reference = self.trials.reference
         fits = reference.measurement is not None and self.task.fits(reference.measurement)
         return (reference, None) if fits else None
@@ -266,23 +295,30 @@ class _Search:
         """The best by the race; by the trials where that is no help, or where those who raced have failed since."""
         reference, best = self.trials.reference, self.trials.best(aim)
         rivals = [final for final in self._finals().values() if self.trials.may_win(final.trial, final.measurement)]
+        raced = {final.trial.number for final in rivals}
+        fastest = self.trials.best(FASTEST)
+        if len(self.task.aims) > 1 and best and fastest and not {best.number, fastest.number} <= raced:
+            return best  # the race has no say where one of those that it is about was not in it
+        rivals = self._fast_enough(rivals, aim)
         if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
             return ranked(rivals, lambda final: self._final_loss(final, aim))[0].trial
         return best
 
     def _finals(self) -> dict[int, Final]:
         """The race's figures by trial; none where it did not get to two rounds."""
-        found = self.race.finals() if self.race and self.race.num_rounds >= 2 else []
+        found = self.race.finals() if self.race and self.race.num_rounds >= MIN_RACED else []
         return {final.trial.number: final for final in found}
+
+    def _fast_enough(self, rivals: list[Final], aim: Aim) -> list[Final]:
+        min_speed = self.task.settings.min_speed
+        if min_speed is None or aim == FASTEST:
+            return rivals
+        least = min_speed * max((final.measurement.samples_per_s for final in rivals), default=0.0)
+        return [final for final in rivals if final.measurement.samples_per_s >= least]
 
     def _final_loss(self, final: Final, aim: Aim) -> float:
         loss = loss_of(_remeasured(final.trial, final.measurement), aim, self.task.planned)
-        assert loss is not None
-        min_speed = self.task.settings.min_speed
-        if min_speed is None or not aim.memory:
-            return loss
-        fastest = max(other.measurement.samples_per_s for other in self._finals().values())
-        return held_to_speed(loss, final.measurement.samples_per_s, min_speed * fastest)
+        return math.inf if loss is None else loss  # a counter that could not be read in the end
 
     # The verdict
 
@@ -315,6 +351,7 @@ class _Search:
                 name=aim.name,
                 trial=at_last(trial, passed.peak_memory_bytes if passed else 0),
                 speedup=self._speedup(trial),
+                num_rounds=len(entered[trial.number].epoch_s) if trial.number in entered else 0,
                 proof=passed,
             )
             for aim, (trial, passed) in self.winners.items()
@@ -366,6 +403,10 @@ class _Search:
         if failure is None:
             return trial
         return msgspec.structs.replace(trial, outcome=failure.outcome, reason=failure.reason)
+
+
+def _peak_bytes(trial: Trial) -> int:
+    return trial.measurement.peak_memory_bytes if trial.measurement else 0
 
 
 def _remeasured(trial: Trial, measurement: Measurement) -> Trial:

@@ -15,7 +15,7 @@ from autotune.probe import Hardware
 from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
 from autotune.search.settings import Settings
 from autotune.search.space import Space, build_space
-from autotune.strategy import Strategy
+from autotune.strategy import SPARSE, Strategy
 from autotune.trial.worker import Job
 from autotune.workloads.base import Workload, WorkloadRef
 
@@ -86,6 +86,12 @@ class Task:
         if budget_bytes is None:
             return self.machine_limit_bytes
         return int(LONG_RUN_SHARE * budget_bytes) if self.backend.is_host_memory else budget_bytes
+
+    def compiles(self, strategy: Strategy) -> bool:
+        """Whether something is compiled before it is fast, which may take a minute without a word: what
+        ``torch.compile`` is asked for, and kernels that come so."""
+        has_compiled_kernel = strategy.attention in (*SPARSE, "flash_attn") and not self.backend.is_host_memory
+        return strategy.compile != "none" or has_compiled_kernel
 
     def fits(self, measurement: Measurement) -> bool:
         """Whether the peak is within the limit."""

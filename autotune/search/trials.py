@@ -108,6 +108,7 @@ class Trials:
         if self.reference.measurement is None:
             return
         if self.aims[0].is_energy and self.reference.measurement.joules_per_sample is None:
+            self._journal.finish()  # going on would come to the same end
             raise AutotuneError("this device has no energy counter that can be read; choose another --objective")
         if self._journal.interrupted is not None:
             strategy, starts = self._journal.interrupted
@@ -115,7 +116,7 @@ class Trials:
                 self.try_now(strategy, "again, the search was killed in it")
             else:
                 self._give_up(strategy, starts)
-        origins = self._beginnings() if len(self.all) == 1 else {}
+        origins = self._beginnings() if len(self.all) <= 2 else {}  # the second of a killed search may be the guess
         for strategy in origins:
             self._sampler.enqueue(strategy)
         while self._goes_on(reserved_s):
@@ -196,8 +197,11 @@ class Trials:
         return ranked[0][1] if ranked else None
 
     def _ranked(self, aim: Aim) -> list[tuple[float, Trial]]:
-        losses = [(loss, trial) for trial in self._usable() if (loss := self._loss(trial, aim)) is not None]
-        return sorted(losses, key=lambda pair: pair[0])
+        """Those that are fast enough, where any is."""
+        bar = self._least_rate(aim)
+        losses = [(loss, trial) for trial in self._usable() if (loss := self._loss(trial, aim, bar)) is not None]
+        fast = [pair for pair in losses if self._rate(pair[1]) >= bar]
+        return sorted(fast or losses, key=lambda pair: pair[0])
 
     def may_win(self, trial: Trial, measurement: Measurement) -> bool:
         """Whether it fits the limit by these figures, and has not failed since its trial."""
@@ -213,7 +217,7 @@ class Trials:
     def silence_s(self, strategy: Strategy) -> float:
         """How long its process may say nothing: several of the baseline's steps; compilers say nothing for minutes."""
         step_s = self.reference_step_s
-        return math.inf if step_s is None or strategy.compile != "none" else SILENCE_S + 4 * step_s
+        return math.inf if step_s is None or self._task.compiles(strategy) else SILENCE_S + 4 * step_s
 
     def elapsed_s(self) -> float:
         """Seconds that the search has taken, its interrupted runs included."""
@@ -226,13 +230,14 @@ class Trials:
         self._observer.on_trial_start(number, strategy, origin)
         self._journal.start(strategy)
         before_s = self._pulse_s or self._pulse.beat()
+        before = self._last_finished().get(strategy)
         best_samples_per_s = None
-        if best and best.samples_per_s and best.strategy != strategy and aim == FASTEST:
+        if best and best.samples_per_s and before is None and aim == FASTEST:
             doubt = math.exp(drift_doubt(best.pulse_s, before_s))
             best_samples_per_s = best.samples_per_s * slowdown(best.pulse_s, before_s) / doubt
 
         def give_up(progress: Progress) -> str | None:
-            is_compiled = strategy.compile != "none"
+            is_compiled = task.compiles(strategy)
             return hopeless(progress, best_samples_per_s, is_compiled) if best_samples_per_s else None
 
         trial = self._run(
@@ -247,8 +252,8 @@ class Trials:
         self._pulse_s = self._pulse.beat()
         if before_s and self._pulse_s:
             trial = msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * self._pulse_s))
-        if best and best.strategy == strategy and best.measurement and trial.measurement:
-            both = best.measurement.measured_again(trial.measurement)
+        if before and before.measurement and trial.measurement:
+            both = before.measurement.measured_again(trial.measurement)
             trial = msgspec.structs.replace(trial, measurement=both)
         self._record(trial)
 
@@ -283,9 +288,9 @@ class Trials:
 
     def _known(self, aim: Aim) -> list[Known]:
         """What was tried and how sure its figures are."""
-        known, may_win = [], {trial.number for trial in self._usable()}
+        known, may_win, bar = [], {trial.number for trial in self._usable()}, self._least_rate(aim)
         for trial in self.all:
-            loss = self._loss(trial, aim)
+            loss = self._loss(trial, aim, bar)
             # what is over the limit would draw the search to more of its kind
             if loss is not None and (trial.measurement is None or self._task.fits(trial.measurement)):
                 known.append(Known(trial.strategy, loss, self._noise(trial, aim), may_win=trial.number in may_win))
@@ -308,14 +313,15 @@ class Trials:
         for trial in self.all:
             if trial.measurement is not None:
                 steps_s = LAPS * trial.measurement.step_ms / 1000
-                beyond_s[trial.strategy.compile != "none"].append(max(0.0, trial.wall_s - steps_s))
+                beyond_s[self._task.compiles(trial.strategy)].append(max(0.0, trial.wall_s - steps_s))
         eager_s, compiled_s = (
             statistics.median(found) if found else usual_s
             for found, usual_s in ((beyond_s[False], START_S), (beyond_s[True], COMPILE_S))
         )
         planned = self._task.planned
         num_steps = planned.epochs * planned.num_train / self._task.space.global_batch
-        return lambda strategy, loss: (eager_s if strategy.compile == "none" else compiled_s) + LAPS * loss / num_steps
+        compiles = self._task.compiles
+        return lambda strategy, loss: (compiled_s if compiles(strategy) else eager_s) + LAPS * loss / num_steps
 
     def _pays(self, proposal: Proposal) -> bool:
         """Whether the planned run is expected to be shorter by more than the trial takes."""
@@ -358,27 +364,35 @@ class Trials:
     def _stale(self) -> Trial | None:
         """The best, where too much has changed since it was measured for others to be compared with it."""
         best = self.best()
-        if best is None or best is self.reference or self.all[-1].strategy == best.strategy:
+        if best is None or best is self.reference or self.all[-1].strategy == best.strategy or self.aims[0].memory == 1:
             return None
         return best if drift_doubt(best.pulse_s, self._pulse_s) > TOO_DOUBTFUL else None
 
     def _usable(self) -> list[Trial]:
         """What may win; a setting's last figures where it was measured several times."""
-        last = {trial.strategy: trial for trial in self.all if trial.outcome == "ok"}
-        return [trial for trial in last.values() if trial.measurement and self.may_win(trial, trial.measurement)]
+        finished = [trial for trial in self._last_finished().values() if trial.outcome == "ok"]
+        return [trial for trial in finished if trial.measurement and self.may_win(trial, trial.measurement)]
+
+    def _last_finished(self) -> dict[Strategy, Trial]:
+        """How each setting's last trial ended, but for those that were given up."""
+        return {trial.strategy: trial for trial in self.all if trial.outcome != "pruned"}
 
     @property
     def _usual_pulse_s(self) -> float | None:
         beats = [trial.pulse_s for trial in self.all if trial.pulse_s]
         return statistics.median(beats) if beats else None
 
-    def _loss(self, trial: Trial, aim: Aim) -> float | None:
-        """At the speed that the device usually had in this search."""
+    def _least_rate(self, aim: Aim) -> float:
+        """Samples a second that the winner of an aim must have."""
+        min_speed = self._task.settings.min_speed
+        if min_speed is None or aim == FASTEST:
+            return 0.0
+        return min_speed * max(map(self._rate, self._usable()), default=0.0)
+
+    def _loss(self, trial: Trial, aim: Aim, least_rate: float = 0.0) -> float | None:
+        """At the speed that the device usually had in this search; raised where a setting is slower than it may be."""
         loss = loss_of(trial, aim, self._task.planned, pulse_s=self._usual_pulse_s, reference=self.reference)
-        min_speed, fastest = self._task.settings.min_speed, self.best(FASTEST) if aim.memory else None
-        if loss is None or min_speed is None or fastest is None:
-            return loss
-        return held_to_speed(loss, self._rate(trial), min_speed * self._rate(fastest))
+        return loss if loss is None or not least_rate else held_to_speed(loss, self._rate(trial), least_rate)
 
     def _rate(self, trial: Trial) -> float:
         """Samples a second, at the speed that the device usually had in this search."""

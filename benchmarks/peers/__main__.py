@@ -23,6 +23,7 @@ from autotune.files import replace_file
 from autotune.measurement import Interval, Trial
 from autotune.report.terminal import describe, interval_words, stdout
 from autotune.search.finals import Entrant, Race, ratio
+from autotune.search.task import FREE_MEMORY_SHARE
 from autotune.strategy import Strategy
 from autotune.trial.worker import Job
 from autotune.units import format_bytes, format_duration, format_rate
@@ -106,14 +107,11 @@ def theirs_in(name: str, folder: Path, workload: Workload) -> Choice:
             subprocess.run([*pip, *packages, TORCH], check=True)
         (folder / name / ".installed").touch()
     print(f"{name}: choosing", flush=True)
-    done = subprocess.run(
-        [python, "-m", f"benchmarks.peers.choose_{name}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=PEER_TIMEOUT_S,
-        check=False,
-    )
+    command = [str(python), "-m", f"benchmarks.peers.choose_{name}"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=PEER_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return kept(Choice(tool=name, words="not done in time", strategy=None, search_s=float(PEER_TIMEOUT_S)), folder)
     if done.returncode:
         return kept(Choice(tool=name, words=f"failed, status {done.returncode}", strategy=None, search_s=0.0), folder)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -138,7 +136,7 @@ def in_turns(ours: Strategy, theirs: Strategy, ref: WorkloadRef, seconds: float)
         )
         for number, strategy in enumerate((ours, theirs))
     ]
-    race = Race(entrants, timeout_s=900, memory_limit_bytes=int(0.9 * backend.device().memory_free_bytes))
+    race = Race(entrants, timeout_s=900, memory_limit_bytes=int(FREE_MEMORY_SHARE * backend.device().memory_free_bytes))
     race.run(enough_s=seconds)
     if race.failures:
         return "; ".join(f"{end.outcome}: {end.reason}" for end in race.failures.values())

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from autotune import workloads
+from autotune.search.task import FREE_MEMORY_SHARE
 from autotune.workloads.base import Workload
-
-FREE_SHARE = 0.9
-"""Of the memory that is free: above it torch's allocator fails, as a card's does, before the kernel kills."""
 
 
 def workload() -> Workload:
@@ -30,6 +28,8 @@ def workload() -> Workload:
 
 class Classifier(nn.Module):
     """The encoder with its loss, called with a batch's tensors by name."""
+
+    accepts_loss_kwargs = False  # what transformers' Trainer would otherwise pass on to the encoder
 
     def __init__(self, of: Workload) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def loader(of: Workload, batch_size: int) -> DataLoader[Any]:
 
 def limit_memory() -> None:
     """A tool that looks for the largest batch is told by an error, not by the kernel's OOM killer."""
-    limit_bytes = int(FREE_SHARE * psutil.virtual_memory().available)
+    limit_bytes = int(FREE_MEMORY_SHARE * psutil.virtual_memory().available)
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 

@@ -92,9 +92,10 @@ def test_flash_attn_runs_where_it_is_installed_and_computes_the_same(workload: W
     q, k, v = (torch.randn(2, 4, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     mask = (torch.arange(128, device="cuda") < torch.tensor([[128], [70]], device="cuda"))[:, None, None]
     try:
-        found = attend(q, k, v, mask, "flash_attn")
+        flash.packaged("cuda", torch.bfloat16)
     except RuntimeError as exc:
         pytest.skip(str(exc))
+    found = attend(q, k, v, mask, "flash_attn")
     expected = attend(q, k, v, mask, "eager")
     counts = mask[:, 0, 0]
     torch.testing.assert_close(found.transpose(1, 2)[counts], expected.transpose(1, 2)[counts], atol=2e-2, rtol=2e-2)
@@ -103,8 +104,9 @@ def test_flash_attn_runs_where_it_is_installed_and_computes_the_same(workload: W
 def test_packed_sequences_run_in_one_kernel(workload: Workload) -> None:
     if flash.native("cuda", torch.bfloat16) is None:
         pytest.skip("this torch has no kernel for sequences of different lengths")
-    seen = events(run_of(workload, padding="packed", attention="sdpa", precision="bf16"))
-    assert any("varlen_attn" in event for event in seen)
+    for checkpoint in ("none", "every_block"):
+        seen = events(run_of(workload, padding="packed", attention="sdpa", precision="bf16", checkpoint=checkpoint))
+        assert any("varlen_attn" in event for event in seen)
 
 
 @pytest.mark.parametrize("kind", SPARSE)

@@ -316,17 +316,17 @@ def test_a_setting_that_fails_in_the_race_does_not_win(prepared: Prepared, scrip
 def test_when_only_the_baseline_survives_the_race_the_next_best_trial_wins(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
-    raced: list[int] = []
+    failed = {0}
 
     class AllFail(ScriptedRace):
         def run(self, **_: Any) -> None:
             super().run()
-            raced.extend(entrant.trial.number for entrant in self.entrants)
             self.failures = {entrant.trial.number: TrialEndedError("oom", "") for entrant in self.entrants[1:]}
+            failed.update(self.failures)
 
     scripted_device.setattr(study, "Race", AllFail)
     result = searched(prepared)
-    assert result.best.number not in raced
+    assert result.best.number not in failed
     assert not result.num_rounds
 
 
@@ -448,10 +448,12 @@ def test_where_there_is_no_time_each_knobs_share_is_estimated(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
     scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
-    for explains, budget_s in ((False, None), (True, 10.0)):
+    for explains, budget_s in ((False, None), (None, 10.0)):
         result = searched(prepared, max_trials=2, explains=explains, budget_s=budget_s)
         assert result.best.strategy == GUESS
         assert {share.num_rounds for share in result.shares} == {0}
+    asked = searched(prepared, max_trials=2, explains=True, budget_s=10.0)
+    assert all(share.num_rounds for share in asked.shares)
 
 
 def test_a_knob_without_which_it_does_not_run_is_kept(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
@@ -460,7 +462,9 @@ def test_a_knob_without_which_it_does_not_run_is_kept(prepared: Prepared, script
             super().run()
             for entrant in self.entrants[1:]:
                 if entrant.trial.number < 0 and entrant.job.strategy.padding == "max":
-                    self.failures[entrant.trial.number] = TrialEndedError("oom", "scripted")
+                    self.failures[entrant.trial.number] = TrialEndedError("crashed", "scripted")
+                if entrant.trial.number < 0 and entrant.job.strategy.workers == 0:
+                    self.failures[entrant.trial.number] = TrialEndedError("oom", "its neighbours took it")
 
     scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
     scripted_device.setattr(study, "Race", NoneWithoutBuckets)

@@ -57,7 +57,12 @@ if TYPE_CHECKING:
 )
 @click.option("--deterministic", is_flag=True, help="Only algorithms that give the same result every time.")
 @click.option("--explain-space", is_flag=True, help="Only print what would be searched, and why not the rest.")
-@click.option("--no-explain", is_flag=True, help="Spend no time on measuring what each knob of the best brings.")
+@click.option(
+    "--explain/--no-explain",
+    default=None,
+    help="Measure what each knob of the best brings, a minute or two on top of the budget. Default: where the budget "
+    "has time left.",
+)
 @click.option("--refresh", is_flag=True, help="Probe the device again.")
 @click.option(
     "--fresh", is_flag=True, help="Start from nothing: neither from an interrupted search nor from a profile."
@@ -80,7 +85,7 @@ def command(
     allow_approximate: bool,
     deterministic: bool,
     explain_space: bool,
-    no_explain: bool,
+    explain: bool | None,
     refresh: bool,
     fresh: bool,
     seed: int,
@@ -134,7 +139,7 @@ def command(
             includes_slow=include_slow,
             allows_approximate=allow_approximate,
             is_deterministic=deterministic,
-            explains=not no_explain,
+            explains=explain,
             epochs=epochs,
             seed=seed,
         )

@@ -1,6 +1,6 @@
 """What each knob of the best setting brings: how much longer a run takes with that knob alone taken back.
 
-Measured where the time allows, the best and all that differ from it by one knob in turns; else estimated by the
+Measured where there is time, the best and all that differ from it by one knob in turns; else estimated by the
 surrogate from all trials and from what it expects of knobs beforehand, which costs nothing: where few trials tell of a
 knob its interval is wide, and the estimate leans towards 1. What is measured to bring nothing is set back.
 """
@@ -19,9 +19,7 @@ from autotune.search.space import Space
 from autotune.search.surrogate import Surrogate
 from autotune.strategy import Strategy
 
-SHARE = 0.2
-"""At most this share of the budget goes to measuring."""
-_START_S, _WARM_UP_STEPS = 1.5, 4
+_START_S, _WARM_UP_STEPS = 1.5, 3
 """What each setting's process takes before it is timed, and its first steps."""
 _Z_975 = 1.96
 

@@ -29,6 +29,8 @@ from autotune.units import format_bytes
 
 FINALS_SHARE = 0.3
 """At most this share of the budget goes to the race of the finalists."""
+EXPLAIN_S = 60.0
+"""So long are the shares of the winner's knobs measured, where the budget has so much left."""
 FINALS_S = 60.0
 """So long is the race at most where there is no budget, and no longer than the trials took."""
 MIN_RACED = 2
@@ -103,8 +105,7 @@ class _Search:
         step_s = self.trials.reference_step_s
         if step_s is None:
             return 0.0
-        explain_s = self._explain_s(self.trials.best())
-        return finals.shortest_s(step_s, self.trials.finalists()) + (explain_s or 0.0) + proof.needed_s(step_s)
+        return finals.shortest_s(step_s, self.trials.finalists()) + proof.needed_s(step_s)
 
     def _run_race(self, finalists: list[Trial]) -> None:
         """The finalists and the baseline, which is the first entrant."""
@@ -116,8 +117,6 @@ class _Search:
         share_s, left_s = min(FINALS_S, self.trials.elapsed_s()), self._left_s()
         if task.settings.budget_s is not None:
             share_s = FINALS_SHARE * task.settings.budget_s
-        if not self.explained:
-            left_s -= self._explain_s(self.trials.best()) or 0.0
         if finals.shortest_s(step_s, entrants) > left_s + share_s:
             return
         while entrants and not self._fits_together([reference, *entrants]):
@@ -170,28 +169,24 @@ class _Search:
     # What each knob brings
 
     def _explain_s(self, best: Trial | None) -> float | None:
-        """Seconds that measuring the shares of this one's knobs takes; None where the budget does not have them, or
-        there is nothing to measure."""
-        settings = self.task.settings
-        if best is None or best.measurement is None or not settings.explains:
+        """Seconds for measuring the shares of this one's knobs; None where the budget does not have them and nobody
+        asks for them in any case, or there is nothing to measure."""
+        explains = self.task.settings.explains
+        if best is None or best.measurement is None or explains is False:
             return None
         shares = self.trials.estimated_shares(best.strategy)
-        is_compiled = self.task.compiles(best.strategy)
-        warm_up_s = best.measurement.warm_up_s if is_compiled else 0.0
+        warm_up_s = best.measurement.warm_up_s if self.task.compiles(best.strategy) else 0.0
         needed_s = explain.needed_s(best.measurement.step_ms / 1000, warm_up_s, shares)
-        return needed_s if shares and needed_s <= self._allowed_s else None
-
-    @property
-    def _allowed_s(self) -> float:
-        budget_s = self.task.settings.budget_s
-        return FINALS_S if budget_s is None else explain.SHARE * budget_s
+        if not shares or (explains is None and needed_s > self._left_s()):
+            return None
+        return max(needed_s, min(EXPLAIN_S, self._left_s()))
 
     def _take_knobs_back(self) -> None:
         """Times the winner in turns with what it is without each of its knobs. Where some bring nothing, the winner
         without them is tried, and raced against it."""
         task, best = self.task, self._standing(self.task.sought[0])
-        needed_s = self._explain_s(best)
-        if best is None or needed_s is None or needed_s > self._left_s():
+        enough_s = self._explain_s(best)
+        if best is None or enough_s is None:
             return
         without = explain.taken_back(best.strategy, task.baseline, task.space)
         found: list[Share] = []
@@ -201,7 +196,7 @@ class _Search:
                 group,
                 task.baseline,
                 race_of=self._race_of,
-                enough_s=min(self._allowed_s, self._left_s()) * len(group) / len(without),
+                enough_s=enough_s * len(group) / len(without),
                 on_round=self.observer.on_taking_back,
             )
         if not found:
@@ -211,9 +206,10 @@ class _Search:
         simpler = explain.set_back(best.strategy, task.baseline, needless)
         self.explained = {best.strategy, simpler}
         step_s = self.trials.reference_step_s or 0.0
-        if best.wall_s + finals.shortest_s(step_s, [best, best]) > self._left_s():
+        if not task.settings.explains and best.wall_s + finals.shortest_s(step_s, [best, best]) > self._left_s():
             return
-        if simpler in (best.strategy, task.baseline) or task.space.refusal(simpler) is not None:
+        is_refused = task.space.refusal(simpler) is not None or self.trials.has_failed(simpler)
+        if simpler in (best.strategy, task.baseline) or is_refused:
             return
         tried = self.trials.try_late(simpler, "without what brings nothing")
         if tried is not None:

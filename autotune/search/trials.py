@@ -205,7 +205,11 @@ class Trials:
 
     def may_win(self, trial: Trial, measurement: Measurement) -> bool:
         """Whether it fits the limit by these figures, and has not failed since its trial."""
-        return trial.number not in self.failures and self._task.fits(measurement)
+        return not self.has_failed(trial.strategy) and self._task.fits(measurement)
+
+    def has_failed(self, strategy: Strategy) -> bool:
+        """Whether it has failed since its trial, in the race or in the last test."""
+        return any(self.all[number].strategy == strategy for number in self.failures)
 
     def timeout_s(self, strategy: Strategy) -> float:
         """A trial's limit: a third of the budget, and no more than is left of it."""

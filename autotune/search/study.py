@@ -117,6 +117,8 @@ class _Search:
         share_s, left_s = min(FINALS_S, self.trials.elapsed_s()), self._left_s()
         if task.settings.budget_s is not None:
             share_s = FINALS_SHARE * task.settings.budget_s
+        if self.explained and task.settings.explains:
+            left_s = share_s  # asked for, whatever it takes
         if finals.shortest_s(step_s, entrants) > left_s + share_s:
             return
         while entrants and not self._fits_together([reference, *entrants]):
@@ -179,7 +181,7 @@ class _Search:
         needed_s = explain.needed_s(best.measurement.step_ms / 1000, warm_up_s, shares)
         if not shares or (explains is None and needed_s > self._left_s()):
             return None
-        return max(needed_s, min(EXPLAIN_S, self._left_s()))
+        return max(needed_s, EXPLAIN_S if explains else min(EXPLAIN_S, self._left_s()))
 
     def _take_knobs_back(self) -> None:
         """Times the winner in turns with what it is without each of its knobs. Where some bring nothing, the winner

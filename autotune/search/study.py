@@ -171,10 +171,10 @@ class _Search:
     # What each knob brings
 
     def _explain_s(self, best: Trial | None) -> float | None:
-        """Seconds for measuring the shares of this one's knobs; None where the budget does not have them and nobody
-        asks for them in any case, or there is nothing to measure."""
-        explains = self.task.settings.explains
-        if best is None or best.measurement is None or explains is False:
+        """Seconds for measuring the shares of this one's knobs; None where no budget has them and nobody asks for them
+        in any case, or there is nothing to measure."""
+        explains, budget_s = self.task.settings.explains, self.task.settings.budget_s
+        if best is None or best.measurement is None or not (budget_s if explains is None else explains):
             return None
         shares = self.trials.estimated_shares(best.strategy)
         warm_up_s = best.measurement.warm_up_s if self.task.compiles(best.strategy) else 0.0

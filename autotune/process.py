@@ -8,6 +8,7 @@ tail explains a crash. Nothing here knows what the child does; what happens in i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import types
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
@@ -32,6 +33,9 @@ STDERR_TAIL_LINES = 6
 STDERR_TAIL_BYTES = 8192
 MAX_STDERR_BYTES = 16 * 2**20
 """A child that floods its stderr loses all but the tail of it: a disk must not fill up with complaints."""
+_BLOCK_BYTES = 512
+"""What st_blocks counts, whatever the disk's blocks are (stat(2))."""
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _POLL_S = 0.1
 _PRELOADED = [
     "torch",
@@ -211,15 +215,11 @@ class Child:
                 worker.kill()
 
     def _cut_stderr(self) -> None:
-        with contextlib.suppress(OSError):
-            size = self._stderr.stat().st_size
-            if size > MAX_STDERR_BYTES:
+        with contextlib.suppress(OSError, AttributeError):
+            status = self._stderr.stat()  # Windows says nothing of blocks
+            if status.st_blocks * _BLOCK_BYTES > MAX_STDERR_BYTES:
                 with self._stderr.open("rb+") as file:
-                    file.seek(size - STDERR_TAIL_BYTES)
-                    tail = file.read(STDERR_TAIL_BYTES)
-                    file.truncate(0)  # the child appends: it goes on behind what is written here
-                    file.seek(0)
-                    file.write(tail)
+                    _forget(file, status.st_size - STDERR_TAIL_BYTES)
 
     def _family(self) -> list[psutil.Process]:
         if self._root is None:
@@ -232,6 +232,21 @@ class Child:
     def _died(self) -> ChildDied:
         self._process.join(_GUARD_S)
         return ChildDied(self._process.exitcode, self.stderr_tail())
+
+
+def _forget(file: BinaryIO, num_bytes: int) -> None:
+    """Gives the disk the space of the first bytes back; what is appended meanwhile stays (fallocate(2): a hole is
+    punched, the size kept). Where there is no such call, the file is cut, and a line may be lost at that moment."""
+    if sys.platform == "linux":
+        fallocate = ctypes.CDLL(None).fallocate
+        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+        if fallocate(file.fileno(), _PUNCH_HOLE | _KEEP_SIZE, 0, num_bytes) == 0:
+            return
+    file.seek(num_bytes)
+    tail = file.read(STDERR_TAIL_BYTES)
+    file.truncate(0)  # the child appends: it goes on behind what is written here
+    file.seek(0)
+    file.write(tail)
 
 
 def _temporary_file() -> Path:

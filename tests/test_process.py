@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from autotune.errors import AutotuneError
-from autotune.process import Child, ChildDied
+from autotune.process import STDERR_TAIL_BYTES, Child, ChildDied, _forget
 
 
 def echoes(connection: Connection) -> None:
@@ -200,8 +200,18 @@ def test_a_flood_on_stderr_does_not_fill_the_disk() -> None:
         assert child.receive(60) == "done"
         with pytest.raises(TimeoutError):
             child.receive(0.3)
-        assert child._stderr.stat().st_size <= 32 * 2**20
+        assert child._stderr.stat().st_blocks * 512 <= 32 * 2**20
         assert "complaint" in child.stderr_tail()
+
+
+def test_forgetting_what_was_written_keeps_what_is_appended_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "stderr"
+    path.write_bytes(b"x" * 2**20)
+    with path.open("ab") as writer, path.open("rb+") as cutter:
+        _forget(cutter, 2**20 - STDERR_TAIL_BYTES)
+        writer.write(b"the last line")
+    assert path.read_bytes().endswith(b"x" * STDERR_TAIL_BYTES + b"the last line")
+    assert path.stat().st_blocks * 512 < 2**19
 
 
 def test_a_full_temporary_folder_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def search_on(recorded: Recorded, settings: Settings) -> tuple[list[Held], list[
     noting, journal = _Noting(recorded), Journal(optuna.create_study())
     trials = Trials(task, noting, journal, _NoPulse(task.backend.name), run=recorded.run, clock=lambda: recorded.clock)
     trials.run(reserved_s=lambda: 0.0)
-    return noting.held, trials.all
+    return noting.held, trials.history.all
 
 
 class _Rival:

@@ -8,7 +8,7 @@ knob its interval is wide, and the estimate leans towards 1. What is measured to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -108,6 +108,21 @@ def measured(
             )
         )
     return shares
+
+
+def groups(without: Mapping[str, Strategy], peaks: Sequence[int], room_bytes: int) -> list[dict[str, Strategy]]:
+    """As few as run side by side in so much memory; what does not fit even alone is left out."""
+    found: list[dict[str, Strategy]] = [{}]
+    left_bytes = room_bytes
+    for (knob, strategy), peak_bytes in zip(without.items(), peaks, strict=True):
+        if peak_bytes > room_bytes:
+            continue
+        if peak_bytes > left_bytes:
+            found.append({})
+            left_bytes = room_bytes
+        found[-1][knob] = strategy
+        left_bytes -= peak_bytes
+    return [group for group in found if group]
 
 
 def needed_s(step_s: float, warm_up_s: float, shares: Iterable[Share]) -> float:

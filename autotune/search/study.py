@@ -35,8 +35,6 @@ FINALS_S = 60.0
 """So long is the race at most where there is no budget, and no longer than the trials took."""
 MIN_RACED = 2
 """Rounds that a race's figures need: each entrant came first and last."""
-CONTEXT_BYTES = 600 * 2**20
-"""An accelerator's context, which no allocator counts: some 500 MB on CUDA."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""
 MAX_PROOFS = 6
@@ -79,7 +77,7 @@ def search(
 
 class _Search:
     def __init__(self, task: Task, observer: Observer, trials: Trials) -> None:
-        self.task, self.observer, self.trials = task, observer, trials
+        self.task, self.observer, self.trials, self.history = task, observer, trials, trials.history
         self.race: Race | None = None
         self.winners: dict[Aim, tuple[Trial, Proof | None]] = {}
         self.proofs: dict[int, Proof] = {}
@@ -93,7 +91,7 @@ class _Search:
         """Trials, race, what each knob brings, last test."""
         self.observer.on_space(self.task.space)
         self.trials.run(reserved_s=self._reserved_s)
-        self._run_race(self.trials.finalists())
+        self._run_race(self.history.finalists())
         self._take_knobs_back()
         for aim in self.task.sought:
             if (winner := self._winner(aim)) is not None:
@@ -102,15 +100,15 @@ class _Search:
     # The race
 
     def _reserved_s(self) -> float:
-        step_s = self.trials.reference_step_s
+        step_s = self.history.reference_step_s
         if step_s is None:
             return 0.0
-        return finals.shortest_s(step_s, self.trials.finalists()) + proof.needed_s(step_s)
+        return finals.shortest_s(step_s, self.history.finalists()) + proof.needed_s(step_s)
 
     def _run_race(self, finalists: list[Trial]) -> None:
         """The finalists and the baseline, which is the first entrant."""
-        task, reference = self.task, self.trials.reference
-        step_s = self.trials.reference_step_s
+        task, reference = self.task, self.history.reference
+        step_s = self.history.reference_step_s
         entrants = [trial for trial in finalists if trial is not reference]
         if not entrants or step_s is None:
             return
@@ -136,13 +134,13 @@ class _Search:
             if race.num_rounds < MIN_RACED and earlier is not None:  # interrupted
                 self.race = earlier
         for number, end in race.failures.items():
-            self.trials.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
+            self.history.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
         if race.failures:
             self.trials.reconsider()
 
     def _left_s(self) -> float:
         """Of the budget, but for the last test."""
-        budget_s, step_s = self.task.settings.budget_s, self.trials.reference_step_s or 0.0
+        budget_s, step_s = self.task.settings.budget_s, self.history.reference_step_s or 0.0
         return math.inf if budget_s is None else budget_s - self.trials.elapsed_s() - proof.needed_s(step_s)
 
     def _race_of(self, trials: list[Trial]) -> Race:
@@ -161,12 +159,7 @@ class _Search:
         )
 
     def _fits_together(self, trials: list[Trial]) -> bool:
-        return sum(map(_peak_bytes, trials)) + len(trials) * self._process_bytes < self.task.machine_limit_bytes
-
-    @property
-    def _process_bytes(self) -> int:
-        """What a process takes of the device beside what is counted."""
-        return 0 if self.task.backend.is_host_memory else CONTEXT_BYTES
+        return sum(map(_peak_bytes, trials)) + len(trials) * self.task.context_bytes < self.task.machine_limit_bytes
 
     # What each knob brings
 
@@ -176,7 +169,7 @@ class _Search:
         explains, budget_s = self.task.settings.explains, self.task.settings.budget_s
         if best is None or best.measurement is None or not (budget_s if explains is None else explains):
             return None
-        shares = self.trials.estimated_shares(best.strategy)
+        shares = self.history.estimated_shares(best.strategy)
         warm_up_s = best.measurement.warm_up_s if self.task.compiles(best.strategy) else 0.0
         needed_s = explain.needed_s(best.measurement.step_ms / 1000, warm_up_s, shares)
         if not shares or (explains is None and needed_s > self._left_s()):
@@ -192,7 +185,8 @@ class _Search:
             return
         without = explain.taken_back(best.strategy, task.baseline, task.space)
         found: list[Share] = []
-        for group in self._groups(best, without):
+        own_bytes, *peaks = self.history.likely_peaks_bytes([best.strategy, *without.values()])
+        for group in explain.groups(without, peaks, task.machine_limit_bytes - own_bytes):
             found += explain.measured(
                 best,
                 group,
@@ -207,32 +201,16 @@ class _Search:
         needless = [share.knob for share in self.shares if share.brings_nothing]
         simpler = explain.set_back(best.strategy, task.baseline, needless)
         self.explained = {best.strategy, simpler}
-        step_s = self.trials.reference_step_s or 0.0
+        step_s = self.history.reference_step_s or 0.0
         if not task.settings.explains and best.wall_s + finals.shortest_s(step_s, [best, best]) > self._left_s():
             return
-        is_refused = task.space.refusal(simpler) is not None or self.trials.has_failed(simpler)
+        is_refused = task.space.refusal(simpler) is not None or self.history.has_failed(simpler)
         if simpler in (best.strategy, task.baseline) or is_refused:
             return
         tried = self.trials.try_late(simpler, "without what brings nothing")
         if tried is not None:
-            others = [trial for trial in self.trials.finalists() if trial.number not in (best.number, tried.number)]
+            others = [trial for trial in self.history.finalists() if trial.number not in (best.number, tried.number)]
             self._run_race([best, tried, *(others if len(task.sought) > 1 else ())])
-
-    def _groups(self, best: Trial, without: dict[str, Strategy]) -> list[dict[str, Strategy]]:
-        """As few as fit into memory beside the best; what does not even alone is left out."""
-        peaks = self.trials.likely_peaks_bytes([best.strategy, *without.values()])
-        peaks = [peak_bytes + self._process_bytes for peak_bytes in peaks]
-        groups: list[dict[str, Strategy]] = [{}]
-        left_bytes = room_bytes = self.task.machine_limit_bytes - peaks[0]
-        for (knob, strategy), peak_bytes in zip(without.items(), peaks[1:], strict=True):
-            if peak_bytes > room_bytes:
-                continue
-            if peak_bytes > left_bytes:
-                groups.append({})
-                left_bytes = room_bytes
-            groups[-1][knob] = strategy
-            left_bytes -= peak_bytes
-        return [group for group in groups if group]
 
     # The last test
 
@@ -248,15 +226,15 @@ class _Search:
             self.proofs[trial.number] = found
             if found.outcome == "ok":
                 return trial, found
-            self.trials.failures[trial.number] = msgspec.structs.replace(
+            self.history.failures[trial.number] = msgspec.structs.replace(
                 found, reason=f"in the last test: {found.reason}"
             )
             self.trials.reconsider()
-            best = self.trials.best(aim)
+            best = self.history.best(aim)
             if best is not None and best.number not in self._finals():
                 settled = [winner for winner, _ in self.winners.values()]
-                self._run_race(list({one.number: one for one in [*self.trials.finalists(), *settled]}.values()))
-        reference = self.trials.reference
+                self._run_race(list({one.number: one for one in [*self.history.finalists(), *settled]}.values()))
+        reference = self.history.reference
         fits = reference.measurement is not None and self.task.fits(reference.measurement)
         return (reference, None) if fits else None
 
@@ -277,7 +255,7 @@ class _Search:
     @functools.cached_property
     def _reference_losses(self) -> tuple[float, ...] | TrialEndedError:
         """The baseline's losses, or why it does not train these batches."""
-        timeout_s = MIN_LAST_TEST_S + 40 * (self.trials.reference_step_s or 0.0)
+        timeout_s = MIN_LAST_TEST_S + 40 * (self.history.reference_step_s or 0.0)
         limit_bytes = self.task.machine_limit_bytes
         try:
             return reference_losses(
@@ -291,10 +269,10 @@ class _Search:
 
     def _standing(self, aim: Aim) -> Trial | None:
         """The best by the race; by the trials where that is no help, or where those who raced have failed since."""
-        reference, best = self.trials.reference, self.trials.best(aim)
-        rivals = [final for final in self._finals().values() if self.trials.may_win(final.trial, final.measurement)]
+        reference, best = self.history.reference, self.history.best(aim)
+        rivals = [final for final in self._finals().values() if self.history.may_win(final.trial, final.measurement)]
         raced = {final.trial.number for final in rivals}
-        fastest = self.trials.best(FASTEST)
+        fastest = self.history.best(FASTEST)
         if len(self.task.aims) > 1 and best and fastest and not {best.number, fastest.number} <= raced:
             return best  # the race has no say where one of those that it is about was not in it
         rivals = self._fast_enough(rivals, aim)
@@ -322,12 +300,12 @@ class _Search:
 
     def result(self) -> Result:
         """What was found. Raises AutotuneError where there is nothing to save."""
-        if not self.trials.all or self.trials.reference.measurement is None:
+        if not self.history.all or self.history.reference.measurement is None:
             if self.was_interrupted:
                 raise InterruptedSearchError("interrupted before the baseline was measured; nothing to save")
-            trial = self.trials.reference
+            trial = self.history.reference
             raise AutotuneError(f"the plain baseline did not run ({trial.outcome}: {trial.reason}); nothing to compare")
-        reference, entered = self.trials.reference, self._finals()
+        reference, entered = self.history.reference, self._finals()
         first = self.task.sought[0]
         best, found = self.winners.get(first) or (self._standing(first) if self.was_interrupted else None, None)
         if best is None:
@@ -361,19 +339,19 @@ class _Search:
             front=front if len(self.task.sought) > 1 else (),
             planned=self.task.planned,
             objective=self.task.settings.objective,
-            trials=tuple(map(self._as_it_ended, self.trials.all)),
+            trials=tuple(map(self._as_it_ended, self.history.all)),
             search_s=self.trials.elapsed_s(),
             warm_up_cached_s=entered[best.number].measurement.warm_up_s if was_raced and is_compiled else None,
             num_rounds=len(entered[best.number].epoch_s) if was_raced else 0,
             proof=found,
             was_interrupted=self.was_interrupted,
-            shares=self.shares if best.strategy in self.explained else self.trials.estimated_shares(best.strategy),
+            shares=self.shares if best.strategy in self.explained else self.history.estimated_shares(best.strategy),
             is_settled=self.trials.is_settled,
         )
 
     def _speedup(self, trial: Trial) -> Interval:
         """Over the baseline, by the race; by the trials where not both were in it."""
-        reference, entered = self.trials.reference, self._finals()
+        reference, entered = self.history.reference, self._finals()
         if {reference.number, trial.number} <= entered.keys() and trial is not reference:
             return finals.ratio(entered[reference.number], entered[trial.number])
         if trial is not reference and trial.measurement and reference.measurement:
@@ -383,9 +361,9 @@ class _Search:
     def _no_winner(self) -> AutotuneError:
         if self.was_interrupted:
             return InterruptedSearchError("interrupted before any setting fitted the memory budget; nothing to save")
-        measured = [trial.measurement for trial in self.trials.all if trial.measurement]
-        if self.trials.failures and any(map(self.task.fits, measured)):
-            number, failure = next(iter(self.trials.failures.items()))
+        measured = [trial.measurement for trial in self.history.all if trial.measurement]
+        if self.history.failures and any(map(self.task.fits, measured)):
+            number, failure = next(iter(self.history.failures.items()))
             return AutotuneError(
                 f"no setting is left (trial {number}: {failure.outcome} {failure.reason}); nothing saved"
             )
@@ -397,7 +375,7 @@ class _Search:
         )
 
     def _as_it_ended(self, trial: Trial) -> Trial:
-        failure = self.trials.failures.get(trial.number)
+        failure = self.history.failures.get(trial.number)
         if failure is None:
             return trial
         return msgspec.structs.replace(trial, outcome=failure.outcome, reason=failure.reason)

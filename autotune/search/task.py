@@ -22,6 +22,8 @@ from autotune.workloads.base import Workload, WorkloadRef
 LONG_RUN_SHARE = 0.9
 """Host memory is held to this share of the user's budget: in an epoch the C library's heap peaks up to a tenth higher
 than in the minute of a trial and a soak (docs/LOG.md 2026-11-22)."""
+CONTEXT_BYTES = 600 * 2**20
+"""An accelerator's context, which no allocator counts: some 500 MB on CUDA."""
 FREE_MEMORY_SHARE = 0.9
 """Without a budget of the user's, trials may take this much of the memory that is free when the search starts."""
 
@@ -86,6 +88,11 @@ class Task:
         if budget_bytes is None:
             return self.machine_limit_bytes
         return int(LONG_RUN_SHARE * budget_bytes) if self.backend.is_host_memory else budget_bytes
+
+    @property
+    def context_bytes(self) -> int:
+        """What a process takes of the device beside what is counted."""
+        return 0 if self.backend.is_host_memory else CONTEXT_BYTES
 
     def compiles(self, strategy: Strategy) -> bool:
         """Whether something is compiled before it is fast, which may take a minute without a word: what

@@ -1,0 +1,203 @@
+"""What the trials so far say: which are the best, how sure that is, what failed and why, what the surrogate is told.
+
+Nothing is run here and nothing is written: all of it follows from the list of trials and the task.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from autotune.measurement import Measurement, Outcome, Trial
+from autotune.search.explain import Share, estimated
+from autotune.search.objective import FASTEST, Aim, drift_doubt, held_to_speed, loss_of, slowdown
+from autotune.search.proof import Proof
+from autotune.search.surrogate import USUAL_OF_MEMORY, Known, Surrogate
+from autotune.search.task import Task
+from autotune.strategy import Strategy
+
+NUM_FINALISTS = 3
+CLOSE_TO_BEST = 1.15
+"""Settings whose trial came within this factor of the best enter the race."""
+LAPS = 6
+"""Steps of an ordinary trial, about: what its time grows with."""
+START_S, COMPILE_S = 1.0, 40.0
+"""What a trial takes beyond its steps before one was tried, and what a compiled one does."""
+NOISE, NOISE_PRUNED = 0.03, 0.15
+"""Relative standard deviation of a trial's figure at best, and of one that was given up after two laps."""
+TOO_DOUBTFUL = 0.1
+"""The best is measured again where the device's drift since makes its figure so uncertain."""
+NO_WAIT = 0.01
+"""A loader that takes less than this share of the step's time is fast enough."""
+FAILED: tuple[Outcome, ...] = ("crashed", "invalid", "diverged", "timeout", "oom")
+ENOUGH_FAILURES = 2
+"""A knob's value that alone can be to blame for so many failed trials is not tried again."""
+
+
+class History:
+    """All trials of a search, those of its earlier, interrupted runs included; the first is the plain baseline's."""
+
+    def __init__(self, task: Task, trials: list[Trial]) -> None:
+        """``trials`` grows as the search goes on."""
+        self._task = task
+        self.all = trials
+        self.failures: dict[int, Proof] = {}
+        """Why a setting that was fine in its trial cannot win all the same, by its trial's number."""
+
+    @property
+    def reference(self) -> Trial:
+        """The plain baseline's trial."""
+        return self.all[0]
+
+    @property
+    def reference_step_s(self) -> float | None:
+        """Seconds of the plain baseline's step; None until it is measured."""
+        measured = self.all[0].measurement if self.all else None
+        return None if measured is None else measured.step_ms / 1000
+
+    def estimated_shares(self, best: Strategy) -> tuple[Share, ...]:
+        """What each knob of a setting brings to the speed, by all trials; nothing where that is not what is wanted."""
+        known = self.known(FASTEST)
+        if len(known) < 2 or self._task.aims[0] != FASTEST:
+            return ()
+        surrogate = Surrogate(self._task.space.values, known)
+        return estimated(surrogate, best, self._task.baseline, self._task.space)
+
+    def likely_peaks_bytes(self, strategies: Sequence[Strategy]) -> list[int]:
+        """What the process of each takes at its peak, by all trials; most take less."""
+        known = [
+            Known(trial.strategy, trial.measurement.peak_memory_bytes, NOISE) for trial in self.all if trial.measurement
+        ]
+        mean, deviation = Surrogate(self._task.space.values, known, USUAL_OF_MEMORY).predict(strategies)
+        return [int(peak) + self._task.context_bytes for peak in np.exp(mean + deviation)]
+
+    def finalists(self) -> list[Trial]:
+        """The best few by their own figures, the best first; of each aim the best, where there are several."""
+        ranked = [self._ranked(aim) for aim in self._task.aims]
+        num_close = NUM_FINALISTS if len(self._task.sought) == 1 else 1
+        close = [trial for loss, trial in ranked[0][:num_close] if loss <= ranked[0][0][0] * CLOSE_TO_BEST]
+        others = [trial for found in ranked[1:] for _, trial in found[:1]]
+        return list({trial.number: trial for trial in [*close, *others]}.values())
+
+    def best(self, aim: Aim | None = None) -> Trial | None:
+        """The best that may win, by its own figures; that of the first aim, unless another is named."""
+        ranked = self._ranked(aim or self._task.aims[0])
+        return ranked[0][1] if ranked else None
+
+    def _ranked(self, aim: Aim) -> list[tuple[float, Trial]]:
+        """Those that are fast enough, where any is."""
+        bar = self._least_rate(aim)
+        losses = [(loss, trial) for trial in self.usable() if (loss := self.loss(trial, aim, bar)) is not None]
+        fast = [pair for pair in losses if self.rate(pair[1]) >= bar]
+        return sorted(fast or losses, key=lambda pair: pair[0])
+
+    def may_win(self, trial: Trial, measurement: Measurement) -> bool:
+        """Whether it fits the limit by these figures, and has not failed since its trial."""
+        return not self.has_failed(trial.strategy) and self._task.fits(measurement)
+
+    def has_failed(self, strategy: Strategy) -> bool:
+        """Whether it has failed since its trial, in the race or in the last test."""
+        return any(self.all[number].strategy == strategy for number in self.failures)
+
+    def stale(self, pulse_s: float | None) -> Trial | None:
+        """The best, where the device has changed too much since for others to be compared with it."""
+        best, is_for_memory = self.best(), self._task.aims[0].memory == 1
+        if best is None or best is self.reference or self.all[-1].strategy == best.strategy or is_for_memory:
+            return None
+        return best if drift_doubt(best.pulse_s, pulse_s) > TOO_DOUBTFUL else None
+
+    def usable(self) -> list[Trial]:
+        """What may win; a setting's last figures where it was measured several times."""
+        finished = [trial for trial in self.last_finished().values() if trial.outcome == "ok"]
+        return [trial for trial in finished if trial.measurement and self.may_win(trial, trial.measurement)]
+
+    def last_finished(self) -> dict[Strategy, Trial]:
+        """How each setting's last trial ended, but for those that were given up."""
+        return {trial.strategy: trial for trial in self.all if trial.outcome != "pruned"}
+
+    @property
+    def _usual_pulse_s(self) -> float | None:
+        beats = [trial.pulse_s for trial in self.all if trial.pulse_s]
+        return statistics.median(beats) if beats else None
+
+    def _least_rate(self, aim: Aim) -> float:
+        """Samples a second that the winner of an aim must have."""
+        min_speed = self._task.settings.min_speed
+        if min_speed is None or aim == FASTEST:
+            return 0.0
+        return min_speed * max(map(self.rate, self.usable()), default=0.0)
+
+    def loss(self, trial: Trial, aim: Aim, least_rate: float = 0.0) -> float | None:
+        """At the speed that the device usually had in this search; raised where a setting is slower than it may be."""
+        loss = loss_of(trial, aim, self._task.planned, pulse_s=self._usual_pulse_s, reference=self.reference)
+        return loss if loss is None or not least_rate else held_to_speed(loss, self.rate(trial), least_rate)
+
+    def rate(self, trial: Trial) -> float:
+        """Samples a second, at the speed that the device usually had in this search."""
+        return (trial.samples_per_s or 0.0) * slowdown(trial.pulse_s, self._usual_pulse_s)
+
+    # What the sampler is told
+
+    def known(self, aim: Aim) -> list[Known]:
+        """What was tried and how sure its figures are."""
+        known, may_win, bar = [], {trial.number for trial in self.usable()}, self._least_rate(aim)
+        for trial in self.all:
+            loss = self.loss(trial, aim, bar)
+            # what is over the limit would draw the search to more of its kind
+            if loss is not None and (trial.measurement is None or self._task.fits(trial.measurement)):
+                known.append(Known(trial.strategy, loss, self._noise(trial, aim), may_win=trial.number in may_win))
+        return known
+
+    def _noise(self, trial: Trial, aim: Aim) -> float:
+        if aim.memory == 1:
+            return NOISE
+        drift = drift_doubt(trial.pulse_s, self._usual_pulse_s)
+        laps = trial.measurement.epoch_s if trial.measurement else ()
+        error = statistics.stdev(laps) / statistics.mean(laps) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf
+        return math.hypot(min(max(error, NOISE), NOISE_PRUNED), drift)
+
+    def cost(self, aim: Aim) -> Callable[[Strategy, float], float]:
+        """Gives the seconds that a trial of some strategy and expected loss takes: what others of its kind have taken
+        beyond their steps, and its steps."""
+        if aim != FASTEST:
+            return lambda strategy, loss: 1.0
+        beyond_s: dict[bool, list[float]] = {False: [], True: []}
+        for trial in self.all:
+            if trial.measurement is not None:
+                steps_s = LAPS * trial.measurement.step_ms / 1000
+                beyond_s[self._task.compiles(trial.strategy)].append(max(0.0, trial.wall_s - steps_s))
+        eager_s, compiled_s = (
+            statistics.median(found) if found else usual_s
+            for found, usual_s in ((beyond_s[False], START_S), (beyond_s[True], COMPILE_S))
+        )
+        planned = self._task.planned
+        num_steps = planned.epochs * planned.num_train / self._task.space.global_batch
+        compiles = self._task.compiles
+        return lambda strategy, loss: (compiled_s if compiles(strategy) else eager_s) + LAPS * loss / num_steps
+
+    def doubtful(self) -> dict[tuple[str, Any], float]:
+        """Knobs' values that were in failed trials alone, and how many failures each has to answer for: those that
+        share a failure share the blame. Infinite where a value alone can be to blame for several."""
+
+        def pairs(trial: Trial) -> list[tuple[str, Any]]:
+            return [(knob, getattr(trial.strategy, knob)) for knob in self._task.space.values]
+
+        fine = {pair for trial in self.all if trial.outcome in ("ok", "pruned") for pair in pairs(trial)}
+        doubts: dict[tuple[str, Any], float] = {}
+        alone: Counter[tuple[str, Any]] = Counter()
+        for trial in self.all:
+            suspects = [pair for pair in pairs(trial) if pair not in fine]
+            if trial.outcome in FAILED:
+                doubts |= {pair: doubts.get(pair, 0.0) + 1 / len(suspects) for pair in suspects}
+                alone.update(suspects if len(suspects) == 1 else ())
+        return doubts | {pair: math.inf for pair, count in alone.items() if count >= ENOUGH_FAILURES}
+
+    def loader_keeps_up(self) -> bool:
+        """Whether nothing that was measured waited for data: loader processes could only take cores away."""
+        waits = [trial.measurement.loader_wait for trial in self.all if trial.measurement]
+        return max(waits, default=1.0) < NO_WAIT

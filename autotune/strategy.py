@@ -27,6 +27,8 @@ MemoryFormat = Literal["contiguous", "channels_last"]
 
 SPARSE: tuple[Attention, ...] = ("window", "window_global", "window_global_random")
 """Attention to part of the keys."""
+WINDOW = 64
+"""Tokens of a block in windowed attention, where nothing else is asked for."""
 APPROXIMATE: dict[str, frozenset[str]] = {
     "attention": frozenset(SPARSE),
     "precision": frozenset({"bf16_weights", "fp8"}),
@@ -78,11 +80,14 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ``fused`` one kernel for the whole update."""
     memory_format: MemoryFormat = "contiguous"
     """How the four dimensions of images and of convolutions' weights lie in memory."""
+    window: int = WINDOW
+    """Tokens of a block in ``window*`` attention, and how far back a causal query sees there; never searched, as every
+    value trains something else."""
     deterministic: bool = False
     """Only algorithms that give the same result every time: a constraint that the user sets, never searched."""
 
     def __post_init__(self) -> None:
-        for knob in ("micro_batch", "accumulation", "prefetch"):
+        for knob in ("micro_batch", "accumulation", "prefetch", "window"):
             if getattr(self, knob) < 1:
                 raise ValueError(f"{knob} must be >= 1, got {getattr(self, knob)}")
         for knob in ("workers", "threads"):

@@ -54,13 +54,27 @@ def test_a_kernel_that_the_cpu_lacks_is_refused_not_replaced() -> None:
         attend(q, k, v, mask, "sdpa_efficient")
 
 
+@pytest.mark.parametrize("backend", ON_EVERY_CPU)
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_causal_attention_is_the_same_in_every_backend_and_sees_nothing_after_itself(
+    backend: Attention, is_masked: bool
+) -> None:
+    q, k, v, mask = tensors()
+    before = torch.ones(12, 12, dtype=torch.bool).tril()
+    given = mask if is_masked else None
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=before & mask if is_masked else before)
+    found = attend(q, k, v, given, backend, is_causal=True)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
+
+
 class Varlen:
     """What the flash-attn packages and torch offer for sequences one after another, on a CPU."""
 
     def __init__(self) -> None:
         self.num_calls = 0
 
-    def __call__(self, *arguments: Any) -> torch.Tensor:
+    def __call__(self, *arguments: Any, causal: bool) -> torch.Tensor:
+        assert not causal
         self.num_calls += 1
         q, k, v, bounds, bounds_of_keys, longest, longest_of_keys = arguments
         assert torch.equal(bounds, bounds_of_keys)

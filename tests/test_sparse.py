@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from autotune.models.sparse import BLOCK, attend_flexibly, attend_sparsely, key_blocks
-from autotune.strategy import SPARSE, Attention
+from autotune.models.sparse import attend_flexibly, attend_sparsely, key_blocks
+from autotune.strategy import SPARSE, WINDOW, Attention
 
 
 def block_mask(num_blocks: int, kind: Attention) -> Tensor:
@@ -36,7 +36,7 @@ def tensors(num_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("kind", SPARSE)
 def test_it_is_full_attention_with_the_blocks_mask(kind: Attention, num_tokens: int) -> None:
     q, k, v, mask = tensors(num_tokens)
-    seen = block_mask(-(-num_tokens // BLOCK), kind).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    seen = block_mask(-(-num_tokens // WINDOW), kind).repeat_interleave(WINDOW, 0).repeat_interleave(WINDOW, 1)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:num_tokens, :num_tokens] & mask)
     found = attend_sparsely(q, k, v, mask, kind)
     counts = mask[:, 0, 0]
@@ -87,3 +87,38 @@ def test_batches_that_are_not_padded_need_no_mask() -> None:
     q, k, v, _ = tensors(320)
     whole = torch.ones(2, 1, 1, 320, dtype=torch.bool)
     torch.testing.assert_close(attend_sparsely(q, k, v, None, "window"), attend_sparsely(q, k, v, whole, "window"))
+
+
+def causal_mask(num_tokens: int, kind: Attention, block: int) -> Tensor:
+    """Which keys (columns) each causal query (row) sees, TT, written token by token."""
+    keys_NM = key_blocks(-(-num_tokens // block), kind, is_causal=True)
+    seen = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for query in range(num_tokens):
+        for key in range(query + 1):
+            near = query - key < block
+            far = key // block in keys_NM[query // block] and key // block < query // block - 1
+            is_global = kind != "window" and key < block
+            seen[query, key] = near or far or is_global
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("num_tokens", "block"), [(40, 16), (48, 16), (100, 32), (20, 64)])
+@pytest.mark.parametrize("kind", SPARSE)
+def test_causal_queries_see_the_last_tokens_and_nothing_after_themselves(
+    kind: Attention, num_tokens: int, block: int
+) -> None:
+    q, k, v, _ = tensors(num_tokens)
+    seen = causal_mask(num_tokens, kind, block)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    found = attend_sparsely(q, k, v, None, kind, is_causal=True, block=block)
+    every = torch.ones(2, num_tokens, dtype=torch.bool)
+    for one, other in ((expected, found), *(_gradients((q, k, v), expected, found, every))):
+        torch.testing.assert_close(other, one, atol=1e-10, rtol=1e-8)
+    q, k, v = (x.detach() for x in (q, k, v))
+    by_flex = attend_flexibly(q, k, v, None, kind, flex_attention, is_causal=True, block=block)
+    torch.testing.assert_close(by_flex, expected.detach(), atol=1e-10, rtol=1e-8)
+
+
+def test_a_causal_window_of_sixteen_sees_sixteen_tokens() -> None:
+    assert causal_mask(100, "window", 16).sum(1).tolist() == [min(place + 1, 16) for place in range(100)]

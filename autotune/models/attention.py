@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotune.models.flash import PACKAGES, Kernel, Row, attend_packed, attend_unpadded, native, packaged
 from autotune.models.sparse import attend_sparsely
-from autotune.strategy import APPROXIMATE, Attention
+from autotune.strategy import APPROXIMATE, WINDOW, Attention
 
 SDPA_KERNELS: dict[Attention, SDPBackend] = {
     "sdpa_math": SDPBackend.MATH,
@@ -35,26 +35,40 @@ def attend(
     mask_B11T: Tensor | None,
     backend: Attention,
     kernel: Kernel | None = None,
+    *,
+    is_causal: bool = False,
+    window: int = WINDOW,
 ) -> Tensor:
     """Softmax attention, BHTK. ``mask_B11T`` is true at the keys that count; None where all do. ``kernel`` is
-    ``flash_attn``'s, where it is known already.
+    ``flash_attn``'s, where it is known already. Causal, no query sees what comes after it; ``window`` is how many
+    tokens the approximate ones see near it.
 
     Raises RuntimeError where the pinned kernel refuses these tensors, or is not installed.
     """
     if backend == "eager":
         scores_BHTT = q_BHTK @ k_BHTK.transpose(-1, -2) * q_BHTK.shape[-1] ** -0.5
-        if mask_B11T is not None:
-            scores_BHTT = scores_BHTT.masked_fill(~mask_B11T, float("-inf"))
+        mask = _also_causal(mask_B11T, q_BHTK) if is_causal else mask_B11T
+        if mask is not None:
+            scores_BHTT = scores_BHTT.masked_fill(~mask, float("-inf"))
         attended_BHTK: Tensor = scores_BHTT.softmax(-1).to(v_BHTK.dtype) @ v_BHTK
         return attended_BHTK
     if backend in APPROXIMATE["attention"]:
-        return attend_sparsely(q_BHTK, k_BHTK, v_BHTK, mask_B11T, backend)
+        return attend_sparsely(q_BHTK, k_BHTK, v_BHTK, mask_B11T, backend, is_causal=is_causal, block=window)
     if backend == "flash_attn":
         kernel = kernel or packaged(q_BHTK.device.type, q_BHTK.dtype).kernel
-        return attend_unpadded(q_BHTK, k_BHTK, v_BHTK, mask_B11T, kernel)
+        return attend_unpadded(q_BHTK, k_BHTK, v_BHTK, mask_B11T, kernel, is_causal=is_causal)
+    if is_causal and mask_B11T is not None:
+        mask_B11T, is_causal = _also_causal(mask_B11T, q_BHTK), False
     pinned = sdpa_kernel(SDPA_KERNELS[backend]) if backend in SDPA_KERNELS else contextlib.nullcontext()
     with pinned:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask_B11T)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask_B11T, is_causal=is_causal)
+
+
+def _also_causal(mask_B11T: Tensor | None, q_BHTK: Tensor) -> Tensor:
+    """What a query sees of the keys that count, B1TT or TT: nothing after itself."""
+    T = q_BHTK.shape[2]
+    before_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).tril()
+    return before_TT if mask_B11T is None else mask_B11T & before_TT
 
 
 class SelfAttention(nn.Module):
@@ -64,10 +78,12 @@ class SelfAttention(nn.Module):
     they drop those, so that no two backends would train the same.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, is_causal: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.is_causal = is_causal
         self.backend: Attention = "eager"
+        self.window = WINDOW
         self.kernel: Kernel | None = None
         """What takes all sequences of a packed row at once; None where each goes by itself."""
         self.qkv = nn.Linear(width, 3 * width)
@@ -78,12 +94,18 @@ class SelfAttention(nn.Module):
         B, T, D = x_BTD.shape
         qkv_3BHTK = self.qkv(x_BTD).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         if row is None:
-            y_BHTK = attend(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], mask_B11T, self.backend, self.kernel)
+            y_BHTK = attend(
+                *(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], mask_B11T),
+                self.backend,
+                self.kernel,
+                is_causal=self.is_causal,
+                window=self.window,
+            )
         elif self.kernel is not None:
             y_BHTK = attend_packed(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], row, self.kernel)
         else:
             sequences = qkv_3BHTK.split(list(row.lengths), 3)
-            y_BHTK = torch.cat([attend(q, k, v, None, self.backend) for q, k, v in sequences], 2)
+            y_BHTK = torch.cat([attend(q, k, v, None, self.backend, window=self.window) for q, k, v in sequences], 2)
         out_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
         return out_BTD
 
@@ -113,7 +135,12 @@ def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention
 
 
 def set_attention(
-    model: nn.Module, backend: Attention, *, device_type: str = "cpu", dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    backend: Attention,
+    *,
+    device_type: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    window: int = WINDOW,
 ) -> contextlib.AbstractContextManager[None]:
     """Switches the model's attention as far as the model goes; gives the context that its forward passes need for the
     rest: the pinned kernel, where the model does not pin it itself.
@@ -128,7 +155,7 @@ def set_attention(
         kernel = native(device_type, dtype)
     for module in model.modules():
         if isinstance(module, SelfAttention):
-            module.backend, module.kernel = backend, kernel
+            module.backend, module.kernel, module.window = backend, kernel, window
         elif kind == "timm" and hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", backend != "eager")  # noqa: B010 - torch declares no such attribute
     if kind == "transformers":

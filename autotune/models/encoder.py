@@ -18,10 +18,10 @@ from autotune.models.flash import Row, row_of
 class Block(nn.Module):
     """Attention and feed-forward, each behind a LayerNorm and added to the stream."""
 
-    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float) -> None:
+    def __init__(self, width: int, num_heads: int, ffn_width: int, dropout: float, *, is_causal: bool = False) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, num_heads)
+        self.attention = SelfAttention(width, num_heads, is_causal=is_causal)
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Linear(ffn_width, width))
         self.dropout = nn.Dropout(dropout)

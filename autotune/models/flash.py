@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 Kernel = Callable[..., Any]
 """Takes q, k, v [S, H, K], twice where each sequence begins and the last one ends [B + 1], twice the tokens of the
-longest; gives [S, H, K], or a tuple that begins with it."""
+longest, and ``causal``; gives [S, H, K], or a tuple that begins with it."""
 PACKAGES = ("flash_attn_interface", "flash_attn")
 """flash-attn 3's module, and 2's."""
 IMPLEMENTATIONS = ("FA4", "FA3")
@@ -85,7 +86,15 @@ def attend_packed(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, row: Row, kern
     return _called(kernel, qkv, row.bounds, max(row.lengths)).transpose(0, 1)[None]
 
 
-def attend_unpadded(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: Tensor | None, kernel: Kernel) -> Tensor:
+def attend_unpadded(
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    mask_B11T: Tensor | None,
+    kernel: Kernel,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
     """Softmax attention on the tokens that count alone; ``mask_B11T`` is true there. Elsewhere the result is zero.
 
     How many count is asked of the device, which is waited for: packed rows know it beforehand.
@@ -94,17 +103,17 @@ def attend_unpadded(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_B11T: T
     flat = [x_BHTK.transpose(1, 2).reshape(B * T, H, K) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)]
     if mask_B11T is None:
         bounds = torch.arange(0, (B + 1) * T, T, device=q_BHTK.device, dtype=torch.int32)
-        return _called(kernel, flat, bounds, T).view(B, T, H, K).transpose(1, 2)
+        return _called(kernel, flat, bounds, T, is_causal=is_causal).view(B, T, H, K).transpose(1, 2)
     keep_BT = mask_B11T[:, 0, 0].expand(B, T)
     bounds = torch.nn.functional.pad(keep_BT.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
     index_S = keep_BT.flatten().nonzero()[:, 0]
-    out_SHK = _called(kernel, [x[index_S] for x in flat], bounds, T)
+    out_SHK = _called(kernel, [x[index_S] for x in flat], bounds, T, is_causal=is_causal)
     out = torch.zeros_like(flat[0]).index_copy(0, index_S, out_SHK)
     return out.view(B, T, H, K).transpose(1, 2)
 
 
-def _called(kernel: Kernel, qkv: Sequence[Tensor], bounds: Tensor, longest: int) -> Tensor:
-    found = kernel(*qkv, bounds, bounds, longest, longest)
+def _called(kernel: Kernel, qkv: Sequence[Tensor], bounds: Tensor, longest: int, *, is_causal: bool = False) -> Tensor:
+    found = kernel(*qkv, bounds, bounds, longest, longest, causal=is_causal)
     out_SHK: Tensor = found[0] if isinstance(found, tuple) else found  # early releases of 3 give the statistics as well
     return out_SHK
 
@@ -135,5 +144,8 @@ def _restore_torch() -> None:
 
 
 def _varlen_attn() -> Kernel:
+    """torch 2.10 calls it ``is_causal``; later releases have a window in its place."""
     kernel: Kernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    return kernel
+    if "is_causal" in inspect.signature(kernel).parameters:
+        return lambda *args, causal: kernel(*args, is_causal=causal)
+    return lambda *args, causal: kernel(*args, window_size=(-1, 0 if causal else -1))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from autotune.backends.base import Backend, torch_device
@@ -28,10 +27,11 @@ from autotune.errors import AutotuneError
 from autotune.models.attention import set_attention
 from autotune.models.blocks import find_blocks, set_checkpoint
 from autotune.models.fp8 import use_fp8
+from autotune.schedule import schedule
 from autotune.step import Step, compute_dtype, weights_dtype
 from autotune.store import cache_dir
 from autotune.strategy import SPARSE, Strategy
-from autotune.workloads.base import Recipe, Workload
+from autotune.workloads.base import Workload
 
 KEPT_SHARE = 0.5
 """Of the activations' memory, what ``checkpoint = memory_budget`` has the compiler keep."""
@@ -50,9 +50,11 @@ class Loader:
         seed: int,
         is_pinned: bool,
         collate: Callable[[Any, Indices, int], MicroBatch],
+        is_training: bool = True,
     ) -> None:
         self._data = data
         self._collate = collate
+        self._is_training = is_training
         self._strategy = strategy
         self._max_tokens = max_tokens
         self._seed = seed
@@ -66,9 +68,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """The next epoch's batches."""
-        plan = self.plan(self.epoch)
+        epoch = self.epoch
         self.epoch += 1
-        return self.over(plan)
+        return self.over(self.plan(epoch), epoch)
 
     def plan(self, epoch: int) -> list[PlannedBatch]:
         """What an epoch will give, without giving it."""
@@ -78,7 +80,7 @@ class Loader:
             micro_batch=self._strategy.micro_batch,
             padding=self._strategy.padding,
             max_tokens=self._max_tokens,
-            seed=self._seed + 1000 * epoch,
+            seed=self._epoch_seed(epoch),
         )
 
     def plan_of(self, batches: Iterable[Indices]) -> list[PlannedBatch]:
@@ -100,11 +102,16 @@ class Loader:
         lengths: Indices = self._data.lengths
         return lengths
 
-    def over(self, batches: Sequence[PlannedBatch]) -> Iterator[list[MicroBatch]]:
-        """The given batches, loaded as an epoch's are."""
+    def _epoch_seed(self, epoch: int) -> int:
+        return self._seed + 1000 * epoch
+
+    def over(self, batches: Sequence[PlannedBatch], epoch: int = 0) -> Iterator[list[MicroBatch]]:
+        """The given batches, loaded as that epoch's are."""
         workers = self._strategy.workers
+        is_varied = self._is_training and hasattr(self._data, "augmented")
+        data = self._data.augmented(self._epoch_seed(epoch)) if is_varied else self._data
         loader: DataLoader[list[MicroBatch]] = DataLoader(
-            _GlobalBatches(self._data, batches, self._collate),
+            _GlobalBatches(data, batches, self._collate),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self._strategy.prefetch if workers else None,
@@ -176,11 +183,12 @@ class Run:
             seed=0,
             is_pinned=self.backend.pins_memory,
             collate=self.workload.collate_for(self.strategy.padding),
+            is_training=False,
         ).over(plan)
 
     def evaluate(self, batches: Iterable[list[MicroBatch]] | None = None) -> tuple[float, float]:
         """Mean loss and share classified correctly, over the test set or the given part of it; where samples have no
-        class, the share is no number."""
+        class, the share is no number; nor is the loss where there are none."""
         if batches is None:
             batches = self.evaluation_batches(self.evaluation_plan())
         loss_sum = torch.zeros((), device=torch_device(self.backend))
@@ -191,11 +199,13 @@ class Run:
         for batch in batches:
             for micro in batch:
                 output, targets = self.step.forward_only(micro)
-                loss_sum += self.workload.loss(output, targets)
+                loss_sum += self.workload.evaluation_loss(output, targets)
                 if self.workload.num_correct is not None:
                     num_correct += self.workload.num_correct(output, targets)
                 num_samples += micro.num_samples
         self.model.train(was_training)
+        if not num_samples:
+            return math.nan, math.nan
         accuracy = float(num_correct) / num_samples if self.workload.num_correct is not None else math.nan
         return float(loss_sum) / num_samples, accuracy
 
@@ -254,7 +264,7 @@ def apply(
         own: torch.optim.Optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        scheduler = warmup_cosine(own, recipe, total_steps or recipe.epochs * len(loader))
+        scheduler = schedule(own, recipe, total_steps or recipe.epochs * len(loader))
     else:
         own = optimizer(model.parameters())
     _set_optimizer(own, strategy)
@@ -280,21 +290,6 @@ def apply(
     )
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> LambdaLR:
-    """Linear warm-up over ``recipe.warmup_steps``, then a half cosine to zero at ``total_steps``.
-
-    Where the whole run is shorter than twice the warm-up, the warm-up takes its first tenth instead.
-    """
-    warmup = recipe.warmup_steps if total_steps >= 2 * recipe.warmup_steps else max(1, total_steps // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup))))
-
-    return LambdaLR(optimizer, factor)
-
-
 def _set_knobs(
     model: nn.Module, strategy: Strategy, workload: Workload, device_type: str
 ) -> contextlib.AbstractContextManager[None]:
@@ -304,7 +299,9 @@ def _set_knobs(
             f"attention={strategy.attention} needs a model whose attention can be switched so, {type(model).__name__} "
             f"has none; search with this model, or set attention to {attentions[0]} in the profile"
         )
-    forward_context = set_attention(model, strategy.attention, device_type=device_type, dtype=compute_dtype(strategy))
+    forward_context = set_attention(
+        model, strategy.attention, device_type=device_type, dtype=compute_dtype(strategy), window=strategy.window
+    )
     num_recomputed = set_checkpoint(model, strategy.checkpoint)
     if strategy.checkpoint == "memory_budget" and strategy.compile == "none":
         raise AutotuneError(

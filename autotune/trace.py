@@ -54,7 +54,7 @@ def losses(run: Run, num_steps: int = NUM_STEPS, on_step: Callable[[], None] = l
     batches = np.split(samples, NUM_BATCHES)
     if run.step.scheduler is not None:
         for group, rate in zip(run.optimizer.param_groups, run.step.scheduler.base_lrs, strict=True):
-            group["lr"] = rate
+            group["lr"] = group.get("max_lr", rate)
         run.step.scheduler = None
     plan = (run.loader.plan_of(batches) * NUM_PASSES)[:num_steps]
     steps: list[Tensor] = []

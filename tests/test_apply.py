@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autotune import backends, workloads
-from autotune.apply import Run, apply, warmup_cosine
+from autotune.apply import Run, apply
 from autotune.data.batching import ROW_MULTIPLE
 from autotune.errors import AutotuneError
 from autotune.models.encoder import EncoderClassifier
@@ -306,20 +306,6 @@ def test_evaluation_counts_every_test_sample_and_leaves_training_mode(workload: 
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     assert accuracy == plain_accuracy
     assert run.model.training
-
-
-def test_the_schedule_warms_up_and_then_falls_to_zero(workload: Workload) -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = warmup_cosine(optimizer, workload.recipe, 1000)
-    rates = []
-    for _ in range(1000):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[0] == pytest.approx(0.01)
-    assert rates[99] == pytest.approx(1.0)
-    assert rates[100:] == sorted(rates[100:], reverse=True)
-    assert rates[-1] < 1e-4
 
 
 def test_an_optimizer_of_ones_own_is_taken_and_gets_no_schedule(workload: Workload) -> None:

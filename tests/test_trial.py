@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_is_diverged(ref: WorkloadRef, monkeypatch: pyt
         calls[0] += 1
         return output.sum() * (math.nan if calls[0] >= 3 else 1.0)
 
-    monkeypatch.setattr("autotune.workloads.imdb._summed_loss", broken)
+    monkeypatch.setattr("autotune.workloads.imdb.CrossEntropy", lambda: broken)
     ours, theirs = Pipe()
     thread = threading.Thread(target=worker.main, args=(theirs, job(ref)))
     thread.start()

@@ -22,7 +22,8 @@ def model_option(function: F) -> F:
         "name",
         required=True,
         metavar="NAME",
-        help="imdb; my_train.py:FUNCTION or package.module:FUNCTION of your own; hf:NAME; timm:NAME.",
+        help="imdb, lm, lm-base, cifar10; my_train.py:FUNCTION or package.module:FUNCTION of your own; hf:NAME; "
+        "timm:NAME.",
     )(function)
 
 
@@ -31,8 +32,9 @@ def data_options(function: F) -> F:
     function = click.option(
         "--data",
         type=click.Path(path_type=Path),
-        help="Reviews: an aclImdb folder, or JSON lines or CSV with text and label, plain, .gz or .xz. Default: "
-        "$AUTOTUNE_DATA, then Hugging Face datasets, then synthetic reviews.",
+        help="imdb: an aclImdb folder, or JSON lines or CSV with text and label, plain, .gz or .xz; default: "
+        "$AUTOTUNE_DATA, then Hugging Face datasets. lm: a text file, or a folder with train and valid. cifar10: its "
+        "own folder, or one with .npz files. Synthetic data where there is none.",
     )(function)
     return click.option(
         "--limit", type=click.IntRange(min=1), metavar="N", help="At most N samples of each split, drawn at random."

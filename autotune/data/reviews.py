@@ -6,15 +6,12 @@ Nothing here knows about tokens.
 from __future__ import annotations
 
 import csv
-import gzip
 import importlib.util
 import io
-import lzma
 import os
 import subprocess
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from autotune.data.plain import COMPRESSIONS, read_text
 from autotune.data.synthetic import Review as Review
 from autotune.data.synthetic import synthetic_reviews
 from autotune.errors import AutotuneError, UsageError
@@ -41,7 +39,6 @@ ACCEPTED = (
 
 _LABELS = {"0": 0, "neg": 0, "negative": 0, "false": 0, "1": 1, "pos": 1, "positive": 1, "true": 1}
 _FORMATS = (".jsonl", ".json", ".csv")
-_COMPRESSIONS = ("", ".gz", ".xz")
 _HUB_CACHE_TIMEOUT_S = 60
 _HUB_DOWNLOAD_TIMEOUT_S = 300
 _HUB_EXPORT = """
@@ -169,7 +166,7 @@ def _read(path: Path) -> tuple[str, list[Review], list[Review] | None]:
 
 def _split_file(folder: Path, split: str) -> Path | None:
     """The split's file: jsonl before json before csv, plain before compressed."""
-    candidates = [folder / f"{split}{form}{packed}" for form in _FORMATS for packed in _COMPRESSIONS]
+    candidates = [folder / f"{split}{form}{packed}" for form in _FORMATS for packed in COMPRESSIONS]
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -180,7 +177,7 @@ def _read_acl_split(folder: Path) -> list[Review]:
         if not paths:
             raise AutotuneError(f"no reviews in {folder / name}: an aclImdb folder has *.txt files there")
         for path in paths:
-            text = _decoded(path.read_bytes(), path)
+            text = read_text(path)
             if not text.strip():
                 raise AutotuneError(f"{path} is empty; delete it or give it a text")
             reviews.append(Review(text, label))
@@ -188,11 +185,11 @@ def _read_acl_split(folder: Path) -> list[Review]:
 
 
 def _read_file(path: Path) -> list[Review]:
-    compression = path.suffix if path.suffix in _COMPRESSIONS else ""
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
     form = Path(path.name.removesuffix(compression)).suffix
     if form not in _FORMATS:
         raise AutotuneError(f"{path} is not review data; it should be {ACCEPTED}")
-    text = _decoded(_unpacked(path, compression), path)
+    text = read_text(path)
     if not text.strip():
         raise AutotuneError(f"{path} is empty; it should hold one review a line")
     reviews = [_review(row, path, line) for line, row in (_csv_rows if form == ".csv" else _json_rows)(text, path)]
@@ -203,29 +200,6 @@ def _read_file(path: Path) -> list[Review]:
             f"{path}: all {len(reviews):,} reviews have label {labels.pop()}; training needs positive and negative ones"
         )
     return reviews
-
-
-def _unpacked(path: Path, compression: str) -> bytes:
-    data = path.read_bytes()
-    try:
-        if compression == ".gz":
-            return gzip.decompress(data)
-        return lzma.decompress(data) if compression == ".xz" else data
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as exc:
-        reason = str(exc).rstrip(".") or "damaged"
-        raise AutotuneError(
-            f"{path} cannot be unpacked ({reason}); it is truncated or damaged, fetch it again"
-        ) from exc
-
-
-def _decoded(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
-        raise AutotuneError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{data[exc.start]:02x}); convert the file to UTF-8"
-        ) from exc
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -83,7 +83,7 @@ def synthetic_reviews(num_reviews: int, seed: int) -> list[Review]:
     labels = rng.permutation(np.arange(num_reviews) % 2)
     lengths = _lengths(rng.random(num_reviews))
     forms = _written_forms()
-    ranks = _rank_table()
+    ranks = rank_table()
     reviews: list[Review] = []
     for start in range(0, num_reviews, _REVIEWS_PER_CHUNK):
         chunk = slice(start, start + _REVIEWS_PER_CHUNK)
@@ -116,7 +116,7 @@ def _lengths(uniform: NDArray[np.float64]) -> NDArray[np.int64]:
     return words.round().astype(np.int64)
 
 
-def _rank_table() -> NDArray[np.int32]:
+def rank_table() -> NDArray[np.int32]:
     """Neutral words in proportion to their weight: a uniform index into it draws one."""
     ends = np.cumsum((np.arange(1, NUM_WORDS + 1) + ZIPF_OFFSET) ** -ZIPF_EXPONENT)
     middles = (np.arange(2**_DRAW_BITS) + 0.5) / 2**_DRAW_BITS
@@ -165,7 +165,7 @@ def _form_of_each(rng: np.random.Generator, lengths: NDArray[np.int64]) -> NDArr
 
 def _written_forms() -> NDArray[np.object_]:
     """Every form (row) of every word (column): neutral, positive, negative words."""
-    words = [*_neutral_words(), *_POSITIVE_WORDS.split(), *_NEGATIVE_WORDS.split()]
+    words = [*neutral_words(), *_POSITIVE_WORDS.split(), *_NEGATIVE_WORDS.split()]
     forms = np.empty((7, len(words)), dtype=object)
     forms[_PLAIN] = words
     forms[_CAPITAL] = [word.capitalize() for word in words]
@@ -177,7 +177,7 @@ def _written_forms() -> NDArray[np.object_]:
     return forms
 
 
-def _neutral_words() -> list[str]:
+def neutral_words() -> list[str]:
     """English function words, then invented words that grow longer as they grow rare."""
     rng = np.random.default_rng(_WORLD_SEED)
     sentiment = {*_POSITIVE_WORDS.split(), *_NEGATIVE_WORDS.split()}

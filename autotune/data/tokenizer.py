@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from autotune.data.prepared import prepared
 from autotune.data.synthetic import Review
 from autotune.errors import AutotuneError, UsageError
 
@@ -94,7 +93,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int = 10_000) -> T
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    with _parallel_tokenizers():
+    with parallel_tokenizers():
         draft.train_from_iterator(texts, trainer, length=len(texts))
     tokenizer = Tokenizer(models.WordPiece(vocab=draft.get_vocab(), unk_token="[UNK]"))
     _set_text_rules(tokenizer)
@@ -125,27 +124,20 @@ def tokenized(
     on_progress("training the tokenizer")
     tokenizer = train_tokenizer((review.text for review in reviews.train), vocabulary_size=vocabulary_size)
     num_reviews = len(reviews.train) + len(reviews.test)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=cache_dir, ignore_cleanup_errors=True) as making:
-            draft = Path(making) / folder.name
-            draft.mkdir()
-            tokenizer.save(str(draft / "tokenizer.json"))
-            num_done = 0
-            for split, rows in (("train", reviews.train), ("test", reviews.test)):
-                pieces: list[NDArray[np.uint16]] = []
-                for batch in _encoded(tokenizer, rows, max_tokens):
-                    pieces += batch
-                    num_done += len(batch)
-                    if num_done % 10_000 == 0 or num_done == num_reviews:
-                        on_progress(f"tokenizing: {num_done:,} of {num_reviews:,} reviews")
-                _save(draft, split, pieces, rows)
-            _publish(draft, folder)
-    except OSError as exc:
-        raise AutotuneError(
-            f"cannot write tokenized reviews to {cache_dir}: {exc}; choose another cache folder"
-        ) from exc
-    return TokenizedSplits(*load_tokenized(folder), folder)
+
+    def make(draft: Path) -> None:
+        tokenizer.save(str(draft / "tokenizer.json"))
+        num_done = 0
+        for split, rows in (("train", reviews.train), ("test", reviews.test)):
+            pieces: list[NDArray[np.uint16]] = []
+            for batch in _encoded(tokenizer, rows, max_tokens):
+                pieces += batch
+                num_done += len(batch)
+                if num_done % 10_000 == 0 or num_done == num_reviews:
+                    on_progress(f"tokenizing: {num_done:,} of {num_reviews:,} reviews")
+            _save(draft, split, pieces, rows)
+
+    return TokenizedSplits(*prepared(folder, make, load_tokenized), folder)
 
 
 def load_tokenized(folder: Path) -> tuple[TokenizedReviews, TokenizedReviews]:
@@ -195,13 +187,13 @@ def _continues_a_word(tokenizer: Tokenizer, character: str) -> bool:
 def _encoded(tokenizer: Tokenizer, rows: list[Review], max_tokens: int) -> Iterator[list[NDArray[np.uint16]]]:
     for start in range(0, len(rows), _REVIEWS_PER_CALL):
         texts = [review.text for review in rows[start : start + _REVIEWS_PER_CALL]]
-        with _parallel_tokenizers():
+        with parallel_tokenizers():
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         yield [np.array([CLS_ID, *encoding.ids[: max_tokens - 1]], dtype=np.uint16) for encoding in encodings]
 
 
 @contextlib.contextmanager
-def _parallel_tokenizers() -> Iterator[None]:
+def parallel_tokenizers() -> Iterator[None]:
     """All cores within, unless the user has said otherwise.
 
     Afterwards the variable stays at ``false``. A process forked from this one, such as a loader's worker, would wait
@@ -265,23 +257,3 @@ def _load(folder: Path, split: str) -> TokenizedReviews:
     if not is_whole:
         raise AutotuneError(f"{folder} holds damaged tokenized reviews ({split}); delete it to have them made again")
     return TokenizedReviews(tokens, offsets, labels)
-
-
-def _publish(draft: Path, folder: Path) -> None:
-    """Moves a finished folder into place; one that another process has put there meanwhile is as good."""
-    for _ in range(10):
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        else:
-            return
-        with contextlib.suppress(AutotuneError):
-            load_tokenized(folder)
-            return
-        discarded = Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent))
-        with contextlib.suppress(OSError):
-            folder.rename(discarded / folder.name)
-        shutil.rmtree(discarded, ignore_errors=True)
-    raise AutotuneError(f"{folder} cannot be replaced; delete it")

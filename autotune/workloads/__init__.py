@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from autotune.errors import UsageError, nearest, place_of
 from autotune.store import Wanted
-from autotune.workloads import imdb
+from autotune.workloads import cifar10, imdb, lm
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 from autotune.workloads.custom import Custom
 from autotune.workloads.named import hugging_face, timm_model
@@ -33,7 +33,7 @@ class WorkloadModule(Protocol):
         """The prepared workload, in milliseconds."""
 
 
-REGISTRY: dict[str, WorkloadModule] = {"imdb": imdb}
+REGISTRY: dict[str, WorkloadModule] = {"imdb": imdb, "lm": lm.SMALL, "lm-base": lm.BASE, "cifar10": cifar10}
 LIBRARIES: dict[str, Callable[[str], Any]] = {"hf": hugging_face, "timm": timm_model}
 
 

@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autotune.data.batching import Indices, MicroBatch, collate
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, UsageError
 from autotune.models.attention import settable
 from autotune.models.blocks import find_blocks
 from autotune.strategy import Attention, Padding, Strategy, baseline
+
+Schedule = Literal["cosine", "linear", "restarts", "onecycle", "constant"]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The part of training that tuning must not change."""
 
-    learning_rate: float
-    weight_decay: float
-    warmup_steps: int
-    """Optimizer steps of linear warm-up; a cosine to zero follows."""
-    clip_norm: float | None
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)]
+    """AdamW's, at its highest."""
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)]
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0)]
+    """Optimizer steps of linear warm-up before the schedule's own shape; ``onecycle`` has its own."""
+    clip_norm: Annotated[float, msgspec.Meta(gt=0)] | None
     """Gradients are clipped to this global L2 norm; None: not at all."""
-    global_batch: int
+    global_batch: Annotated[int, msgspec.Meta(ge=1)]
     """Samples per optimizer step."""
-    epochs: int
+    epochs: Annotated[int, msgspec.Meta(ge=1)]
+    schedule: Schedule = "cosine"
+    """What follows the warm-up: a half ``cosine`` to zero, a ``linear`` fall to zero, a cosine with ``restarts``, the
+    ``constant`` full rate; or ``onecycle`` from the first step."""
+    label_smoothing: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    """Share of a target that is spread over all classes (Szegedy et al. 2016), in training only."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Summed over samples; a sample of tokens counts as their mean."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """From logits [B, C] and classes [B], or [B, T, C] and [B, T]."""
+        per_sample = targets[0].numel() if len(targets) else 1
+        loss = F.cross_entropy(
+            logits.float().flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return loss / per_sample
+
+
+def num_correct(logits_BC: Tensor, classes_B: Tensor) -> Tensor:
+    """Samples whose class has the largest logit."""
+    return (logits_BC.argmax(-1) == classes_B).sum()
 
 
 class WorkloadRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +92,11 @@ class Workload:
     micro batches gives the same gradient."""
     num_correct: Callable[[Tensor, Tensor], Tensor] | None
     """How many samples of a batch were classified correctly; None where the question has no meaning."""
+    has_perplexity: bool = False
+    """Whether a sample's loss is the mean of its tokens' cross-entropies, so that its exponential says something."""
     train: Any
-    """Has ``lengths``, tokens in each sample; the rest is between it and ``collate``."""
+    """Has ``lengths``, tokens in each sample, and where every epoch sees its samples in another way
+    ``augmented(seed)``, which gives it as one does; the rest is between it and ``collate``."""
     test: Any
     max_tokens: int
     """What ``padding = max`` pads to."""
@@ -75,6 +108,20 @@ class Workload:
     """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
     of_dataset: Callable[[Any], Any] = lambda dataset: dataset
     """What stands for ``train`` where the user brings a dataset."""
+
+    def with_recipe(self, recipe: Recipe) -> Workload:
+        """The same with another recipe. Raises UsageError for label smoothing where the loss is the user's own."""
+        loss = self.loss
+        if recipe.label_smoothing != self.recipe.label_smoothing:
+            if not isinstance(loss, CrossEntropy):
+                raise UsageError(f"label_smoothing is for the built-in losses; {self.name} brings its own")
+            loss = CrossEntropy(recipe.label_smoothing)
+        return dataclasses.replace(self, recipe=recipe, loss=loss)
+
+    @property
+    def evaluation_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss without what only training has."""
+        return CrossEntropy() if isinstance(self.loss, CrossEntropy) else self.loss
 
     @functools.cached_property
     def attentions(self) -> tuple[Attention, ...]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from autotune.data.batching import Part, pack
 from autotune.data.reviews import find_reviews
 from autotune.data.tokenizer import load_tokenized, tokenized
 from autotune.models.encoder import EncoderClassifier
 from autotune.store import cache_dir
-from autotune.workloads.base import Recipe, Workload, WorkloadRef
+from autotune.workloads.base import CrossEntropy, Recipe, Workload, WorkloadRef, num_correct
 
 MAX_TOKENS = 512
 VOCABULARY_SIZE = 10_000
@@ -51,18 +48,10 @@ def open_workload(ref: WorkloadRef) -> Workload:
         build_model=lambda: EncoderClassifier(
             vocabulary_size=VOCABULARY_SIZE, max_tokens=MAX_TOKENS, num_layers=NUM_LAYERS
         ),
-        loss=_summed_loss,
-        num_correct=_num_correct,
+        loss=CrossEntropy(),
+        num_correct=num_correct,
         train=train if ref.limit is None else Part(train, ref.limit),
         test=test if ref.limit is None else Part(test, ref.limit),
         max_tokens=MAX_TOKENS,
         pack=pack,
     )
-
-
-def _summed_loss(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    return F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
-
-
-def _num_correct(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    return (logits_BC.argmax(-1) == labels_B).sum()

@@ -2,11 +2,14 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes the file in one move, making its folder: readers see the old content or the new, never a part.
+def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Writes the file in one move, making its folder: readers see the old content or the new, never a part. ``content``
+    may be what writes it.
 
     Raises OSError when the folder or the disk does not take it; an old file is then still intact.
     """
@@ -15,11 +18,14 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = Path(file.name)
     try:
         with file:
-            file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise

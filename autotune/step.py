@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from autotune.strategy import Strategy
 
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _WEIGHTS_DTYPE = {"bf16_weights": torch.bfloat16}
+
+
+Phase = Literal["forward", "backward", "update"]
 
 
 def uses_cuda_graphs(strategy: Strategy) -> bool:
@@ -41,6 +44,8 @@ class Step:
         self.scheduler = scheduler
         self.grad_norm: Tensor | None = None
         """L2 norm of the last step's gradients before clipping."""
+        self.on_phase: Callable[[Phase], None] | None = None
+        """Called when a micro batch's forward or backward pass is queued, and when the step is."""
         self._loss = loss
         self._forward_context = forward_context or contextlib.nullcontext()
         self._clip_norm = clip_norm
@@ -55,6 +60,16 @@ class Step:
     def loss_scale(self) -> float | None:
         """What the loss is multiplied by before the backward pass in fp16; None in other precisions."""
         return float(self._scaler.get_scale()) if self._scaler.is_enabled() else None
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The loss scaler's state; empty in other precisions."""
+        state: dict[str, Any] = self._scaler.state_dict()
+        return state
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Takes what ``scaler_state`` gave."""
+        if state:
+            self._scaler.load_state_dict(state)
 
     def __call__(self, batch: Sequence[MicroBatch]) -> Tensor:
         """Mean loss over the global batch before the update: a detached scalar on the device, not waited for.
@@ -72,10 +87,13 @@ class Step:
             with self._autocast(), self._forward_context:
                 output = _in_fp32(self.model(**micro.inputs))
             loss = self._loss(output, micro.targets) / num_samples
+            self._reach("forward")
             with self._forward_context:  # what is recomputed runs as it ran at first
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self._reach("backward")
             total += loss.detach()
         self._update()
+        self._reach("update")
         return total
 
     def forward_only(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -84,6 +102,10 @@ class Step:
         micro = self._on_device(micro)
         with torch.no_grad(), self._autocast(), self._forward_context:
             return _in_fp32(self.model.forward(**micro.inputs)), micro.targets
+
+    def _reach(self, phase: Phase) -> None:
+        if self.on_phase is not None:
+            self.on_phase(phase)
 
     def _update(self) -> None:
         self._scaler.unscale_(self.optimizer)

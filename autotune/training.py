@@ -1,10 +1,12 @@
-"""The trainer: epochs of the applied step, an evaluation after each, and a record of both."""
+"""The trainer: epochs of the applied step, an evaluation after each, a record of both, and a state to go on from."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -12,6 +14,8 @@ import torch
 from autotune.apply import Run
 from autotune.errors import AutotuneError
 from autotune.files import replace_file
+
+T = TypeVar("T")
 
 
 class Epoch(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,12 +27,25 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
     """Mean over the epoch's optimizer steps."""
     test_loss: float
     test_accuracy: float
-    """Share classified correctly, 0 to 1."""
+    """Share classified correctly, 0 to 1; no number where samples have no class."""
+    test_perplexity: float | None = None
+    """The exponential of the test loss, where that is a token's cross-entropy."""
     train_s: float
     eval_s: float
     samples_per_s: float
     learning_rate: float
     """After the epoch's last step."""
+    grad_norm: float | None = None
+    """Mean L2 norm of the gradients before clipping; None where nothing is clipped."""
+
+
+class Steps(msgspec.Struct, frozen=True, kw_only=True):
+    """What every optimizer step so far was like."""
+
+    losses: tuple[float, ...]
+    learning_rates: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    """Before clipping; empty where nothing is clipped."""
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,25 +63,54 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     projected_s: float | None
     """What the search projected for a run of this length, where a profile tells."""
     wall_s: float
+    """All sittings together."""
     peak_memory_bytes: int
     """Peak device memory since the backend's memory window was started."""
     epochs: tuple[Epoch, ...]
-    step_losses: tuple[float, ...]
+    steps: Steps
 
 
 class Training:
-    """Trains a run; what is done so far can be read at any time, after an interruption too."""
+    """Trains a run; what is done so far can be read at any time, after an interruption too.
 
-    def __init__(self, run: Run) -> None:
+    ``stop`` ends it after the step under way: nothing is lost, and ``state`` is whole.
+    """
+
+    def __init__(self, run: Run, *, patience: int | None = None) -> None:
         self.run = run
         self.epochs: list[Epoch] = []
+        self.step = 0
+        """Optimizer steps done in the epoch under way."""
         self.wall_s = 0.0
-        self._step_losses: list[torch.Tensor] = []
+        self.is_stopped = False
+        self._patience = patience
+        self._epoch_s = 0.0
+        self._losses: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
+        self._rates: list[float] = []
+        self._random: dict[str, Any] | None = None
+
+    def stop(self) -> None:
+        """Ends the training after the step under way."""
+        self.is_stopped = True
 
     @property
-    def step_losses(self) -> tuple[float, ...]:
-        """Mean loss of every optimizer step so far. Waits for the device."""
-        return tuple(torch.stack(self._step_losses).float().tolist()) if self._step_losses else ()
+    def steps(self) -> Steps:
+        """Every step so far. Waits for the device."""
+        return Steps(losses=_numbers(self._losses), learning_rates=tuple(self._rates), grad_norms=_numbers(self._norms))
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last epoch has the lowest test loss of all."""
+        return bool(self.epochs) and self.epochs[-1].test_loss <= min(epoch.test_loss for epoch in self.epochs)
+
+    @property
+    def has_converged(self) -> bool:
+        """Whether the test loss has not fallen for as many epochs as there is patience."""
+        if self._patience is None or len(self.epochs) <= self._patience:
+            return False
+        losses = [epoch.test_loss for epoch in self.epochs]
+        return min(losses[-self._patience :]) >= min(losses[: -self._patience])
 
     def train(
         self,
@@ -74,43 +120,71 @@ class Training:
         on_evaluation: Callable[[int], None] = lambda epoch: None,
         on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     ) -> None:
-        """Trains and evaluates for some epochs. Raises AutotuneError when the loss is no longer a number."""
-        begin = time.perf_counter()
-        for epoch in range(1, num_epochs + 1):
-            start = time.perf_counter()
-            first = len(self._step_losses)
-            num_samples = 0
-            for step, batch in enumerate(self.run.loader, 1):
-                self._step_losses.append(self.run.step(batch))
-                num_samples += sum(micro.num_samples for micro in batch)
-                self.wall_s = time.perf_counter() - begin
-                on_step(epoch, step, num_samples)
-            self.run.backend.synchronize()
-            losses = torch.stack(self._step_losses[first:]).float()
-            train_s = time.perf_counter() - start
-            if not torch.isfinite(losses).all():
-                step = int((~torch.isfinite(losses)).nonzero()[0]) + 1
-                raise AutotuneError(
-                    f"the loss is {losses[step - 1]:.0f} at step {step} of epoch {epoch}; training stopped"
-                )
-            on_evaluation(epoch)
-            start = time.perf_counter()
-            test_loss, accuracy = self.run.evaluate()
+        """Trains and evaluates until so many epochs are done in all, or it has converged, or is stopped.
+
+        Raises AutotuneError when the loss is no longer a number.
+        """
+        begin = time.perf_counter() - self.wall_s
+        while len(self.epochs) < num_epochs and not self.is_stopped and not self.has_converged:
+            number = len(self.epochs) + 1
+            self._train_epoch(number, begin, on_step)
+            if self.is_stopped:
+                return
+            self.check_losses()
+            random, start = _random_state(), time.perf_counter()
+            on_evaluation(number)
+            run = self.run
+            batches = run.evaluation_batches(run.evaluation_plan())
+            test_loss, accuracy = run.evaluate(self._until_stopped(batches))
+            if self.is_stopped:  # evaluated in part: what is drawn for it is drawn again
+                self._random = random
+                return
             eval_s = time.perf_counter() - start
             self.wall_s = time.perf_counter() - begin
-            self.epochs.append(
-                Epoch(
-                    epoch=epoch,
-                    train_loss=float(losses.mean()),
-                    test_loss=test_loss,
-                    test_accuracy=accuracy,
-                    train_s=train_s,
-                    eval_s=eval_s,
-                    samples_per_s=num_samples / train_s,
-                    learning_rate=self.run.optimizer.param_groups[0]["lr"],
-                )
-            )
+            self._end_epoch(test_loss, accuracy, eval_s)
             on_epoch(self.epochs[-1])
+
+    def state(self) -> dict[str, Any]:
+        """All that going on needs, as ``torch.save`` takes it: tensors, numbers and words."""
+        run = self.run
+        return {
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": None if run.scheduler is None else _plain_state(run.scheduler.state_dict()),
+            "scaler": run.step.scaler_state(),
+            "random": self._random or _random_state(),
+            "epochs": msgspec.to_builtins(self.epochs),
+            "step": self.step,
+            "epoch_s": self._epoch_s,
+            "wall_s": self.wall_s,
+            "steps": msgspec.to_builtins(self.steps),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what ``state`` gave; the run must have been applied as that one was."""
+        run = self.run
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.scheduler is not None:
+            run.scheduler.load_state_dict(state["scheduler"])
+        run.step.load_scaler_state(state["scaler"])
+        self.epochs = msgspec.convert(state["epochs"], list[Epoch])
+        self.step, self._epoch_s, self.wall_s = state["step"], state["epoch_s"], state["wall_s"]
+        steps = state["steps"]
+        self._losses = list(torch.tensor(steps["losses"]))
+        self._norms = list(torch.tensor(steps["grad_norms"]))
+        self._rates = list(steps["learning_rates"])
+        self._random = state["random"]
+
+    def check_losses(self) -> None:
+        """Raises AutotuneError where a step's loss is no number. Waits for the device."""
+        losses = _numbers(self._losses)
+        bad = next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is not None:
+            in_epoch = bad - (len(losses) - self.step) + 1
+            raise AutotuneError(
+                f"the loss is {losses[bad]:.0f} at step {in_epoch} of epoch {len(self.epochs) + 1}; training stopped"
+            )
 
     def metrics(self, *, profile: str | None, projected_s: float | None, seed: int) -> Metrics:
         """The record of what is done so far."""
@@ -128,8 +202,62 @@ class Training:
             wall_s=self.wall_s,
             peak_memory_bytes=self.run.backend.peak_memory_bytes(),
             epochs=tuple(self.epochs),
-            step_losses=self.step_losses,
+            steps=self.steps,
         )
+
+    def _train_epoch(self, number: int, begin: float, on_step: Callable[[int, int, int], None]) -> None:
+        """The rest of the epoch's steps. A loader draws a random number as it starts: where an epoch is gone on with,
+        that was before the state was taken."""
+        run, random, self._random = self.run, self._random, None
+        if random is not None and not self.step:
+            _set_random_state(random)
+        epoch = number - 1
+        plan = run.loader.plan(epoch)
+        run.loader.epoch = number
+        batches = run.loader.over(plan[self.step :], epoch)
+        if random is not None and self.step:
+            _set_random_state(random)
+        num_samples = sum(batch.num_samples for batch in plan[: self.step])
+        start = time.perf_counter() - self._epoch_s
+        for batch in batches:
+            self._rates.append(run.optimizer.param_groups[0]["lr"])
+            self._losses.append(run.step(batch))
+            if run.step.grad_norm is not None:
+                self._norms.append(run.step.grad_norm)
+            num_samples += sum(micro.num_samples for micro in batch)
+            self.step += 1
+            now = time.perf_counter()
+            self.wall_s, self._epoch_s = now - begin, now - start
+            on_step(number, self.step, num_samples)
+            if self.is_stopped:
+                return
+        run.backend.synchronize()
+        self._epoch_s = time.perf_counter() - start
+
+    def _end_epoch(self, test_loss: float, accuracy: float, eval_s: float) -> None:
+        losses, norms = _numbers(self._losses[-self.step :]), _numbers(self._norms[-self.step :])
+        workload = self.run.workload
+        self.epochs.append(
+            Epoch(
+                epoch=len(self.epochs) + 1,
+                train_loss=sum(losses) / len(losses),
+                test_loss=test_loss,
+                test_accuracy=accuracy,
+                test_perplexity=math.exp(min(test_loss, 700.0)) if workload.has_perplexity else None,
+                train_s=self._epoch_s,
+                eval_s=eval_s,
+                samples_per_s=workload.num_train / self._epoch_s,
+                learning_rate=self.run.optimizer.param_groups[0]["lr"],
+                grad_norm=sum(norms) / len(norms) if norms else None,
+            )
+        )
+        self.step, self._epoch_s = 0, 0.0
+
+    def _until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
+        for batch in batches:
+            if self.is_stopped:
+                return
+            yield batch
 
 
 def write_metrics(metrics: Metrics, path: Path) -> None:
@@ -138,3 +266,23 @@ def write_metrics(metrics: Metrics, path: Path) -> None:
         replace_file(path, msgspec.json.format(msgspec.json.encode(metrics), indent=1) + b"\n")
     except OSError as exc:
         raise AutotuneError(f"metrics {path} cannot be written: {exc.strerror or exc}") from exc
+
+
+def _numbers(tensors: list[torch.Tensor]) -> tuple[float, ...]:
+    return tuple(torch.stack([tensor.float().cpu() for tensor in tensors]).tolist()) if tensors else ()
+
+
+def _random_state() -> dict[str, Any]:
+    on_cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": on_cards}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _plain_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A schedule's state without its functions, which the recipe gives again."""
+    return {name: value for name, value in state.items() if not callable(value)}

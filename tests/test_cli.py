@@ -188,7 +188,8 @@ def test_the_saved_profile_is_found_and_trained_with(found: Found, tiny_reviews:
     assert record["strategy"] == report["best"]["strategy"]
     assert record["projected_s"] > 0
     assert len(record["epochs"]) == 2
-    assert len(record["step_losses"]) == 2
+    assert len(record["steps"]["losses"]) == len(record["steps"]["grad_norms"]) == 2
+    assert record["epochs"][0]["grad_norm"] > 0
     assert "accuracy" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,8 +17,14 @@ from autotune.cli.options import data_options, device_option, find_backend, mode
 from autotune.errors import AutotuneError, UsageError
 
 if TYPE_CHECKING:
+    from autotune.backends.base import Device
     from autotune.profile import Profile
+    from autotune.store import Wanted
     from autotune.strategy import Strategy
+    from autotune.training import Training
+    from autotune.workloads.base import Recipe
+
+RUNS = Path("runs")
 
 
 @click.command("train")
@@ -32,8 +42,43 @@ if TYPE_CHECKING:
     "below a size.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's.")
+@click.option(
+    "--recipe",
+    "changes",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change the recipe: learning_rate, weight_decay, warmup_steps, clip_norm (a number or none), label_smoothing, "
+    "schedule (cosine, linear, restarts, onecycle, constant). May be repeated.",
+)
 @data_options
-@click.option("--metrics", type=click.Path(path_type=Path), help="Default: runs/<workload>-<time>/metrics.json.")
+@click.option("--metrics", type=click.Path(path_type=Path), help="Default: metrics.json in the run's folder.")
+@click.option(
+    "--run",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="The run's folder, for metrics and checkpoints. Default: runs/<workload>-<time>.",
+)
+@click.option(
+    "--resume",
+    "resume",
+    type=click.Path(path_type=Path),
+    is_flag=False,
+    flag_value=Path(),
+    help="Go on with a run: its folder, or nothing for the one of this workload that was saved last. Its profile, "
+    "recipe, seed and epochs hold.",
+)
+@click.option(
+    "--checkpoint-every",
+    "checkpoint_s",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Besides at every epoch's end, and on Ctrl-C.",
+)
+@click.option("--patience", type=click.IntRange(min=1), help="End after so many epochs without a lower test loss.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's logs into the run's folder.")
+@click.option("--deterministic", is_flag=True, help="Only algorithms that give the same result every time.")
 @device_option
 @profiles_option
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -42,82 +87,109 @@ def command(
     profile_name: str | None,
     pick: str | None,
     epochs: int | None,
+    changes: tuple[str, ...],
     data: Path | None,
     limit: int | None,
     metrics: Path | None,
+    folder: Path | None,
+    resume: Path | None,
+    checkpoint_s: float,
+    patience: int | None,
+    tensorboard: bool,
+    deterministic: bool,
     device_name: str | None,
     profiles: Path | None,
     seed: int,
 ) -> int:
     """Train a workload with this device's profile: the same step that the search measured."""
-    from autotune import store, workloads
-    from autotune.api import safe_defaults
+    import msgspec
+
+    from autotune import checkpoint, store, workloads
     from autotune.apply import apply
     from autotune.report.live import TrainDisplay
     from autotune.report.terminal import describe, epoch_table, stdout
     from autotune.training import Training, write_metrics
     from autotune.units import format_bytes, format_duration
 
-    recipe, wanted = workloads.get(name).RECIPE, workloads.wanted(name)
+    wanted = workloads.wanted(name)
     label = wanted.label
+    recipe = changed(workloads.get(name).RECIPE, changes)
     backend = find_backend(device_name)
-    device = backend.device()
-    profile, path = None, None
-    if pick is not None and profile_name == "none":
-        raise UsageError("--pick chooses from a profile, and --profile none takes none")
-    if profile_name is not None and profile_name != "none":
-        path = Path(profile_name)
-        profile = store.read_for(path, device, wanted)
-    else:
-        found = None
-        # without a profile's settings its projection is a courtesy, and a broken one no obstacle
-        with contextlib.suppress(*([AutotuneError] if profile_name == "none" else [])):
-            found = store.find_profile(device, wanted, profiles)
-        if found is not None:
-            profile, path = found
-        elif pick is not None:
-            raise UsageError(
-                f"--pick chooses from a profile; make one: autotune search --model {name} --objective pareto"
-            )
-        elif profile_name is None:
-            click.echo(f"No profile for {name} on this device, safe defaults are used; make one: ", err=True, nl=False)
-            click.echo(f"autotune search --model {name}", err=True)
-    if pick is not None and profile is not None:
-        profile = profile.pick(pick)
-    if metrics is None:
-        metrics = Path("runs") / f"{store.file_stem(label)}-{datetime.datetime.now():%Y%m%d-%H%M%S}" / "metrics.json"
+    saved = state = None
+    if resume is not None:
+        path = checkpoint.newest_checkpoint(RUNS, store.file_stem(label)) if resume == Path() else resume
+        saved, state = checkpoint.read_checkpoint(path)
+        folder = folder or (path if path.is_dir() else path.parent)
+        seed, recipe = saved.seed, saved.recipe if not changes else recipe
+    found = _profile(backend.device(), wanted, profile_name, pick, profiles, is_needed=saved is None)
+    profile, profile_path = found
+    if folder is None:
+        folder = RUNS / f"{store.file_stem(label)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    metrics = metrics or folder / "metrics.json"
     store.check_writable(metrics, "--metrics")
+    store.check_writable(folder / checkpoint.CHECKPOINT_FILE, "--run")
+    log = _tensorboard(folder) if tensorboard else None
 
     _, workload = prepare(name, data, limit)
-    if profile_name == "none":
-        strategy = workload.baseline
+    workload = workload.with_recipe(recipe)
+    if saved is not None:
+        strategy = saved.strategy
     else:
-        strategy = safe_defaults(name) if profile is None else profile.strategy
-    num_epochs = epochs or recipe.epochs
+        strategy = _strategy(name, profile_name, profile, workload.baseline)
+        strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
+    num_epochs = epochs or (saved.num_epochs if saved is not None else recipe.epochs)
+    identity = checkpoint.Identity(
+        workload=workload.name,
+        source=workload.source,
+        num_train=workload.num_train,
+        recipe=recipe,
+        num_epochs=num_epochs,
+        strategy=strategy,
+        seed=seed,
+    )
+    if saved is not None and (reason := checkpoint.difference(saved, identity)) is not None:
+        raise UsageError(f"the run cannot be gone on with: {reason}; start a new one, or name what it had")
     projected_s = _projected_s(profile, strategy, workload.num_train, workload.num_test, num_epochs)
     steps_per_epoch = -(-workload.num_train // recipe.global_batch)
     backend.start_memory_window()
     run = apply(strategy, workload, backend, total_steps=num_epochs * steps_per_epoch, seed=seed)
-    training = Training(run)
-    profile_words = None if profile_name == "none" or path is None else str(path)
+    training = Training(run, patience=patience)
+    if state is not None:
+        training.restore(state)
+        del state
+    profile_words = None if profile_name == "none" or profile_path is None else str(profile_path)
+    last_saved = time.monotonic()
 
-    def record() -> None:
+    def save() -> None:
+        nonlocal last_saved
+        training.check_losses()
+        checkpoint.write_checkpoint(folder / checkpoint.CHECKPOINT_FILE, identity, training.state())
         write_metrics(training.metrics(profile=profile_words, projected_s=projected_s, seed=seed), metrics)
+        if log is not None:
+            log(training)
+        last_saved = time.monotonic()
 
     title = f"autotune train · {label} · {describe(strategy)} · {workload.source}"
-    was_interrupted = False
-    with TrainDisplay(title, num_steps=steps_per_epoch, num_epochs=num_epochs) as display:
+    with TrainDisplay(title, num_steps=steps_per_epoch, num_epochs=num_epochs, done=training.epochs) as display:
         display.say(title)
+        if training.epochs or training.step:
+            display.say(f"going on after {len(training.epochs)} epochs and {training.step} steps")
+
+        def on_step(epoch: int, step: int, num_samples: int) -> None:
+            display.on_step(epoch, step, num_samples)
+            if time.monotonic() - last_saved >= checkpoint_s:
+                save()
 
         def on_epoch(epoch: object) -> None:
             display.on_epoch(training.epochs[-1])
-            record()
+            if training.is_best:
+                checkpoint.write_tensors(folder / checkpoint.BEST_FILE, run.model.state_dict())
+            save()
 
-        try:
-            training.train(num_epochs, on_step=display.on_step, on_evaluation=display.on_evaluation, on_epoch=on_epoch)
-        except KeyboardInterrupt:
-            was_interrupted = True
-    record()
+        with _stopped_by_ctrl_c(training, display.say):
+            training.train(num_epochs, on_step=on_step, on_evaluation=display.on_evaluation, on_epoch=on_epoch)
+        if training.is_stopped:
+            save()
     console = stdout()
     console.print(f"{label}: {describe(strategy)}", style="bold", markup=False)
     console.print(f"profile {profile_words or 'none'}", markup=False, soft_wrap=True)
@@ -128,9 +200,134 @@ def command(
     console.print(
         f"{format_duration(training.wall_s)}{projection}; {peak}; metrics in {metrics}", markup=False, soft_wrap=True
     )
-    if was_interrupted:
-        click.echo(f"interrupted in epoch {len(training.epochs) + 1} of {num_epochs}", err=True)
-    return 130 if was_interrupted else 0
+    if training.epochs:
+        best = min(training.epochs, key=lambda epoch: epoch.test_loss).epoch
+        console.print(f"weights of epoch {best} in {folder / checkpoint.BEST_FILE}", markup=False, soft_wrap=True)
+    if training.is_stopped:
+        click.echo(f"interrupted in epoch {len(training.epochs) + 1} of {num_epochs}; to go on: ", err=True, nl=False)
+        click.echo(f"autotune train --model {name} --resume {folder}", err=True)
+        return 130
+    if len(training.epochs) < num_epochs:
+        click.echo(f"ended: no lower test loss for {patience} epochs", err=True)
+    return 0
+
+
+def changed(recipe: Recipe, changes: tuple[str, ...]) -> Recipe:
+    """The recipe with some fields changed. Raises UsageError for what it has not, or cannot be."""
+    import msgspec
+
+    from autotune.errors import nearest
+
+    fixed = ("global_batch", "epochs")
+    values = msgspec.to_builtins(recipe)
+    for change in changes:
+        field, _, value = change.partition("=")
+        known = [name for name in values if name not in fixed]
+        if field not in known:
+            own = {"epochs": "--epochs", "global_batch": "search --global-batch"}.get(field)
+            hint = f"; use {own}" if own else nearest(field, known)
+            raise UsageError(f"--recipe {change}: the recipe has no {field!r} to change{hint}")
+        values[field] = None if value == "none" else value
+    try:
+        return msgspec.convert(values, type(recipe), strict=False)
+    except msgspec.ValidationError as exc:
+        raise UsageError(f"--recipe: {exc}") from exc
+
+
+def _profile(
+    device: Device,
+    wanted: Wanted,
+    profile_name: str | None,
+    pick: str | None,
+    profiles: Path | None,
+    *,
+    is_needed: bool,
+) -> tuple[Profile | None, Path | None]:
+    """The profile to train with, and its file. Without a profile's settings its projection is a courtesy, and a broken
+    one no obstacle."""
+    from autotune import store
+
+    if pick is not None and profile_name == "none":
+        raise UsageError("--pick chooses from a profile, and --profile none takes none")
+    found: tuple[Profile | None, Path | None] = None, None
+    if profile_name is not None and profile_name != "none":
+        path = Path(profile_name)
+        found = store.read_for(path, device, wanted), path
+    else:
+        with contextlib.suppress(*([] if is_needed and profile_name is None else [AutotuneError])):
+            found = store.find_profile(device, wanted, profiles) or found
+    profile, path_found = found
+    if profile is None and pick is not None:
+        raise UsageError(
+            f"--pick chooses from a profile; make one: autotune search --model {wanted.name} --objective pareto"
+        )
+    if profile is None and profile_name is None and is_needed:
+        click.echo(
+            f"No profile for {wanted.name} on this device, safe defaults are used; make one: ", err=True, nl=False
+        )
+        click.echo(f"autotune search --model {wanted.name}", err=True)
+    if pick is not None and profile is not None:
+        profile = profile.pick(pick)
+    return profile, path_found
+
+
+def _strategy(name: str, profile_name: str | None, profile: Profile | None, baseline: Strategy) -> Strategy:
+    from autotune.api import safe_defaults
+
+    if profile_name == "none":
+        return baseline
+    return safe_defaults(name) if profile is None else profile.strategy
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c(training: Training, say: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C ends the training after its step; a second one at once. Loader processes, which the terminal tells as
+    well, are ended by this one."""
+    owner = os.getpid()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            return
+        if training.is_stopped:
+            raise KeyboardInterrupt
+        training.stop()
+        say("stopping after this step; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tensorboard(folder: Path) -> Callable[[Training], None]:
+    """Writes what was not yet written. Raises UsageError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs tensorboard: pip install 'autotune-torch[tensorboard]'") from None
+    writer: Any = None
+    done = {"step": 0, "epoch": 0}
+
+    def log(training: Training) -> None:
+        nonlocal writer
+        steps = training.steps
+        if writer is None:
+            writer = SummaryWriter(str(folder))
+        series = {"loss": steps.losses, "learning_rate": steps.learning_rates, "gradient_norm": steps.grad_norms}
+        for title, values in series.items():
+            for step, value in enumerate(values[done["step"] :], done["step"] + 1):
+                writer.add_scalar(f"train/{title}", value, step)
+        for epoch in training.epochs[done["epoch"] :]:
+            writer.add_scalar("test/loss", epoch.test_loss, epoch.epoch)
+            quality = epoch.test_accuracy if epoch.test_perplexity is None else epoch.test_perplexity
+            writer.add_scalar(
+                "test/accuracy" if epoch.test_perplexity is None else "test/perplexity", quality, epoch.epoch
+            )
+        done.update(step=len(steps.losses), epoch=len(training.epochs))
+        writer.flush()
+
+    return log
 
 
 def _projected_s(

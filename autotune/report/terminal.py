@@ -86,6 +86,8 @@ def describe(strategy: Strategy) -> str:
         words.append(f"prefetch {strategy.prefetch}")
     if strategy.memory_format != "contiguous":
         words.append(strategy.memory_format)
+    if strategy.window != plain.window:
+        words.append(f"window {strategy.window}")
     if strategy.deterministic:
         words.append("deterministic")
     return " · ".join(words)
@@ -220,15 +222,21 @@ def interval_words(interval: Interval) -> str:
 def epoch_table(epochs: list[Epoch]) -> Table:
     """The training's record, a row an epoch."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("epoch", "train loss", "test loss", "accuracy", "train", "evaluation", "samples/s"):
+    quality = "perplexity" if any(epoch.test_perplexity is not None for epoch in epochs) else "accuracy"
+    for title in (
+        *("\nepoch", "train\nloss", "test\nloss", f"test\n{quality}", "learning\nrate", "grad\nnorm"),
+        *("\ntrained", "eval-\nuated", "samples\nper s"),
+    ):
         table.add_column(title, justify="right", no_wrap=True)
     for epoch in epochs:
         table.add_row(*epoch_row(epoch))
     return table
 
 
-def accuracy_words(epoch: Epoch) -> str:
-    """The share classified correctly, where samples have classes."""
+def quality_words(epoch: Epoch) -> str:
+    """The share classified correctly where samples have classes, a language model's perplexity."""
+    if epoch.test_perplexity is not None:
+        return f"{epoch.test_perplexity:,.2f}"
     return "–" if math.isnan(epoch.test_accuracy) else f"{epoch.test_accuracy:.2%}"
 
 
@@ -238,7 +246,9 @@ def epoch_row(epoch: Epoch) -> tuple[str, ...]:
         str(epoch.epoch),
         f"{epoch.train_loss:.4f}",
         f"{epoch.test_loss:.4f}",
-        accuracy_words(epoch),
+        quality_words(epoch),
+        f"{epoch.learning_rate:.1e}",
+        "–" if epoch.grad_norm is None else f"{epoch.grad_norm:.3g}",
         format_duration(epoch.train_s),
         format_duration(epoch.eval_s),
         format_rate(epoch.samples_per_s),

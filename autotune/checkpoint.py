@@ -1,0 +1,85 @@
+"""A training's state on disk: replaced whole or not at all, and only gone on with by the training that it is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from autotune.errors import AutotuneError
+from autotune.files import replace_file
+from autotune.strategy import Strategy
+from autotune.workloads.base import Recipe
+
+FORMAT = 1
+CHECKPOINT_FILE, BEST_FILE = "checkpoint.pt", "best.pt"
+"""What to go on from; the weights of the epoch with the lowest test loss."""
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the losses depend on but the machine."""
+
+    workload: str
+    source: str
+    num_train: int
+    recipe: Recipe
+    num_epochs: int
+    strategy: Strategy
+    seed: int
+
+
+def write_checkpoint(path: Path, identity: Identity, state: dict[str, Any]) -> None:
+    """Writes the state. Raises AutotuneError where the disk does not take it; an old one is then still there."""
+    whole = {"format": FORMAT, "identity": msgspec.to_builtins(identity), **state}
+    write_tensors(path, whole)
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Writes what ``torch.load`` reads, whole or not at all. Raises AutotuneError where the disk does not take it."""
+    try:
+        replace_file(path, lambda file: torch.save(content, file))
+    except (OSError, RuntimeError) as exc:  # torch's writer has an error of its own for a full disk
+        reason = getattr(exc, "strerror", None) or str(exc).splitlines()[0]
+        raise AutotuneError(f"checkpoint {path} cannot be written: {reason}") from exc
+
+
+def read_checkpoint(path: Path) -> tuple[Identity, dict[str, Any]]:
+    """Whose it is, and the state. Raises AutotuneError for a file that is none."""
+    if path.is_dir():
+        path = path / CHECKPOINT_FILE
+    try:
+        whole = torch.load(path, map_location="cpu", weights_only=True)
+        if whole.pop("format") != FORMAT:
+            raise AutotuneError(f"checkpoint {path} is of another autotune; train anew")
+        return msgspec.convert(whole.pop("identity"), Identity), whole
+    except FileNotFoundError:
+        raise AutotuneError(
+            f"there is no checkpoint {path}; --resume takes a run's folder, such as runs/imdb-..."
+        ) from None
+    except AutotuneError:
+        raise
+    except Exception as exc:  # a damaged file fails in a dozen ways
+        raise AutotuneError(f"checkpoint {path} cannot be read: {str(exc).splitlines()[0]}") from exc
+
+
+def newest_checkpoint(folder: Path, stem: str) -> Path:
+    """The run of a workload that was saved last. Raises AutotuneError where there is none."""
+    found = list(folder.glob(f"{stem}-*/{CHECKPOINT_FILE}"))
+    if not found:
+        raise AutotuneError(f"there is no run of {stem} in {folder} to resume; --resume takes a run's folder")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def difference(saved: Identity, wanted: Identity) -> str | None:
+    """How a training differs from the one that a checkpoint is of; None where it does not."""
+    for field in saved.__struct_fields__:
+        before, now = getattr(saved, field), getattr(wanted, field)
+        if before != now:
+            return f"{field} was {_words(before)}, and is {_words(now)}"
+    return None
+
+
+def _words(value: object) -> str:
+    return str(value) if isinstance(value, str | int) else msgspec.json.encode(value).decode()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_wheel_holds_backends_and_profiles_inside_the_package(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a build leaves files behind, which the next one would pack
     source.mkdir()
-    for folder in ("autotune", "backends", "profiles"):
+    for folder in ("autotune", "backends", "profiles", "studies"):
         shutil.copytree(ROOT / folder, source / folder, symlinks=True)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
@@ -27,11 +27,13 @@ def test_the_wheel_holds_backends_and_profiles_inside_the_package(tmp_path: Path
     names = zipfile.ZipFile(wheel).namelist()
     for module in sorted(ROOT.glob("backends/*.py")):
         assert f"autotune/backends/{module.name}" in names
-    for folder in ("models", "data", "workloads", "trial", "search", "report", "cli"):
+    for folder in ("models", "data", "workloads", "trial", "search", "study", "report", "cli"):
         for module in sorted((ROOT / "autotune" / folder).glob("*.py")):
             assert f"autotune/{folder}/{module.name}" in names
     for profile in sorted(ROOT.glob("profiles/*/*.toml")):
         assert f"autotune/profiles/{profile.parent.name}/{profile.name}" in names
+    for study in sorted(ROOT.glob("studies/*.toml")):
+        assert f"autotune/studies/{study.name}" in names
     assert "autotune/py.typed" in names
     assert "autotune/data/imdb_lengths.json" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"autotune"}

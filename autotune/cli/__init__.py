@@ -18,6 +18,9 @@ _VERBS = {
     "probe": ("autotune.cli.probe", "What this device can do, each line verified by running it."),
     "search": ("autotune.cli.search", "Search the fastest settings on this device and save them as a profile."),
     "train": ("autotune.cli.train", "Train with this device's profile."),
+    "study": ("autotune.cli.study", "Compare techniques at several batch sizes: memory, speed, quality."),
+    "report": ("autotune.cli.report", "One HTML page of a search or a study."),
+    "compare": ("autotune.cli.compare", "Two profiles or studies side by side."),
     "profiles": ("autotune.cli.profiles", "List, show, verify and export profiles."),
 }
 

@@ -18,11 +18,11 @@ from rich.text import Text
 from autotune.backends.base import Capability
 from autotune.measurement import Trial
 from autotune.report.terminal import (
-    accuracy_words,
     capability_row,
     describe,
     epoch_table,
     measured_words,
+    quality_words,
     stderr,
     trial_line,
     trial_table,
@@ -31,9 +31,11 @@ from autotune.search.proof import Proof
 from autotune.search.settings import Observer
 from autotune.search.space import Space
 from autotune.strategy import Strategy
+from autotune.study import runner as study_runner
+from autotune.study.runner import Capacity, Cell
 from autotune.training import Epoch
 from autotune.trial import worker
-from autotune.units import format_duration, format_rate
+from autotune.units import format_bytes, format_duration, format_rate
 
 _LAST_TRIALS = 8
 _EVERY_ROUND = 10
@@ -247,13 +249,14 @@ class SearchDisplay(_Display, Observer):
 class TrainDisplay(_Display):
     """The epochs done and the one under way."""
 
-    def __init__(self, title: str, *, num_steps: int, num_epochs: int) -> None:
+    def __init__(self, title: str, *, num_steps: int, num_epochs: int, done: Sequence[Epoch] = ()) -> None:
         super().__init__()
         self._title = title
-        self._epochs: list[Epoch] = []
+        self._epochs = list(done)
         self._num_steps, self._num_epochs = num_steps, num_epochs
         self._start = time.monotonic()
-        self._rate = ""
+        self._rate_from: int | None = None
+        """Samples of the epoch that were done when its rate began to be taken."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -264,15 +267,17 @@ class TrainDisplay(_Display):
             console=self.console,
             expand=True,
         )
-        self._task = self._progress.add_task(f"epoch 1/{num_epochs}", total=num_steps, rate="")
+        self._task = self._progress.add_task(
+            f"epoch {min(len(done) + 1, num_epochs)}/{num_epochs}", total=num_steps, rate=""
+        )
 
     def on_step(self, epoch: int, step: int, num_samples: int) -> None:
         """A step ended."""
-        if step == 1:
-            self._start = time.monotonic()
+        if step == 1 or self._rate_from is None:
+            self._start, self._rate_from = time.monotonic(), num_samples
             self._progress.reset(self._task, description=f"epoch {epoch}/{self._num_epochs}", rate="")
         elapsed_s = time.monotonic() - self._start
-        rate = f"{format_rate(num_samples / elapsed_s)} samples/s" if elapsed_s > 1 else ""
+        rate = f"{format_rate((num_samples - self._rate_from) / elapsed_s)} samples/s" if elapsed_s > 1 else ""
         self._progress.update(self._task, completed=step, rate=rate)
         if step % max(1, self._num_steps // 5) == 0:
             self.say(f"epoch {epoch}/{self._num_epochs}, step {step} of {self._num_steps} {rate}")
@@ -284,9 +289,10 @@ class TrainDisplay(_Display):
     def on_epoch(self, epoch: Epoch) -> None:
         """An epoch ended."""
         self._epochs.append(epoch)
+        quality = "accuracy" if epoch.test_perplexity is None else "perplexity"
         self.say(
             f"epoch {epoch.epoch}/{self._num_epochs} done: train loss {epoch.train_loss:.4f}, test loss "
-            f"{epoch.test_loss:.4f}, accuracy {accuracy_words(epoch)}, {format_rate(epoch.samples_per_s)} samples/s"
+            f"{epoch.test_loss:.4f}, {quality} {quality_words(epoch)}, {format_rate(epoch.samples_per_s)} samples/s"
         )
 
     def render(self) -> RenderableType:
@@ -295,3 +301,58 @@ class TrainDisplay(_Display):
         if self._epochs:
             parts.append(epoch_table(self._epochs))
         return Group(*parts, self._progress)
+
+
+class StudyDisplay(_Display, study_runner.Observer):
+    """The cells done and the one under way."""
+
+    def __init__(self, title: str, *, num_steps: int) -> None:
+        super().__init__()
+        self._title, self._num_steps = title, num_steps
+        self._lines: list[str] = []
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=num_steps)
+
+    def on_cell(self, technique: str, batch_size: int, place: int, count: int) -> None:
+        """A cell starts."""
+        words = f"{place} of {count}: {technique}, batch {batch_size}"
+        self._progress.reset(self._task, description=words)
+        self.say(words)
+
+    def on_progress(self, step: int) -> None:
+        """Steps that the cell has trained."""
+        self._progress.update(self._task, completed=step)
+
+    def on_cell_end(self, cell: Cell) -> None:
+        """A cell ended."""
+        line = f"{cell.technique}, batch {cell.batch_size}: {cell.outcome} {cell.reason}".rstrip()
+        if cell.trained is not None:
+            figures = (
+                f"{format_rate(cell.trained.samples_per_s)} samples/s",
+                f"peak {format_bytes(cell.trained.peak_memory_bytes)}",
+                f"test loss {cell.trained.test_loss:.4f}",
+            )
+            line += f"  [{', '.join(figures)}], {format_duration(cell.wall_s)}"
+        self._tell(line)
+
+    def on_capacity(self, capacity: Capacity) -> None:
+        """The largest batch of a technique is known."""
+        self._tell(f"{capacity.technique}: largest batch {capacity.batch_size or 'none'} ({capacity.reason})")
+
+    def render(self) -> RenderableType:
+        """The cells so far and the bar."""
+        lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in self._lines[-2 * _LAST_TRIALS :]]
+        return Group(Text(self._title, style="bold"), *lines, self._progress)
+
+    def _tell(self, line: str) -> None:
+        self._lines.append(line)
+        self.say(line)

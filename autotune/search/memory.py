@@ -12,7 +12,7 @@ import bisect
 
 import msgspec
 
-from autotune.measurement import Trial
+from autotune.measurement import Outcome, Trial
 from autotune.strategy import Strategy
 
 
@@ -25,10 +25,15 @@ class MemoryModel:
 
     def learn(self, trial: Trial) -> None:
         """Takes in a trial's peak, or that it ran out of memory."""
-        kind, micro_batch = _kind(trial.strategy), trial.strategy.micro_batch
-        if trial.measurement is not None:
-            self._peaks.setdefault(kind, {})[micro_batch] = trial.measurement.peak_memory_bytes
-        elif trial.outcome == "oom":
+        peak_bytes = None if trial.measurement is None else trial.measurement.peak_memory_bytes
+        self.note(trial.strategy, trial.outcome, peak_bytes)
+
+    def note(self, strategy: Strategy, outcome: Outcome, peak_bytes: int | None) -> None:
+        """Takes in what a strategy took, None where it did not get so far, or that it ran out of memory."""
+        kind, micro_batch = _kind(strategy), strategy.micro_batch
+        if peak_bytes is not None:
+            self._peaks.setdefault(kind, {})[micro_batch] = peak_bytes
+        elif outcome == "oom":
             self._too_big[kind] = min(micro_batch, self._too_big.get(kind, micro_batch))
 
     def predict(self, strategy: Strategy) -> int | None:

@@ -13,10 +13,11 @@ from autotune import backends
 from autotune.backends.cpu import usable_cores
 from autotune.contention import QUIET_SHARE, Load
 from autotune.measurement import Measurement, Outcome, Trial
+from autotune.phases import Trained
 from autotune.process import Child, ChildDied
 from autotune.timing import NARROW
 from autotune.trial import worker
-from autotune.trial.worker import Command, Done, Failed, Job, Progress, Soak, Soaked, Trace, Traced
+from autotune.trial.worker import AnyCommand, Command, Done, Failed, Job, Progress, Soak, Soaked, Trace, Traced, Train
 from autotune.units import format_bytes
 
 OnProgress = Callable[[Progress], None]
@@ -79,7 +80,7 @@ class Session:
         soaked: Soaked = self._ask(command, timeout_s, on_progress)
         peak_bytes = self._peak_bytes(soaked.peak_memory_bytes)
         if peak_bytes > self._memory_limit_bytes:
-            raise TrialEndedError("oom", _over_budget(peak_bytes, self._memory_limit_bytes))
+            raise TrialEndedError("oom", over_budget(peak_bytes, self._memory_limit_bytes))
         return msgspec.structs.replace(soaked, peak_memory_bytes=peak_bytes)
 
     def trace(self, num_steps: int, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> tuple[float, ...]:
@@ -87,7 +88,15 @@ class Session:
         traced: Traced = self._ask(Trace(num_steps=num_steps), timeout_s, on_progress)
         return traced.losses
 
-    def _ask(self, command: Command | Soak | Trace, timeout_s: float, on_progress: OnProgress) -> Any:
+    def train(self, command: Train, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Trained:
+        """Trains some steps and evaluates; also fails when the peak is over the memory limit."""
+        trained: Trained = self._ask(command, timeout_s, on_progress)
+        peak_bytes = self._peak_bytes(trained.peak_memory_bytes)
+        if peak_bytes > self._memory_limit_bytes:
+            raise TrialEndedError("oom", over_budget(peak_bytes, self._memory_limit_bytes))
+        return msgspec.structs.replace(trained, peak_memory_bytes=peak_bytes)
+
+    def _ask(self, command: AnyCommand, timeout_s: float, on_progress: OnProgress) -> Any:
         deadline = time.monotonic() + timeout_s
         try:
             self._child.send(command)
@@ -118,7 +127,7 @@ class Session:
             return
         taken_bytes = self._memory.taken_bytes(self._child)
         if taken_bytes > self._memory_limit_bytes:
-            raise TrialEndedError("oom", _over_budget(taken_bytes, self._memory_limit_bytes))
+            raise TrialEndedError("oom", over_budget(taken_bytes, self._memory_limit_bytes))
 
     def _peak_bytes(self, reported_bytes: int) -> int:
         return reported_bytes if self._memory is None else max(reported_bytes, self._memory.peak_bytes)
@@ -210,11 +219,11 @@ def run_trial(
         return ended(end.outcome, end.reason)
     peak_bytes = done.measurement.peak_memory_bytes
     if peak_bytes > memory_limit_bytes:
-        return ended("oom", _over_budget(peak_bytes, memory_limit_bytes), done.measurement)
+        return ended("oom", over_budget(peak_bytes, memory_limit_bytes), done.measurement)
     num_recompiled = done.measurement.num_recompiled
     return ended("ok", f"compiled {num_recompiled} more graphs while timed" if num_recompiled else "", done.measurement)
 
 
-def _over_budget(taken_bytes: int, limit_bytes: int) -> str:
+def over_budget(taken_bytes: int, limit_bytes: int) -> str:
     """The reason for a trial that took too much."""
     return f"{format_bytes(taken_bytes)} is over the memory limit of {format_bytes(limit_bytes)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from autotune.errors import AutotuneError
 from autotune.measurement import Lap, Measurement, Outcome
 from autotune.strategy import Strategy
 from autotune.units import format_bytes
-from autotune.workloads.base import WorkloadRef
+from autotune.workloads.base import Recipe, WorkloadRef
 
 if TYPE_CHECKING:
+    from autotune.phases import Trained
     from autotune.timing import Epoch
 
 EVAL_ENOUGH_S = 1.0
@@ -36,6 +38,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     start: float = 0.0
     """Where in the order of the timed batches it begins, as a share of them."""
+    recipe: Recipe | None = None
+    """In place of the workload's own."""
+    total_steps: int | None = None
+    """What the learning rate's schedule is for; None: the recipe's epochs."""
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,11 +71,21 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """A lap is done, or a stage is reached (``lap`` is None)."""
+class Train(msgspec.Struct, frozen=True, kw_only=True):
+    """Train some steps by the recipe, its phases apart, then evaluate. The process must be a fresh one."""
 
-    stage: Literal["building", "first step", "timing", "evaluating", "soaking", "comparing losses"]
+    num_steps: int
+    num_eval: int
+    """Micro batches, at most."""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """A lap or a step is done, or a stage is reached (``lap`` is None)."""
+
+    stage: Literal["building", "first step", "timing", "evaluating", "soaking", "comparing losses", "training"]
     lap: Lap | None = None
+    step: int = 0
+    """Steps that are trained."""
     num_laps: int = 0
     samples_per_s: float = 0.0
 
@@ -103,6 +119,9 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+AnyCommand = Command | Soak | Trace | Train
+
+
 def main(connection: Connection, job: Job) -> None:
     """Serves commands until the other side closes. Every error becomes one Failed message."""
     from autotune import backends
@@ -120,41 +139,51 @@ def main(connection: Connection, job: Job) -> None:
 def _serve(connection: Connection, job: Job) -> None:
     from autotune import backends, trace, workloads
     from autotune.apply import apply
+    from autotune.phases import train_some
     from autotune.timing import Timer, time_until
 
     backend = backends.get(job.backend)
     connection.send(Progress(stage="building"))
     workload = workloads.open_workload(job.workload)
+    if job.recipe is not None:
+        workload = workload.with_recipe(job.recipe)
     if job.memory_limit_bytes is not None:
         backend.limit_memory(job.memory_limit_bytes)
     free_bytes = backend.device().memory_free_bytes
     backend.start_memory_window()
-    run = apply(job.strategy, workload, backend, seed=job.seed)
-    timer = Timer(run, job.start)
+    run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
+    timer = functools.cache(lambda: Timer(run, job.start))
     connection.send(Progress(stage="first step"))
     say = _seldom(connection)
 
     def report(lap: Lap) -> None:
         say(
-            Progress(stage="timing", lap=lap, num_laps=len(timer.laps), samples_per_s=timer.samples_per_s()),
-            is_first=len(timer.laps) <= 1,
+            Progress(stage="timing", lap=lap, num_laps=len(timer().laps), samples_per_s=timer().samples_per_s()),
+            is_first=len(timer().laps) <= 1,
         )
 
-    def serve(command: Command | Soak | Trace) -> Done | Soaked | Traced:
+    def serve(command: AnyCommand) -> Done | Soaked | Traced | Trained:
+        if isinstance(command, Train):
+            return train_some(
+                run,
+                command.num_steps,
+                command.num_eval,
+                on_step=lambda step: say(Progress(stage="training", step=step)),
+            )
         if isinstance(command, Trace):
             comparing = Progress(stage="comparing losses")
             return Traced(losses=trace.losses(run, command.num_steps, on_step=lambda: connection.send(comparing)))
         if isinstance(command, Soak):
-            num_steps = timer.soak(
+            num_steps = timer().soak(
                 enough_steps=command.enough_steps,
                 enough_s=command.enough_s,
                 on_step=lambda _: say(Progress(stage="soaking")),
             )
             return Soaked(num_steps=num_steps, peak_memory_bytes=backend.peak_memory_bytes())
-        first = len(timer.laps)
-        timer.resume()
+        first = len(timer().laps)
+        timer().resume()
         time_until(
-            timer,
+            timer(),
             min_laps=command.min_laps,
             min_s=command.min_s,
             enough_s=command.enough_s,
@@ -162,15 +191,15 @@ def _serve(connection: Connection, job: Job) -> None:
             on_lap=report,
         )
         if command.longest:
-            timer.longest()
+            timer().longest()
         if command.eval_batches:
             connection.send(Progress(stage="evaluating"))
-            timer.evaluate(command.eval_batches, EVAL_ENOUGH_S)
-        return Done(measurement=timer.measurement(), laps=tuple(timer.laps[first:]), epoch=timer.epoch)
+            timer().evaluate(command.eval_batches, EVAL_ENOUGH_S)
+        return Done(measurement=timer().measurement(), laps=tuple(timer().laps[first:]), epoch=timer().epoch)
 
     while True:
         try:
-            command: Command | Soak | Trace = connection.recv()
+            command: AnyCommand = connection.recv()
         except EOFError:
             return
         try:

@@ -269,6 +269,12 @@ def _speed(capability: Capability) -> float | None:
     return None
 
 
+def cached_probe(fingerprint: str, cache_dir: Path) -> Hardware | None:
+    """What the last probe of the device with this fingerprint found; None where there is none."""
+    paths = sorted(cache_dir.glob(f"hardware-{fingerprint}-*.json"), key=lambda path: path.stat().st_mtime)
+    return next((found for path in reversed(paths) if (found := _read(path)) is not None), None)
+
+
 def _cache_name(device: Device, wanted: Sequence[Check]) -> str:
     """One file for a device, its software and what is asked of it."""
     software = [PROBE_VERSION, sorted(device.versions.items()), [check.name for check in wanted]]

@@ -115,6 +115,27 @@ def open_journal(path: Path, identity: dict[str, Any], *, is_fresh: bool = False
         lock.release()
 
 
+def recorded_trials(path: Path) -> list[Trial]:
+    """The trials of the search that was begun last in a journal, in order; none where there is no journal, or none that
+    can be read."""
+    import optuna
+
+    if not path.is_file():
+        return []
+    try:
+        with _quiet():
+            storage = _storage(path)
+            summaries = [one for one in optuna.get_all_study_summaries(storage) if one.n_trials]
+            latest = max(summaries, key=lambda one: (one.datetime_start is not None, one.datetime_start), default=None)
+            if latest is None:
+                return []
+            study = optuna.load_study(study_name=latest.study_name, storage=storage)
+            records = [trial.user_attrs[_RECORD] for trial in study.trials if _RECORD in trial.user_attrs]
+        return sorted((msgspec.convert(record, Trial) for record in records), key=lambda trial: trial.number)
+    except (ValueError, KeyError, TypeError, OSError, msgspec.ValidationError):
+        return []
+
+
 def _open_study(path: Path, name: str, *, is_fresh: bool) -> optuna.Study:
     import optuna
 

@@ -1,0 +1,60 @@
+"""autotune report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from autotune.cli.options import device_option, find_backend, profiles_option
+from autotune.errors import AutotuneError
+
+
+@click.command("report")
+@click.argument("what", metavar="SEARCH|STUDY", default="imdb")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--plots", type=click.Path(path_type=Path), help="Folder for a study's six PNG plots.")
+@device_option
+@profiles_option
+def command(what: str, output: Path, plots: Path | None, device_name: str | None, profiles: Path | None) -> int:
+    """Write one self-contained HTML page.
+
+    SEARCH is a workload's name, for this device's profile of it, or a profile's file; STUDY is a study's record.
+    """
+    from autotune import store, workloads
+    from autotune.files import replace_file
+    from autotune.probe import cached_probe
+    from autotune.profile import read_profile
+
+    path = Path(what)
+    if path.suffix == ".json":
+        from autotune.report.study_page import study_page
+        from autotune.study.runner import read_results
+
+        results = read_results(path)
+        html = study_page(results, path)
+        if plots is not None:
+            from autotune.report.plots import study_plots
+
+            for plot in study_plots(results, plots):
+                click.echo(f"plot {plot}", err=True)
+    else:
+        from autotune.report.search_page import search_page
+        from autotune.search.journal import recorded_trials
+
+        if path.suffix == ".toml":
+            profile = read_profile(path)
+        else:
+            wanted = workloads.wanted(what)
+            found = store.find_profile(find_backend(device_name).device(), wanted, profiles)
+            if found is None:
+                raise AutotuneError(f"there is no profile for {what} on this device; autotune search --model {what}")
+            profile, path = found
+        trials = recorded_trials(path.with_suffix(".journal"))
+        html = search_page(profile, path, trials, cached_probe(profile.device.fingerprint, store.cache_dir() / "probe"))
+    try:
+        replace_file(output, html.encode())
+    except OSError as exc:
+        raise AutotuneError(f"{output} cannot be written: {exc.strerror or exc}") from exc
+    click.echo(f"{output}: {len(html.encode()):,} bytes, nothing else needed; open it in a browser")
+    return 0

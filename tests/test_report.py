@@ -1,0 +1,169 @@
+"""The HTML page, opened in a real browser; the plots; comparisons."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from autotune.measurement import Interval, Trial
+from autotune.profile import Profile
+from autotune.report.compare import compared_profiles, compared_studies
+from autotune.report.search_page import search_page
+from autotune.report.study_page import study_page
+from autotune.report.terminal import stdout
+from autotune.strategy import Strategy
+from tests import factories
+from tests.test_study import results
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SIZES = {"phone": (390, 844), "screen": (1280, 900)}
+GIB = 2**30
+
+
+def trials() -> list[Trial]:
+    base, best = Strategy(micro_batch=32), Strategy(precision="bf16", micro_batch=8, accumulation=4, padding="buckets")
+    found = [
+        factories.trial(0, base, measurement=factories.measurement(5.0)),
+        factories.trial(1, best, measurement=factories.measurement(50.0, peak_memory_bytes=GIB // 2)),
+    ]
+    for number, size in enumerate((4, 16, 32), 2):
+        strategy = msgspec.structs.replace(best, micro_batch=size, accumulation=32 // size)
+        found.append(
+            factories.trial(
+                number, strategy, measurement=factories.measurement(45.0 - size / 2, peak_memory_bytes=size * GIB // 8)
+            )
+        )
+    found.append(
+        factories.trial(
+            5,
+            msgspec.structs.replace(best, attention="sdpa"),
+            measurement=None,
+            outcome="oom",
+            reason="killed <by> the kernel",
+        )
+    )
+    return found
+
+
+def profile() -> Profile:
+    plain = factories.profile()
+    shares = {"precision": Interval(ratio=1.9, low=1.7, high=2.1), "padding": Interval(ratio=1.4, low=1.2, high=1.7)}
+    return msgspec.structs.replace(plain, evidence=msgspec.structs.replace(plain.evidence, shares=shares))
+
+
+def pages() -> dict[str, str]:
+    return {
+        "search": search_page(profile(), Path("profiles/x/imdb.toml"), trials(), factories.hardware()),
+        "study": study_page(results(), Path("runs/study.json")),
+    }
+
+
+def test_a_page_names_what_to_use_first_and_escapes_what_it_is_told() -> None:
+    html = pages()["search"]
+    assert html.index("faster") < html.index("Every trial")
+    assert "killed &lt;by&gt; the kernel" in html
+    assert "<by>" not in html
+
+
+@pytest.mark.parametrize("kind", ["search", "study"])
+def test_a_page_refers_to_nothing_outside(kind: str) -> None:
+    html = pages()[kind]
+    for word in ("http://", "https://", "src=", "@import", "url("):
+        assert word not in html
+
+
+def test_a_profile_without_its_journal_is_a_page_too() -> None:
+    html = search_page(factories.profile(), Path("imdb.toml"), [], None)
+    assert "faster" in html
+    assert "Every trial" not in html
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.xdist_group("browser")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["search", "study"])
+def test_the_page_opens_without_a_complaint_and_fits(
+    kind: str, size: str, scheme: str, browser: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(pages()[kind], encoding="utf-8")
+    width, height = SIZES[size]
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    assert said == []
+    assert asked == [path.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    counts = page.evaluate(
+        "Array.from(document.querySelectorAll('figure')).map(f => f.querySelectorAll('.mark').length)"
+    )
+    measured = 5
+    laps = 4
+    expected = {
+        # the knobs' shares; every measured trial; laps of four finalists and the baseline; two by micro batch
+        "search": [2, measured, 5 * laps, 4, 4],
+        # memory and speed: three techniques at two sizes; time against memory; savings of two
+        "study": [6, 6, 3, 2],
+    }
+    assert counts == expected[kind]
+    page.locator(".mark").first.hover()
+    assert page.locator("#tip").inner_text()
+    assert float(page.evaluate("getComputedStyle(document.getElementById('tip')).opacity")) == 1
+    page.close()
+
+
+def test_the_six_plots_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from autotune.report.plots import study_plots
+
+    paths = study_plots(results(), tmp_path)
+    assert [path.name[0] for path in paths] == list("123456")
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 10_000
+
+
+def shown(renderable: object, capsys: pytest.CaptureFixture[str]) -> str:
+    console = stdout()
+    console.width = 120
+    console.print(renderable)
+    return capsys.readouterr().out
+
+
+def test_two_profiles_are_compared_knob_by_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    first = factories.profile()
+    second = msgspec.structs.replace(first, strategy=msgspec.structs.replace(first.strategy, precision="fp16"))
+    out = shown(compared_profiles(first, second, ("a.toml", "b.toml")), capsys)
+    (line,) = [line for line in out.splitlines() if line.startswith("precision")]
+    assert line.split() == ["precision", "bf16", "fp16", "differs"]
+    assert out.count("differs") == 1
+    assert "1.00x" in out
+
+
+def test_two_studies_are_compared_cell_by_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    first = results()
+    out = shown(compared_studies(first, first, ("a.json", "b.json")), capsys)
+    assert sum("1.00x" in line for line in out.splitlines()) == 6
+    other = msgspec.structs.replace(first, cells=())
+    assert "no cell in common" in shown(compared_studies(first, other, ("a", "b")), capsys)

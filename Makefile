@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 BUDGET ?= 5m
 ARGS   ?=
 
-.PHONY: search probe train test check bench-search clean
+.PHONY: search probe train study test check bench-search clean
 
 search: $(VENV)/.installed      ## probe this device, search imdb, save the profile under profiles/
 	$(BIN)/autotune search --model imdb --profiles profiles --budget $(BUDGET) $(ARGS)
@@ -16,6 +16,11 @@ probe: $(VENV)/.installed       ## what this device can do
 
 train: $(VENV)/.installed       ## train imdb with this device's profile
 	$(BIN)/autotune train --model imdb $(ARGS)
+
+# on two cores: the seeds' model, a quarter of their batch sizes and fewer steps; on a card: make study STUDY_ARGS=
+STUDY_ARGS ?= --batch-size 4 --batch-size 8 --batch-size 16 --steps 20
+study: $(VENV)/.report          ## the 18 runs of the memory study at a scale that fits, its table and plots
+	$(BIN)/autotune study --model lm --plots runs/plots --csv runs/study.csv $(STUDY_ARGS) $(ARGS)
 
 test: $(VENV)/.test             ## the whole suite
 	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
@@ -42,6 +47,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.report: $(VENV)/.installed
+	$(PIP) -e '.[report]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.installed

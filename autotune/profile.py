@@ -49,6 +49,9 @@ class Figures(Rates, frozen=True, kw_only=True):
 
     projected_s: float
     """The planned run: all epochs with their evaluations, warm-up and compilation counted."""
+    utilisation: float | None = None
+    """Model FLOP utilisation: the model's own operations a second, over those of the precision's matrix products as the
+    probe measured them; None where either is not known."""
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -55,6 +55,8 @@ class Step:
         self._is_channels_last = strategy.memory_format == "channels_last"
         self._scaler = torch.amp.GradScaler(device.type, enabled=strategy.precision == "fp16")
         self._uses_cuda_graphs = uses_cuda_graphs(strategy)
+        # a cast that is kept for a weight's next use is missing when that use is recomputed alone: shared weights
+        self._caches_casts = strategy.checkpoint != "selective"
 
     @property
     def loss_scale(self) -> float | None:
@@ -122,7 +124,7 @@ class Step:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
+        return torch.autocast(self._device.type, dtype=self._dtype, cache_enabled=self._caches_casts)
 
     def _on_device(self, micro: MicroBatch) -> MicroBatch:
         return micro._replace(

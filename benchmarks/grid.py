@@ -43,6 +43,24 @@ PRODUCTS: dict[tuple[str, str], tuple[dict[str, tuple[Any, ...]], ...]] = {
             "compile": ("default",),
         },
     ),
+    ("imdb", "cuda"): (
+        {
+            "micro_batch": (8, 16, 32),
+            "attention": ("eager", "sdpa", "sdpa_flash", "sdpa_efficient"),
+            "precision": ("fp32", "tf32", "bf16", "fp16"),
+            "padding": ("max", "longest", "buckets", "packed"),
+            "optimizer": ("default", "fused"),
+        },
+        {
+            "micro_batch": (16, 32),
+            "attention": ("eager", "sdpa", "sdpa_flash"),
+            "precision": ("tf32", "bf16"),
+            "padding": ("max", "buckets"),
+            "optimizer": ("fused",),
+            "compile": ("default", "reduce-overhead"),
+            "compile_scope": ("model", "blocks"),
+        },
+    ),
 }
 """By model and kind of device: the products of knob values that are recorded; knobs that are not named stay plain."""
 

@@ -62,6 +62,8 @@ def result() -> Result:
         num_rounds=5,
         proof=Proof(outcome="ok", loss_deviation=0.0031, soak_steps=50, peak_memory_bytes=600 * 2**20),
         was_interrupted=False,
+        flops_per_sample=1e9,
+        matmul_flops={"fp32": 100e9, "bf16": 500e9},
     )
 
 

@@ -205,6 +205,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(workload: Worklo
 
 NUM_STEPS = 60
 """Of both epochs."""
+NUM_KILLS = int(os.environ.get("AUTOTUNE_TEST_KILLS", "2"))
+"""Of one run; each costs some seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +246,7 @@ def test_a_run_that_is_killed_at_random_steps_ends_with_the_same_losses(
 ) -> None:
     generator = random.Random(seed)
     command = [sys.executable, "-m", "autotune", *train(tmp_path, script)]
-    for at_step in sorted(generator.sample(range(1, NUM_STEPS), 2)):
+    for at_step in sorted(generator.sample(range(1, NUM_STEPS), NUM_KILLS)):
         resumed = [*command, "--resume", str(tmp_path)] if num_saved(tmp_path) else command
         process = subprocess.Popen(resumed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while num_saved(tmp_path) < at_step and process.poll() is None:

@@ -119,6 +119,12 @@ def test_every_knob_trains_the_image_model_the_same(image_folder: Path, knobs: d
     assert losses(workload, **knobs) == pytest.approx(losses(workload), rel=1e-5)
 
 
+def test_shared_weights_are_recomputed_selectively_in_bf16(image_folder: Path) -> None:
+    workload = opened("cifar10", image_folder)
+    found = losses(workload, precision="bf16", checkpoint="selective")
+    assert found == pytest.approx(losses(workload, precision="bf16"), rel=1e-4)
+
+
 def test_windowed_attention_of_another_size_is_another_function(small_lm: Workload) -> None:
     found = [losses(small_lm, attention="window", window=size) for size in (16, 32)]
     assert found[0] != pytest.approx(found[1], rel=1e-6)

@@ -227,4 +227,4 @@ def _report(result: Result, device: Device, workload: Workload, path: Path) -> d
 def _figures(trial: Trial, result: Result) -> dict[str, Any]:
     from autotune.search.result import figures
 
-    return {"strategy": trial.strategy.to_dict(), **msgspec.to_builtins(figures(trial, result.planned))}
+    return {"strategy": trial.strategy.to_dict(), **msgspec.to_builtins(figures(trial, result))}

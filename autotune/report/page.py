@@ -41,6 +41,7 @@ STYLES
 .item i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; width: 100%; }
+table.wide { min-width: 44rem; }
 th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px;
@@ -90,7 +91,7 @@ def verdict(kicker: str, words: str, more: str) -> str:
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
     """Figures in boxes: the figure, and what it is."""
     boxes = "".join(
-        f'<div class="fact"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in pairs
+        f'<div class="fact"><b>{escape(figure)}</b><span>{escape(name)}</span></div>' for figure, name in pairs
     )
     return f'<div class="facts">{boxes}</div>'
 
@@ -126,4 +127,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequenc
     head = "".join(cell("th", place, words) for place, words in enumerate(header))
     lines = ("".join(cell("td", place, words) for place, words in enumerate(row)) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = ' class="wide"' if len(header) > 3 else ""
+    return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -12,7 +12,7 @@ from autotune.measurement import Trial
 from autotune.probe import Hardware
 from autotune.profile import Profile
 from autotune.report import charts, page
-from autotune.report.terminal import describe, interval_words, measured_words
+from autotune.report.terminal import describe, interval_words, measured_words, share_words
 from autotune.strategy import Strategy
 from autotune.units import format_bytes, format_duration, format_rate
 
@@ -41,7 +41,7 @@ def _body(profile: Profile, path: Path, trials: Sequence[Trial], hardware: Hardw
             (f"{format_bytes(base.peak_memory_bytes)} → {format_bytes(best.peak_memory_bytes)}", "peak memory"),
             (
                 f"{format_duration(base.projected_s)} → {format_duration(best.projected_s)}",
-                f"planned run, {workload.epochs} epochs",
+                f"planned run, {_epochs(workload.epochs)}",
             ),
             (format_duration(evidence.search_s), f"search, {evidence.num_trials} trials"),
         ]
@@ -63,6 +63,9 @@ def _body(profile: Profile, path: Path, trials: Sequence[Trial], hardware: Hardw
             page.paragraph("How many times longer it takes without it, all else as in the best; 95 % intervals."),
             page.charts(("", charts.bars(rows, "times longer without it"))),
         )
+    elif is_faster:
+        words = "Not measured in this search; autotune search --explain does, the best in turns without each of its knobs."
+        yield page.section("What each knob brings", page.paragraph(words))
     if profile.front:
         yield page.section(
             "What there is to choose from",
@@ -116,10 +119,14 @@ def _how_sure(profile: Profile) -> str:
     if evidence.num_rounds:
         parts.append(f"measured in {evidence.num_rounds} rounds in turns with it")
     if evidence.loss_deviation is not None:
-        parts.append(f"first losses within {evidence.loss_deviation:.2%} of it on the same batches")
+        parts.append(f"first losses within {share_words(evidence.loss_deviation)} of it on the same batches")
     if evidence.soak_steps:
         parts.append(f"{evidence.soak_steps} steps lasted, the longest samples in a row first")
     return "; ".join(parts) + "."
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' if count != 1 else ''}"
 
 
 def _changes(profile: Profile) -> Iterator[tuple[str, tuple[object, object]]]:
@@ -212,7 +219,7 @@ def _provenance(profile: Profile, path: Path) -> Iterator[str]:
             ("workload", f"{workload.name}: {workload.source}; global batch {workload.global_batch}"),
             (
                 "planned run",
-                f"{workload.epochs} epochs of {workload.num_train:,} samples, evaluated on {workload.num_test:,}",
+                f"{_epochs(workload.epochs)} of {workload.num_train:,} samples, evaluated on {workload.num_test:,}",
             ),
             ("baseline", describe(evidence.baseline_strategy)),
             ("objective", evidence.objective),

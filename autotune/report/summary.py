@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autotune.report.terminal import describe, interval_words
+from autotune.report.terminal import describe, interval_words, share_words
 from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
 from autotune.search.result import Result
@@ -52,6 +52,8 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
             f"{best.joules_per_sample:.3g} J/sample",
             _change(base.joules_per_sample, best.joules_per_sample, "less energy", "more energy"),
         )
+    if (used := result.utilisation(result.baseline)) is not None and (more := result.utilisation(result.best)):
+        table.add_row("of the matmul rate", f"{used:.1%}", f"{more:.1%}", "model FLOP utilisation")
     table.add_row("waiting for data", f"{base.loader_wait:.1%}", f"{best.loader_wait:.1%}", "")
     cached = "" if result.warm_up_cached_s is None else f"{format_duration(result.warm_up_cached_s)} once compiled"
     table.add_row("warm-up", format_duration(base.warm_up_s), format_duration(best.warm_up_s), cached)
@@ -186,7 +188,7 @@ def _proof_words(result: Result) -> str:
     compared = f"Losses not compared, the baseline did not train these batches ({proof.not_compared}); "
     if proof.loss_deviation is not None:
         how = "Approximate: first losses" if result.best.strategy.is_approximate else "First losses"
-        compared = f"{how} within {proof.loss_deviation:.2%} of the fp32 baseline's on the same batches; "
+        compared = f"{how} within {share_words(proof.loss_deviation)} of the fp32 baseline's on the same batches; "
     return f" {compared}{proof.soak_steps} steps lasted, the longest samples in a row first."
 
 

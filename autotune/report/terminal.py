@@ -219,6 +219,11 @@ def interval_words(interval: Interval) -> str:
     return f"{interval.ratio:.2f}x (95 % interval {interval.low:.2f} to {interval.high:.2f})"
 
 
+def share_words(share: float) -> str:
+    """A small share in percent: ``0.31%``, ``less than 0.01%``."""
+    return "less than 0.01%" if share < 1e-4 else f"{share:.2%}"
+
+
 def epoch_table(epochs: list[Epoch]) -> Table:
     """The training's record, a row an epoch."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

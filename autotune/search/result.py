@@ -8,11 +8,12 @@ import msgspec
 
 from autotune import __version__
 from autotune.backends.base import Device
-from autotune.measurement import Interval, Trial
+from autotune.measurement import Interval, Rates, Trial
 from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledChoice, ProfiledDevice, ProfiledWorkload
 from autotune.search.explain import Share
 from autotune.search.objective import Objective, PlannedRun
 from autotune.search.proof import Proof
+from autotune.strategy import Precision
 from autotune.workloads.base import Workload
 
 
@@ -51,6 +52,17 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What was found for each aim, where there are several; the best is the first."""
     is_settled: bool = False
     """Whether the trials ended because no other was expected to save more than it takes."""
+    flops_per_sample: float | None = None
+    """What training a sample takes by the model's own arithmetic; None where it could not be counted."""
+    matmul_flops: dict[Precision, float] = {}
+    """The device's rate of matrix products, by precision, as far as the probe measured it."""
+
+    def utilisation(self, trial: Trial) -> float | None:
+        """Model FLOP utilisation of a finished trial; None where what it takes is not known."""
+        rate = self.matmul_flops.get(trial.strategy.precision)
+        if self.flops_per_sample is None or rate is None or trial.measurement is None:
+            return None
+        return trial.measurement.samples_per_s * self.flops_per_sample / rate
 
 
 def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
@@ -81,7 +93,7 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
             ProfiledChoice(
                 name=choice.name,
                 strategy=choice.trial.strategy,
-                figures=figures(choice.trial, result.planned),
+                figures=figures(choice.trial, result),
                 speedup=choice.speedup,
                 num_rounds=choice.num_rounds,
                 soak_steps=choice.proof.soak_steps if choice.proof else 0,
@@ -101,14 +113,17 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
             loss_deviation=result.proof.loss_deviation if result.proof else None,
             baseline_strategy=result.baseline.strategy,
             shares={share.knob: share.ratio for share in result.shares if share.ratio and share.num_rounds},
-            baseline=figures(result.baseline, result.planned),
-            best=figures(result.best, result.planned),
+            baseline=figures(result.baseline, result),
+            best=figures(result.best, result),
         ),
     )
 
 
-def figures(trial: Trial, planned: PlannedRun) -> Figures:
+def figures(trial: Trial, result: Result) -> Figures:
     """A finished trial's figures, with the planned run's projection. The trial must have a measurement."""
     assert trial.measurement is not None
-    shared = {name: getattr(trial.measurement, name) for name in Figures.__struct_fields__ if name != "projected_s"}
-    return Figures(**shared, projected_s=planned.projected_s(trial.measurement))
+    return Figures(
+        **{name: getattr(trial.measurement, name) for name in Rates.__struct_fields__},
+        projected_s=result.planned.projected_s(trial.measurement),
+        utilisation=result.utilisation(trial),
+    )

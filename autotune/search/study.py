@@ -347,6 +347,8 @@ class _Search:
             was_interrupted=self.was_interrupted,
             shares=self.shares if best.strategy in self.explained else self.history.estimated_shares(best.strategy),
             is_settled=self.trials.is_settled,
+            flops_per_sample=self.task.flops_per_sample,
+            matmul_flops=self.task.matmul_flops,
         )
 
     def _speedup(self, trial: Trial) -> Interval:

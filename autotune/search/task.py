@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from autotune import __version__
 from autotune.backends.base import Backend
+from autotune.flops import flops_per_sample, matmul_capability
 from autotune.measurement import Measurement
 from autotune.probe import Hardware
 from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
 from autotune.search.settings import Settings
 from autotune.search.space import Space, build_space
-from autotune.strategy import SPARSE, Strategy
+from autotune.strategy import SPARSE, Precision, Strategy
 from autotune.trial.worker import Job
 from autotune.workloads.base import Workload, WorkloadRef
 
@@ -88,6 +89,17 @@ class Task:
         if budget_bytes is None:
             return self.machine_limit_bytes
         return int(LONG_RUN_SHARE * budget_bytes) if self.backend.is_host_memory else budget_bytes
+
+    @functools.cached_property
+    def flops_per_sample(self) -> float | None:
+        """What training a sample takes by the model's own arithmetic; None where it could not be counted."""
+        return flops_per_sample(self.workload)
+
+    @functools.cached_property
+    def matmul_flops(self) -> dict[Precision, float]:
+        """The device's rate of matrix products, by precision, as far as the probe measured it."""
+        found = {p: self.hardware.capability(matmul_capability(p)).measured for p in get_args(Precision)}
+        return {p: 1e9 * measured["gflop_per_s"] for p, measured in found.items() if "gflop_per_s" in measured}
 
     @property
     def context_bytes(self) -> int:

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# The whole list of what is to be shown on a card, unattended: tests, probe, searches, a recorded grid, the study, memory
+# that runs out, accuracy. Every step's output is in $OUT when it ends; what is done is not done again, so that the same
+# command goes on after a cut.
+#
+#   OUT=evidence scripts/gpu_evidence.sh                     all of it, about half an hour on an H100
+#   OUT=evidence STEPS="probe search-imdb" scripts/gpu_evidence.sh
+#   OUT=rehearsal REHEARSE=1 DEVICE=cpu scripts/gpu_evidence.sh   every step in small, to see that it runs
+#
+# OUT        folder for results (evidence)            DEVICE    cuda, or cpu to rehearse
+# STEPS      which, in their order (all)              REVIEWS   a folder with the real reviews, for the accuracy
+# SEARCH_S   for each search (300)                    EPOCHS    of the accuracy runs (5)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-evidence}
+DEVICE=${DEVICE:-cuda}
+PYTHON=${PYTHON:-python3}
+REHEARSE=${REHEARSE:-}
+SEARCH_S=${SEARCH_S:-300}
+EPOCHS=${EPOCHS:-5}
+REVIEWS=${REVIEWS:-}
+ALL="versions tests probe search-imdb search-lm search-cifar10 study grid replay budget too-big accuracy-none accuracy-best"
+STEPS=${STEPS:-$ALL}
+mkdir -p "$OUT/done"
+export AUTOTUNE_CACHE=${AUTOTUNE_CACHE:-$OUT/cache}
+PROFILES=$OUT/profiles
+autotune() { "$PYTHON" -m autotune "$@"; }
+
+# small: a rehearsal's sizes
+search_args=(--budget "${SEARCH_S}s" --explain)
+study_args=(--max-batch)
+train_args=(--epochs "$EPOCHS")
+grid_minutes=8
+replay_args=(--seeds 100)
+test_args=(-m gpu tests/gpu tests/backends)
+if [ -n "$REHEARSE" ]; then
+    search_args=(--trials 2 --limit 256 --epochs 1)
+    study_args=(--steps 2 --batch-size 2 --batch-size 4 --limit 64)
+    train_args=(--epochs 1 --limit 64)
+    grid_minutes=0.5
+    replay_args=(--seeds 2 --methods autotune,random)
+    test_args=(tests/backends)
+fi
+[ -n "$REVIEWS" ] && train_args+=(--data "$REVIEWS")
+
+step() {  # what one step runs; its output is its evidence
+    case $1 in
+    versions)
+        nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv 2> /dev/null || echo "no nvidia-smi"
+        "$PYTHON" -c "import platform, torch; print(platform.python_version(), torch.__version__, torch.version.cuda)"
+        git rev-parse HEAD 2> /dev/null || true
+        ;;
+    tests) "$PYTHON" -m pytest -q -p no:cacheprovider "${test_args[@]}" ;;
+    probe) autotune probe --device "$DEVICE" --refresh ;;
+    search-*)
+        autotune search --model "${1#search-}" --device "$DEVICE" --profiles "$PROFILES" "${search_args[@]}" &&
+            autotune report "${1#search-}" --device "$DEVICE" --profiles "$PROFILES" -o "$OUT/$1.html"
+        ;;
+    study)
+        autotune study --model lm --device "$DEVICE" --output "$OUT/study.json" --csv "$OUT/study.csv" "${study_args[@]}" &&
+            autotune report "$OUT/study.json" -o "$OUT/study.html"
+        ;;
+    grid) "$PYTHON" -m benchmarks.record --model imdb --device "$DEVICE" --minutes "$grid_minutes" ;;
+    replay) "$PYTHON" -m benchmarks.replay "${replay_args[@]}" ;;
+    budget)  # real out-of-memory: the search goes on, and ends within its budget
+        autotune search --model imdb --device "$DEVICE" --profiles "$OUT/budget" --memory-budget 2GiB --fresh \
+            "${search_args[@]}"
+        ;;
+    too-big)  # a batch that no card holds: a row with its reason, the smaller ones measured
+        autotune study --study precision --model lm --device "$DEVICE" --output "$OUT/too-big.json" --steps 2 \
+            --only fp32 --limit 65536 --batch-size 8 --batch-size "${TOO_BIG:-4096}"
+        ;;
+    accuracy-none)
+        autotune train --model imdb --device "$DEVICE" --profile none --run "$OUT/$1" "${train_args[@]}"
+        ;;
+    accuracy-best)
+        autotune train --model imdb --device "$DEVICE" --profiles "$PROFILES" --run "$OUT/$1" "${train_args[@]}"
+        ;;
+    *) echo "there is no step $1; there are $ALL" && return 2 ;;
+    esac
+}
+
+failed=0
+for name in $STEPS; do
+    [ -e "$OUT/done/$name" ] && echo "$name: done before" && continue
+    start=$SECONDS
+    if step "$name" > "$OUT/$name.txt" 2> "$OUT/$name.err"; then
+        touch "$OUT/done/$name"
+        echo "$name: ok, $((SECONDS - start)) s"
+    else
+        status=$?
+        failed=1
+        echo "$name: status $status, $((SECONDS - start)) s: $(tail -n 1 "$OUT/$name.err" | cut -c1-200)"
+    fi
+done
+exit $failed

@@ -165,10 +165,10 @@ class Run:
             )
         return self.workload.split(batch, self.strategy)
 
-    def evaluation_plan(self) -> list[PlannedBatch]:
-        """The test set in micro batches."""
+    def evaluation_plan(self, num_samples: int | None = None) -> list[PlannedBatch]:
+        """The test set in micro batches; with a number, its first so many samples, however they are batched."""
         return plan_evaluation(
-            self.workload.test.lengths,
+            self.workload.test.lengths[:num_samples],
             micro_batch=self.strategy.micro_batch,
             padding=self.strategy.padding,
             max_tokens=self.workload.max_tokens,

@@ -18,11 +18,23 @@ CHECKPOINT_FILE, BEST_FILE = "checkpoint.pt", "best.pt"
 """What to go on from; the weights of the epoch with the lowest test loss."""
 
 
+class Told(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command was told, for the one that goes on."""
+
+    data: str | None
+    limit: int | None
+    profile: str | None
+    """The profile's file; None where none was trained with."""
+
+
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """All that the losses depend on but the machine."""
 
     workload: str
+    num_parameters: int
     source: str
+    content: str
+    """The prepared data's folder, whose name is made from what is in it."""
     num_train: int
     recipe: Recipe
     num_epochs: int
@@ -30,10 +42,10 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
 
 
-def write_checkpoint(path: Path, identity: Identity, state: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, identity: Identity, told: Told, state: dict[str, Any]) -> None:
     """Writes the state. Raises AutotuneError where the disk does not take it; an old one is then still there."""
-    whole = {"format": FORMAT, "identity": msgspec.to_builtins(identity), **state}
-    write_tensors(path, whole)
+    words = {"identity": msgspec.to_builtins(identity), "told": msgspec.to_builtins(told)}
+    write_tensors(path, {"format": FORMAT, **words, **state})
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -45,15 +57,16 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
         raise AutotuneError(f"checkpoint {path} cannot be written: {reason}") from exc
 
 
-def read_checkpoint(path: Path) -> tuple[Identity, dict[str, Any]]:
-    """Whose it is, and the state. Raises AutotuneError for a file that is none."""
+def read_checkpoint(path: Path) -> tuple[Identity, Told, dict[str, Any]]:
+    """Whose it is, what its command was told, and the state. Raises AutotuneError for a file that is none."""
     if path.is_dir():
         path = path / CHECKPOINT_FILE
     try:
         whole = torch.load(path, map_location="cpu", weights_only=True)
         if whole.pop("format") != FORMAT:
             raise AutotuneError(f"checkpoint {path} is of another autotune; train anew")
-        return msgspec.convert(whole.pop("identity"), Identity), whole
+        identity = msgspec.convert(whole.pop("identity"), Identity)
+        return identity, msgspec.convert(whole.pop("told"), Told), whole
     except FileNotFoundError:
         raise AutotuneError(
             f"there is no checkpoint {path}; --resume takes a run's folder, such as runs/imdb-..."
@@ -66,7 +79,7 @@ def read_checkpoint(path: Path) -> tuple[Identity, dict[str, Any]]:
 
 def newest_checkpoint(folder: Path, stem: str) -> Path:
     """The run of a workload that was saved last. Raises AutotuneError where there is none."""
-    found = list(folder.glob(f"{stem}-*/{CHECKPOINT_FILE}"))
+    found = list(folder.glob(f"{stem}-[0-9]*-[0-9]*/{CHECKPOINT_FILE}"))
     if not found:
         raise AutotuneError(f"there is no run of {stem} in {folder} to resume; --resume takes a run's folder")
     return max(found, key=lambda path: path.stat().st_mtime)

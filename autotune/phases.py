@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,9 @@ from autotune.step import Phase
 
 
 class Trained(msgspec.Struct, frozen=True, kw_only=True):
-    """What some steps of training took, and what came of them. Times are medians over the steps but the first."""
+    """What some steps of training took, and what came of them. Times are medians over the steps but the first.
+
+    A step begins with waiting for its batch."""
 
     num_steps: int
     step_ms: float
@@ -23,7 +26,7 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
     backward_ms: float
     update_ms: float
     samples_per_s: float
-    """Real samples over all steps but the first."""
+    """Real samples of a step over the median step."""
     forward_bytes: int
     """Peak memory up to the end of the first forward pass: what the backward pass needs is kept by then."""
     backward_bytes: int
@@ -40,9 +43,9 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def train_some(run: Run, num_steps: int, num_eval: int, on_step: Callable[[int], None] = lambda _: None) -> Trained:
-    """Takes the recipe's first ``num_steps`` steps, then evaluates at most ``num_eval`` micro batches.
+    """Takes the recipe's first ``num_steps`` steps, then evaluates the first ``num_eval`` test samples.
 
-    Raises whatever the run raises, FloatingPointError where a loss is no number.
+    Raises whatever the run raises, FloatingPointError where a loss is no number, the test loss included.
     """
     backend = run.backend
     seconds: dict[Phase, list[float]] = {"forward": [], "backward": [], "update": []}
@@ -64,10 +67,10 @@ def train_some(run: Run, num_steps: int, num_eval: int, on_step: Callable[[int],
     losses: list[float] = []
     steps: list[float] = []
     num_samples = 0
+    start = time.perf_counter()
     for batch in itertools.islice(_batches(run), num_steps):
-        backend.synchronize()
         spent.clear()
-        start = last = time.perf_counter()
+        last = time.perf_counter()
         loss = float(run.step(batch))
         backend.synchronize()
         steps.append(time.perf_counter() - start)
@@ -76,20 +79,22 @@ def train_some(run: Run, num_steps: int, num_eval: int, on_step: Callable[[int],
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} at step {len(losses) + 1}")
         losses.append(loss)
-        num_samples += sum(micro.num_samples for micro in batch) if len(losses) > 1 or num_steps == 1 else 0
+        num_samples += sum(micro.num_samples for micro in batch)
         on_step(len(losses))
+        start = time.perf_counter()
     run.step.on_phase = None
-    plan = run.evaluation_plan()[:num_eval]
-    test_loss, accuracy = run.evaluate(run.evaluation_batches(plan))
+    test_loss, accuracy = run.evaluate(run.evaluation_batches(run.evaluation_plan(num_eval)))
+    if not math.isfinite(test_loss):
+        raise FloatingPointError(f"test loss {test_loss} after {len(losses)} steps")
     timed = slice(1 if num_steps > 1 else 0, None)
     last_quarter = losses[-max(1, len(losses) // 4) :]
     return Trained(
         num_steps=len(losses),
-        step_ms=1000 * _median(steps[timed]),
-        forward_ms=1000 * _median(seconds["forward"][timed]),
-        backward_ms=1000 * _median(seconds["backward"][timed]),
-        update_ms=1000 * _median(seconds["update"][timed]),
-        samples_per_s=num_samples / sum(steps[timed]),
+        step_ms=1000 * statistics.median(steps[timed]),
+        forward_ms=1000 * statistics.median(seconds["forward"][timed]),
+        backward_ms=1000 * statistics.median(seconds["backward"][timed]),
+        update_ms=1000 * statistics.median(seconds["update"][timed]),
+        samples_per_s=num_samples / len(losses) / statistics.median(steps[timed]),
         forward_bytes=peaks["forward"],
         backward_bytes=peaks["backward"],
         peak_memory_bytes=backend.peak_memory_bytes(),
@@ -104,9 +109,3 @@ def train_some(run: Run, num_steps: int, num_eval: int, on_step: Callable[[int],
 def _batches(run: Run) -> Iterator[list[MicroBatch]]:
     while True:
         yield from run.loader
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

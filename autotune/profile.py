@@ -58,6 +58,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Why the strategy was chosen."""
 
     objective: str
+    search: str = ""
+    """Its name in the journal beside the profile, where its trials are until another search takes their place."""
     search_s: float
     num_trials: int
     versions: dict[str, str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,8 +85,7 @@ class Training:
         self.is_stopped = False
         self._patience = patience
         self._epoch_s = 0.0
-        self._losses: list[torch.Tensor] = []
-        self._norms: list[torch.Tensor] = []
+        self._losses, self._norms = _Series(), _Series()
         self._rates: list[float] = []
         self._random: dict[str, Any] | None = None
 
@@ -97,7 +96,11 @@ class Training:
     @property
     def steps(self) -> Steps:
         """Every step so far. Waits for the device."""
-        return Steps(losses=_numbers(self._losses), learning_rates=tuple(self._rates), grad_norms=_numbers(self._norms))
+        return Steps(
+            losses=tuple(self._losses.numbers()),
+            learning_rates=tuple(self._rates),
+            grad_norms=tuple(self._norms.numbers()),
+        )
 
     @property
     def is_best(self) -> bool:
@@ -131,7 +134,7 @@ class Training:
             if self.is_stopped:
                 return
             self.check_losses()
-            random, start = _random_state(), time.perf_counter()
+            random, start = self.run.backend.random_state(), time.perf_counter()
             on_evaluation(number)
             run = self.run
             batches = run.evaluation_batches(run.evaluation_plan())
@@ -152,7 +155,7 @@ class Training:
             "optimizer": run.optimizer.state_dict(),
             "scheduler": None if run.scheduler is None else _plain_state(run.scheduler.state_dict()),
             "scaler": run.step.scaler_state(),
-            "random": self._random or _random_state(),
+            "random": self._random or run.backend.random_state(),
             "epochs": msgspec.to_builtins(self.epochs),
             "step": self.step,
             "epoch_s": self._epoch_s,
@@ -161,24 +164,31 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from what ``state`` gave; the run must have been applied as that one was."""
+        """Goes on from what ``state`` gave; the run must have been applied as that one was.
+
+        Raises AutotuneError where the model or the optimizer is another.
+        """
         run = self.run
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        if run.scheduler is not None:
-            run.scheduler.load_state_dict(state["scheduler"])
-        run.step.load_scaler_state(state["scaler"])
+        try:
+            run.model.load_state_dict(state["model"])
+            run.optimizer.load_state_dict(state["optimizer"])
+            if run.scheduler is not None:
+                run.scheduler.load_state_dict(state["scheduler"])
+            run.step.load_scaler_state(state["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as exc:
+            raise AutotuneError(
+                f"the run cannot be gone on with, its model or optimizer was another: {str(exc).splitlines()[0]}"
+            ) from exc
         self.epochs = msgspec.convert(state["epochs"], list[Epoch])
         self.step, self._epoch_s, self.wall_s = state["step"], state["epoch_s"], state["wall_s"]
         steps = state["steps"]
-        self._losses = list(torch.tensor(steps["losses"]))
-        self._norms = list(torch.tensor(steps["grad_norms"]))
+        self._losses, self._norms = _Series(steps["losses"]), _Series(steps["grad_norms"])
         self._rates = list(steps["learning_rates"])
         self._random = state["random"]
 
     def check_losses(self) -> None:
         """Raises AutotuneError where a step's loss is no number. Waits for the device."""
-        losses = _numbers(self._losses)
+        losses = self._losses.numbers()
         bad = next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             in_epoch = bad - (len(losses) - self.step) + 1
@@ -210,13 +220,13 @@ class Training:
         that was before the state was taken."""
         run, random, self._random = self.run, self._random, None
         if random is not None and not self.step:
-            _set_random_state(random)
+            run.backend.set_random_state(random)
         epoch = number - 1
         plan = run.loader.plan(epoch)
         run.loader.epoch = number
         batches = run.loader.over(plan[self.step :], epoch)
         if random is not None and self.step:
-            _set_random_state(random)
+            run.backend.set_random_state(random)
         num_samples = sum(batch.num_samples for batch in plan[: self.step])
         start = time.perf_counter() - self._epoch_s
         for batch in batches:
@@ -235,8 +245,9 @@ class Training:
         self._epoch_s = time.perf_counter() - start
 
     def _end_epoch(self, test_loss: float, accuracy: float, eval_s: float) -> None:
-        losses, norms = _numbers(self._losses[-self.step :]), _numbers(self._norms[-self.step :])
-        workload = self.run.workload
+        losses, workload = self._losses.numbers()[-self.step :], self.run.workload
+        # where the loss scaler finds its scale, a step that it skips has a norm that is no number
+        norms = [norm for norm in self._norms.numbers()[-self.step :] if math.isfinite(norm)]
         self.epochs.append(
             Epoch(
                 epoch=len(self.epochs) + 1,
@@ -260,27 +271,29 @@ class Training:
             yield batch
 
 
+class _Series:
+    """Numbers that come as tensors on the device, which is waited for when they are asked for."""
+
+    def __init__(self, numbers: Sequence[float] = ()) -> None:
+        self._numbers = list(numbers)
+        self._pending: list[torch.Tensor] = []
+
+    def append(self, value: torch.Tensor) -> None:
+        self._pending.append(value)
+
+    def numbers(self) -> list[float]:
+        if self._pending:
+            self._numbers += torch.stack(self._pending).float().tolist()
+            self._pending.clear()
+        return self._numbers
+
+
 def write_metrics(metrics: Metrics, path: Path) -> None:
     """Writes the record as JSON, whole or not at all. Raises AutotuneError where it cannot be written."""
     try:
         replace_file(path, msgspec.json.format(msgspec.json.encode(metrics), indent=1) + b"\n")
     except OSError as exc:
         raise AutotuneError(f"metrics {path} cannot be written: {exc.strerror or exc}") from exc
-
-
-def _numbers(tensors: list[torch.Tensor]) -> tuple[float, ...]:
-    return tuple(torch.stack([tensor.float().cpu() for tensor in tensors]).tolist()) if tensors else ()
-
-
-def _random_state() -> dict[str, Any]:
-    on_cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": on_cards}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _plain_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,12 @@ class Backend(Protocol):
     def peak_memory_bytes(self) -> int:
         """Peak memory since start_memory_window, in bytes."""
 
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """The state of the random numbers that training on this device draws from, the host's among them."""
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Puts back what ``random_state`` gave."""
+
     def energy_j(self) -> float | None:
         """Joules that the device has drawn since some moment that stays the same; None where it has no counter."""
 

@@ -14,12 +14,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
 from autotune.backends.base import Device
 from autotune.strategy import SPARSE, Allocator, Attention, Compile, Precision
+
+if TYPE_CHECKING:
+    import torch
 
 name: str = "cpu"
 device_type: str = "cpu"
@@ -144,6 +147,20 @@ def peak_memory_bytes() -> int:
         with contextlib.suppress(psutil.Error):
             children_bytes += child.memory_full_info().uss
     return own_bytes + children_bytes
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of the random numbers that training draws from."""
+    import torch
+
+    return {"cpu": torch.get_rng_state()}
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Puts back what ``random_state`` gave."""
+    import torch
+
+    torch.set_rng_state(state["cpu"])
 
 
 def energy_j() -> None:

@@ -7,11 +7,14 @@ import functools
 import importlib.metadata
 import platform
 import warnings
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
 from autotune.strategy import Allocator, Attention, Compile, Precision
+
+if TYPE_CHECKING:
+    import torch
 
 name: str = "cuda"
 device_type: str = "cuda"
@@ -119,6 +122,21 @@ def peak_memory_bytes() -> int:
     import torch
 
     return torch.cuda.max_memory_reserved()
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of the random numbers that training draws from: the card's, and the host's."""
+    import torch
+
+    return {**cpu.random_state(), "cuda": torch.cuda.get_rng_state()}
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Puts back what ``random_state`` gave."""
+    import torch
+
+    cpu.set_random_state(state)
+    torch.cuda.set_rng_state(state["cuda"])
 
 
 def energy_j() -> float | None:

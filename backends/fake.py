@@ -40,6 +40,8 @@ limit_kernel_caches = cpu.limit_kernel_caches
 start_memory_window = cpu.start_memory_window
 peak_memory_bytes = cpu.peak_memory_bytes
 is_out_of_memory = cpu.is_out_of_memory
+random_state = cpu.random_state
+set_random_state = cpu.set_random_state
 
 
 def device() -> Device:

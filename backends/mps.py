@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import platform
 import threading
+from typing import TYPE_CHECKING
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
 from autotune.strategy import SPARSE, Allocator, Attention, Compile, Precision
+
+if TYPE_CHECKING:
+    import torch
 
 name: str = "mps"
 device_type: str = "mps"
@@ -95,6 +99,21 @@ def peak_memory_bytes() -> int:
         return 0
     _sampler.sample()
     return _sampler.peak_bytes
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of the random numbers that training draws from: the device's, and the host's."""
+    import torch
+
+    return {**cpu.random_state(), "mps": torch.mps.get_rng_state()}
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Puts back what ``random_state`` gave."""
+    import torch
+
+    cpu.set_random_state(state)
+    torch.mps.set_rng_state(state["mps"])
 
 
 def energy_j() -> None:

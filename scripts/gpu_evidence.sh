@@ -60,21 +60,27 @@ step() {  # what one step runs; its output is its evidence
         autotune study --model lm --device "$DEVICE" --output "$OUT/study.json" --csv "$OUT/study.csv" "${study_args[@]}" &&
             autotune report "$OUT/study.json" -o "$OUT/study.html"
         ;;
-    grid) "$PYTHON" -m benchmarks.record --model imdb --device "$DEVICE" --minutes "$grid_minutes" ;;
+    grid)
+        "$PYTHON" -m benchmarks.record --model imdb --device "$DEVICE" --minutes "$grid_minutes" &&
+            cp benchmarks/grids/imdb-"$DEVICE"-* "$OUT"/
+        ;;
     replay) "$PYTHON" -m benchmarks.replay "${replay_args[@]}" ;;
     budget)  # real out-of-memory: the search goes on, and ends within its budget
-        autotune search --model imdb --device "$DEVICE" --profiles "$OUT/budget" --memory-budget 2GiB --fresh \
+        autotune search --model imdb --device "$DEVICE" --profiles "$OUT/budget" --memory-budget 2GiB \
             "${search_args[@]}"
         ;;
     too-big)  # a batch that no card holds: a row with its reason, the smaller ones measured
         autotune study --study precision --model lm --device "$DEVICE" --output "$OUT/too-big.json" --steps 2 \
             --only fp32 --limit 65536 --batch-size 8 --batch-size "${TOO_BIG:-4096}"
         ;;
-    accuracy-none)
-        autotune train --model imdb --device "$DEVICE" --profile none --run "$OUT/$1" "${train_args[@]}"
-        ;;
-    accuracy-best)
-        autotune train --model imdb --device "$DEVICE" --profiles "$PROFILES" --run "$OUT/$1" "${train_args[@]}"
+    accuracy-*)
+        if [ -e "$OUT/$1/checkpoint.pt" ]; then
+            autotune train --model imdb --device "$DEVICE" --resume "$OUT/$1"
+        else
+            chosen=(--profiles "$PROFILES")
+            [ "$1" = accuracy-none ] && chosen=(--profile none)
+            autotune train --model imdb --device "$DEVICE" --run "$OUT/$1" "${chosen[@]}" "${train_args[@]}"
+        fi
         ;;
     *) echo "there is no step $1; there are $ALL" && return 2 ;;
     esac

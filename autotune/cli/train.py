@@ -61,11 +61,11 @@ RUNS = Path("runs")
 @click.option(
     "--resume",
     "resume",
-    type=click.Path(path_type=Path),
+    metavar="[FOLDER]",
     is_flag=False,
-    flag_value=Path(),
+    flag_value="",
     help="Go on with a run: its folder, or nothing for the one of this workload that was saved last. Its profile, "
-    "recipe, seed and epochs hold.",
+    "recipe, data, seed and epochs hold.",
 )
 @click.option(
     "--checkpoint-every",
@@ -81,7 +81,7 @@ RUNS = Path("runs")
 @click.option("--deterministic", is_flag=True, help="Only algorithms that give the same result every time.")
 @device_option
 @profiles_option
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, help="Default: 0.")
 def command(
     name: str,
     profile_name: str | None,
@@ -92,14 +92,14 @@ def command(
     limit: int | None,
     metrics: Path | None,
     folder: Path | None,
-    resume: Path | None,
+    resume: str | None,
     checkpoint_s: float,
     patience: int | None,
     tensorboard: bool,
     deterministic: bool,
     device_name: str | None,
     profiles: Path | None,
-    seed: int,
+    seed: int | None,
 ) -> int:
     """Train a workload with this device's profile: the same step that the search measured."""
     import msgspec
@@ -115,32 +115,38 @@ def command(
     label = wanted.label
     recipe = changed(workloads.get(name).RECIPE, changes)
     backend = find_backend(device_name)
-    saved = state = None
+    saved = told = state = None
     if resume is not None:
-        path = checkpoint.newest_checkpoint(RUNS, store.file_stem(label)) if resume == Path() else resume
-        saved, state = checkpoint.read_checkpoint(path)
+        if profile_name is not None or pick is not None:
+            raise UsageError("--resume goes on with the run's own profile; leave --profile and --pick out")
+        path = Path(resume) if resume else checkpoint.newest_checkpoint(RUNS, store.file_stem(label))
+        saved, told, state = checkpoint.read_checkpoint(path)
         folder = folder or (path if path.is_dir() else path.parent)
-        seed, recipe = saved.seed, saved.recipe if not changes else recipe
-    found = _profile(backend.device(), wanted, profile_name, pick, profiles, is_needed=saved is None)
-    profile, profile_path = found
+        seed, recipe = saved.seed if seed is None else seed, saved.recipe if not changes else recipe
+        data, limit = data or (Path(told.data) if told.data else None), limit or told.limit
+        profile, profile_words = _resumed_profile(told.profile), told.profile
+    else:
+        profile, profile_path = _profile(backend.device(), wanted, profile_name, pick, profiles)
+        profile_words = None if profile_name == "none" or profile_path is None else str(profile_path)
+    seed = seed or 0
     if folder is None:
         folder = RUNS / f"{store.file_stem(label)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if saved is None and (folder / checkpoint.CHECKPOINT_FILE).exists():
+        raise UsageError(f"{folder} has a run's checkpoint already; go on with it (--resume {folder}), or move it")
     metrics = metrics or folder / "metrics.json"
     store.check_writable(metrics, "--metrics")
     store.check_writable(folder / checkpoint.CHECKPOINT_FILE, "--run")
-    log = _tensorboard(folder) if tensorboard else None
 
-    _, workload = prepare(name, data, limit)
+    ref, workload = prepare(name, data, limit)
     workload = workload.with_recipe(recipe)
-    if saved is not None:
-        strategy = saved.strategy
-    else:
-        strategy = _strategy(name, profile_name, profile, workload.baseline)
-        strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
+    strategy = saved.strategy if saved is not None else _strategy(name, profile_name, profile, workload.baseline)
+    strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
     num_epochs = epochs or (saved.num_epochs if saved is not None else recipe.epochs)
     identity = checkpoint.Identity(
         workload=workload.name,
+        num_parameters=workload.num_parameters,
         source=workload.source,
+        content=Path(ref.folder).name,
         num_train=workload.num_train,
         recipe=recipe,
         num_epochs=num_epochs,
@@ -149,6 +155,7 @@ def command(
     )
     if saved is not None and (reason := checkpoint.difference(saved, identity)) is not None:
         raise UsageError(f"the run cannot be gone on with: {reason}; start a new one, or name what it had")
+    told = checkpoint.Told(data=str(data.resolve()) if data else None, limit=limit, profile=profile_words)
     projected_s = _projected_s(profile, strategy, workload.num_train, workload.num_test, num_epochs)
     steps_per_epoch = -(-workload.num_train // recipe.global_batch)
     backend.start_memory_window()
@@ -157,16 +164,16 @@ def command(
     if state is not None:
         training.restore(state)
         del state
-    profile_words = None if profile_name == "none" or profile_path is None else str(profile_path)
+    log = _tensorboard(folder, training) if tensorboard else None
     last_saved = time.monotonic()
 
     def save() -> None:
         nonlocal last_saved
         training.check_losses()
-        checkpoint.write_checkpoint(folder / checkpoint.CHECKPOINT_FILE, identity, training.state())
+        checkpoint.write_checkpoint(folder / checkpoint.CHECKPOINT_FILE, identity, told, training.state())
         write_metrics(training.metrics(profile=profile_words, projected_s=projected_s, seed=seed), metrics)
         if log is not None:
-            log(training)
+            log()
         last_saved = time.monotonic()
 
     title = f"autotune train · {label} · {describe(strategy)} · {workload.source}"
@@ -200,10 +207,11 @@ def command(
     console.print(
         f"{format_duration(training.wall_s)}{projection}; {peak}; metrics in {metrics}", markup=False, soft_wrap=True
     )
-    if training.epochs:
+    is_done = len(training.epochs) == num_epochs or training.has_converged
+    if (folder / checkpoint.BEST_FILE).is_file() and training.epochs:
         best = min(training.epochs, key=lambda epoch: epoch.test_loss).epoch
         console.print(f"weights of epoch {best} in {folder / checkpoint.BEST_FILE}", markup=False, soft_wrap=True)
-    if training.is_stopped:
+    if not is_done:
         click.echo(f"interrupted in epoch {len(training.epochs) + 1} of {num_epochs}; to go on: ", err=True, nl=False)
         click.echo(f"autotune train --model {name} --resume {folder}", err=True)
         return 130
@@ -240,8 +248,6 @@ def _profile(
     profile_name: str | None,
     pick: str | None,
     profiles: Path | None,
-    *,
-    is_needed: bool,
 ) -> tuple[Profile | None, Path | None]:
     """The profile to train with, and its file. Without a profile's settings its projection is a courtesy, and a broken
     one no obstacle."""
@@ -254,14 +260,14 @@ def _profile(
         path = Path(profile_name)
         found = store.read_for(path, device, wanted), path
     else:
-        with contextlib.suppress(*([] if is_needed and profile_name is None else [AutotuneError])):
+        with contextlib.suppress(*([] if profile_name is None else [AutotuneError])):
             found = store.find_profile(device, wanted, profiles) or found
     profile, path_found = found
     if profile is None and pick is not None:
         raise UsageError(
             f"--pick chooses from a profile; make one: autotune search --model {wanted.name} --objective pareto"
         )
-    if profile is None and profile_name is None and is_needed:
+    if profile is None and profile_name is None:
         click.echo(
             f"No profile for {wanted.name} on this device, safe defaults are used; make one: ", err=True, nl=False
         )
@@ -269,6 +275,15 @@ def _profile(
     if pick is not None and profile is not None:
         profile = profile.pick(pick)
     return profile, path_found
+
+
+def _resumed_profile(words: str | None) -> Profile | None:
+    """The profile that a run began with, for its projection, where it is still there."""
+    from autotune.profile import read_profile
+
+    with contextlib.suppress(AutotuneError):
+        return None if words is None else read_profile(Path(words))
+    return None
 
 
 def _strategy(name: str, profile_name: str | None, profile: Profile | None, baseline: Strategy) -> Strategy:
@@ -300,16 +315,17 @@ def _stopped_by_ctrl_c(training: Training, say: Callable[[str], None]) -> Iterat
         signal.signal(signal.SIGINT, before)
 
 
-def _tensorboard(folder: Path) -> Callable[[Training], None]:
-    """Writes what was not yet written. Raises UsageError where TensorBoard is not installed."""
+def _tensorboard(folder: Path, training: Training) -> Callable[[], None]:
+    """Writes what was not yet written; what a resumed training brings was written before. Raises UsageError where
+    TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("--tensorboard needs tensorboard: pip install 'autotune-torch[tensorboard]'") from None
     writer: Any = None
-    done = {"step": 0, "epoch": 0}
+    done = {"step": len(training.steps.losses), "epoch": len(training.epochs)}
 
-    def log(training: Training) -> None:
+    def log() -> None:
         nonlocal writer
         steps = training.steps
         if writer is None:

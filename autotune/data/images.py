@@ -48,17 +48,20 @@ class ImageSet(NamedTuple):
 
 
 class Images:
-    """Images and their classes; the training split as an epoch sees it, moved and mirrored by chance."""
+    """Images and their classes, all or those ``chosen``; the training split as an epoch sees it, moved and mirrored by
+    chance."""
 
-    def __init__(self, pixels_NHWC: Pixels, labels: Indices, limit: int | None = None) -> None:
+    def __init__(self, pixels_NHWC: Pixels, labels: Indices, chosen: Indices | None = None) -> None:
         self._pixels = pixels_NHWC
-        self.labels = labels if limit is None else labels[:limit]
+        self._chosen: Indices = np.arange(len(labels)) if chosen is None else chosen
+        self._all_labels = labels
+        self.labels: Indices = np.asarray(labels)[self._chosen]
         self.lengths: Indices = np.ones(len(self.labels), dtype=np.int64)
         self._shifts: NDArray[np.int8] | None = None
 
     def augmented(self, seed: int) -> Images:
         """The same images, each moved and mirrored as the seed says, whatever batch it comes in."""
-        found = Images(self._pixels, self.labels)
+        found = Images(self._pixels, self._all_labels, self._chosen)
         rng = np.random.default_rng(seed)
         moves = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(self.labels), 2), dtype=np.int8)
         mirrored = rng.integers(0, 2, (len(self.labels), 1), dtype=np.int8)
@@ -67,7 +70,7 @@ class Images:
 
     def pixels(self, index: int) -> Pixels:
         """One image, [H, W, C]; what is moved in from outside is black."""
-        image: Pixels = self._pixels[index]
+        image: Pixels = self._pixels[self._chosen[index]]
         if self._shifts is None:
             return image
         down, right, is_mirrored = self._shifts[index].tolist()
@@ -159,7 +162,8 @@ def prepared_images(images: ImageSet, cache_dir: Path) -> Path:
 
 
 def load_images(folder: Path, limit: int | None = None) -> tuple[Images, Images]:
-    """Both splits, memory-mapped. Raises AutotuneError for a folder that has none."""
+    """Both splits, memory-mapped, at most ``limit`` of each drawn by a seed. Raises AutotuneError for a folder that has
+    none."""
     try:
         parts = [
             [np.load(folder / f"{split}_{part}.npy", mmap_mode="r") for part in ("pixels", "labels")]
@@ -167,8 +171,12 @@ def load_images(folder: Path, limit: int | None = None) -> tuple[Images, Images]
         ]
     except (OSError, ValueError, EOFError) as exc:
         raise AutotuneError(f"{folder} holds no prepared images ({exc}); delete it to have them made again") from exc
-    train, test = (Images(pixels, labels, limit) for pixels, labels in parts)
+    train, test = (Images(pixels, labels, _drawn(len(labels), limit)) for pixels, labels in parts)
     return train, test
+
+
+def _drawn(count: int, limit: int | None, seed: int = 0) -> Indices | None:
+    return None if limit is None else np.random.default_rng(seed).permutation(count)[:limit].astype(np.int64)
 
 
 def _patterns() -> NDArray[np.float32]:

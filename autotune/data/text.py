@@ -59,16 +59,22 @@ class TextSet(NamedTuple):
 
 
 class Windows:
-    """A text's token ids in samples of T tokens, each with the token that follows each."""
+    """A text's token ids in samples of T tokens, each with the token that follows each; at most ``limit``, drawn once
+    and for all by a seed. Raises AutotuneError for a text that is too short for one."""
 
-    def __init__(self, tokens: NDArray[np.uint16], num_tokens: int, limit: int | None = None) -> None:
+    def __init__(self, tokens: NDArray[np.uint16], num_tokens: int, limit: int | None = None, seed: int = 0) -> None:
+        count = (len(tokens) - 1) // num_tokens
+        if count < 1:
+            raise AutotuneError(
+                f"a part of the text has {len(tokens):,} tokens, and a sample takes {num_tokens + 1:,}; give more text"
+            )
         self._tokens, self._num_tokens = tokens, num_tokens
-        count = max(0, (len(tokens) - 1) // num_tokens)
-        self.lengths: Indices = np.full(count if limit is None else min(count, limit), num_tokens, dtype=np.int64)
+        self._chosen = np.arange(count) if limit is None else np.random.default_rng(seed).permutation(count)[:limit]
+        self.lengths: Indices = np.full(len(self._chosen), num_tokens, dtype=np.int64)
 
     def ids(self, index: int) -> NDArray[np.uint16]:
         """A sample's tokens and the one after them, [T + 1]."""
-        start = index * self._num_tokens
+        start = int(self._chosen[index]) * self._num_tokens
         return self._tokens[start : start + self._num_tokens + 1]
 
 
@@ -230,6 +236,8 @@ def _own_tokenizer(path: Path) -> Tokenizer:
         found: Tokenizer = Tokenizer.from_file(str(path))
     except Exception as exc:
         raise AutotuneError(f"{path} is no tokenizer of Hugging Face's: {exc}; mend it, or take it away") from exc
+    found.no_truncation()  # which files from elsewhere may ask for, as they do for padding
+    found.no_padding()
     return found
 
 

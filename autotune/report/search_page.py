@@ -12,7 +12,7 @@ from autotune.measurement import Trial
 from autotune.probe import Hardware
 from autotune.profile import Profile
 from autotune.report import charts, page
-from autotune.report.terminal import describe, interval_words, measured_words, share_words
+from autotune.report.terminal import describe, faster_words, interval_words, measured_words, share_words
 from autotune.strategy import Strategy
 from autotune.units import format_bytes, format_duration, format_rate
 
@@ -28,11 +28,11 @@ def search_page(profile: Profile, path: Path, trials: Sequence[Trial], hardware:
 def _body(profile: Profile, path: Path, trials: Sequence[Trial], hardware: Hardware | None) -> Iterator[str]:
     evidence, workload = profile.evidence, profile.workload
     base, best, speedup = evidence.baseline, evidence.best, evidence.speedup
-    is_faster = profile.strategy != evidence.baseline_strategy
-    words = f"Use <b>{escape(describe(profile.strategy))}</b>: {speedup.ratio:.2f}x faster"
+    is_changed = profile.strategy != evidence.baseline_strategy
+    words = f"Use <b>{escape(describe(profile.strategy))}</b>: {faster_words(speedup.ratio)}"
     yield page.verdict(
         f"autotune search · {workload.name} · {profile.device.name}",
-        words if is_faster else "Nothing is faster than the plain baseline",
+        words if is_changed else "Nothing is better than the plain baseline",
         _how_sure(profile),
     )
     yield page.facts(
@@ -63,8 +63,8 @@ def _body(profile: Profile, path: Path, trials: Sequence[Trial], hardware: Hardw
             page.paragraph("How many times longer it takes without it, all else as in the best; 95 % intervals."),
             page.charts(("", charts.bars(rows, "times longer without it"))),
         )
-    elif is_faster:
-        words = "Not measured in this search; autotune search --explain does, the best in turns without each of its knobs."
+    elif is_changed:
+        words = "Not measured in this search; autotune search --explain times the best without each of its knobs."
         yield page.section("What each knob brings", page.paragraph(words))
     if profile.front:
         yield page.section(

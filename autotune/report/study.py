@@ -26,7 +26,7 @@ def study_table(results: Results) -> RenderableType:
     """All cells; memory and time as changes from the reference technique at the same batch size."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("technique", no_wrap=True)
-    quality = _quality(results)
+    quality = quality_name(results)
     for title in ("batch", "samples/s", "forward", "backward", "peak", "memory", "time", quality):
         table.add_column(title, justify="right", no_wrap=True)
     last, missing = None, list[str]()
@@ -86,7 +86,8 @@ def quality_words(found: Trained) -> str:
     return f"{found.accuracy:.1%}" if found.accuracy is not None else f"{found.test_loss:.4f}"
 
 
-def _quality(results: Results) -> str:
+def quality_name(results: Results) -> str:
+    """What the results are judged by."""
     measured = [cell.trained for cell in results.cells if cell.trained is not None]
     if any(found.perplexity is not None for found in measured):
         return "perplexity"

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from autotune.report import charts, page
-from autotune.report.study import changes_of, quality_words
+from autotune.report.study import changes_of, quality_name, quality_words
 from autotune.study.runner import Cell, Results, reference_of
 from autotune.units import format_bytes, format_duration, format_rate
 
@@ -74,7 +74,7 @@ def _body(results: Results, path: Path) -> Iterator[str]:
                 ("record", str(path)),
             ],
         ),
-        page.code(f"autotune study --study {results.name} --model {results.model} --steps {results.steps}"),
+        page.code(_command(results)),
     )
 
 
@@ -90,11 +90,14 @@ def _best(results: Results, batch_size: int, *, is_memory: bool) -> Cell | None:
 
 
 def _less(results: Results, cell: Cell, is_memory: bool) -> str:
+    """What it saves, and what quality it has beside the reference's."""
     base = reference_of(results, cell.batch_size)
     if base is None or cell.trained is None or cell.technique == results.reference:
         return ""
     memory, time = changes_of(cell.trained, base)
-    return f", {-memory:.0%} less memory" if is_memory else f", {-time:.0%} less time"
+    saved = f"{-memory:.0%} less memory" if is_memory else f"{-time:.0%} less time"
+    quality = f"{quality_name(results)} {quality_words(cell.trained)} against {quality_words(base)}"
+    return f", {saved} ({'approximate, ' if cell.strategy.is_approximate else ''}{quality})"
 
 
 def _techniques(results: Results) -> list[str]:
@@ -187,3 +190,12 @@ def _cells(results: Results) -> str:
             )
         )
     return page.table(header, rows, numbers=range(1, 11))
+
+
+def _command(results: Results) -> str:
+    sizes = "".join(f" --batch-size {size}" for size in results.batch_sizes)
+    limit = "" if results.limit is None else f" --limit {results.limit}"
+    seed = f" --seed {results.seed}" if results.seed else ""
+    return (
+        f"autotune study --study {results.origin} --model {results.model} --steps {results.steps}{sizes}{limit}{seed}"
+    )

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autotune.report.terminal import describe, interval_words, share_words
+from autotune.report.terminal import describe, faster_words, interval_words, share_words
 from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
 from autotune.search.result import Result
@@ -31,11 +31,8 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
     table.add_column("", no_wrap=True)
     for title in ("baseline", "best", ""):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    ratio = result.speedup.ratio
-    faster = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-    table.add_row(
-        "samples/s", format_rate(base.samples_per_s), format_rate(best.samples_per_s), Text(faster, style="bold green")
-    )
+    faster = Text(faster_words(result.speedup.ratio), style="bold green")
+    table.add_row("samples/s", format_rate(base.samples_per_s), format_rate(best.samples_per_s), faster)
     table.add_row(
         "step", f"{base.step_ms:,.0f} ms", f"{best.step_ms:,.0f} ms", planned_step(best.step_ms, base.step_ms)
     )

@@ -219,6 +219,11 @@ def interval_words(interval: Interval) -> str:
     return f"{interval.ratio:.2f}x (95 % interval {interval.low:.2f} to {interval.high:.2f})"
 
 
+def faster_words(ratio: float) -> str:
+    """``7.47x faster``, ``1.20x slower``."""
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+
+
 def share_words(share: float) -> str:
     """A small share in percent: ``0.31%``, ``less than 0.01%``."""
     return "less than 0.01%" if share < 1e-4 else f"{share:.2%}"

@@ -54,6 +54,11 @@ class Journal:
             self._under_way = None  # it has ended
 
     @property
+    def name(self) -> str:
+        """The search's, in the journal."""
+        return self.study.study_name
+
+    @property
     def interrupted(self) -> tuple[Strategy, int] | None:
         """The setting that was under way when the search died, and how often it has been started."""
         return None if self._under_way is None else (self._under_way.strategy, self._under_way.starts)
@@ -115,21 +120,15 @@ def open_journal(path: Path, identity: dict[str, Any], *, is_fresh: bool = False
         lock.release()
 
 
-def recorded_trials(path: Path) -> list[Trial]:
-    """The trials of the search that was begun last in a journal, in order; none where there is no journal, or none that
-    can be read."""
+def recorded_trials(path: Path, name: str) -> list[Trial]:
+    """The trials of the search of that name in a journal, in order; none where they are not there any more."""
     import optuna
 
-    if not path.is_file():
+    if not name or not path.is_file():
         return []
     try:
         with _quiet():
-            storage = _storage(path)
-            summaries = [one for one in optuna.get_all_study_summaries(storage) if one.n_trials]
-            latest = max(summaries, key=lambda one: (one.datetime_start is not None, one.datetime_start), default=None)
-            if latest is None:
-                return []
-            study = optuna.load_study(study_name=latest.study_name, storage=storage)
+            study = optuna.load_study(study_name=name, storage=_storage(path))
             records = [trial.user_attrs[_RECORD] for trial in study.trials if _RECORD in trial.user_attrs]
         return sorted((msgspec.convert(record, Trial) for record in records), key=lambda trial: trial.number)
     except (ValueError, KeyError, TypeError, OSError, msgspec.ValidationError):

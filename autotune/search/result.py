@@ -36,6 +36,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     speedup: Interval
     planned: PlannedRun
     objective: Objective
+    search: str
+    """Its name in the journal."""
     trials: tuple[Trial, ...]
     search_s: float
     warm_up_cached_s: float | None
@@ -103,6 +105,7 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
         ),
         evidence=Evidence(
             objective=result.objective,
+            search=result.search,
             search_s=round(result.search_s, 1),
             num_trials=len(result.trials),
             versions=device.versions,

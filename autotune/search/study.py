@@ -339,6 +339,7 @@ class _Search:
             front=front if len(self.task.sought) > 1 else (),
             planned=self.task.planned,
             objective=self.task.settings.objective,
+            search=self.trials.search,
             trials=tuple(map(self._as_it_ended, self.history.all)),
             search_s=self.trials.elapsed_s(),
             warm_up_cached_s=entered[best.number].measurement.warm_up_s if was_raced and is_compiled else None,

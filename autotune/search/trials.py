@@ -47,6 +47,8 @@ class Trials:
     ) -> None:
         """``run`` stands in for ``run_trial`` and ``clock`` for the wall's, where a recorded grid is searched."""
         self._task, self._observer, self._journal, self._pulse = task, observer, journal, pulse
+        self.search = journal.name
+        """The search's, in the journal."""
         self._run, self._clock = run or run_trial, clock
         self.history = History(task, journal.trials)  # the journal adds to it
         self._memory = MemoryModel()

@@ -27,8 +27,12 @@ class Technique:
     """What it changes of the recipe."""
 
     def strategy(self, batch_size: int) -> Strategy:
-        """At a batch size, which a technique that names its own micro batch does not need."""
-        return msgspec.convert({"micro_batch": batch_size, **self.knobs}, Strategy)
+        """At a batch size, which a technique that names its own micro batch does not need. Raises ValueError where its
+        accumulation does not divide the batch size."""
+        accumulation = self.knobs.get("accumulation", 1)
+        if "micro_batch" not in self.knobs and batch_size % accumulation:
+            raise ValueError(f"a batch of {batch_size} cannot be accumulated from {accumulation} equal parts")
+        return msgspec.convert({"micro_batch": max(1, batch_size // accumulation), **self.knobs}, Strategy)
 
     def recipe_of(self, plain: Recipe) -> Recipe:
         """The workload's recipe with its changes."""
@@ -40,6 +44,8 @@ class Definition:
     """A study as declared."""
 
     name: str
+    origin: str
+    """What the user calls it by: a shipped one's name, or its file."""
     title: str
     model: str
     steps: int
@@ -75,7 +81,7 @@ def read_definition(wanted: str) -> Definition:
     except tomllib.TOMLDecodeError as exc:
         raise UsageError(f"study {path} is not TOML: {exc}") from exc
     try:
-        return _definition(path.stem, msgspec.convert(data, _File))
+        return _definition(path.stem, wanted, msgspec.convert(data, _File))
     except (msgspec.ValidationError, ValueError) as exc:
         raise UsageError(f"study {path}: {exc}") from exc
 
@@ -89,7 +95,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     batch_sizes: list[int] = []
 
 
-def _definition(name: str, file: _File) -> Definition:
+def _definition(name: str, origin: str, file: _File) -> Definition:
     techniques = []
     for knobs in file.techniques:
         knobs = dict(knobs)
@@ -104,13 +110,17 @@ def _definition(name: str, file: _File) -> Definition:
     for technique in techniques:
         if not file.batch_sizes and "micro_batch" not in technique.knobs:
             raise ValueError(f"technique {technique.name!r} needs a micro_batch, as there are no batch_sizes")
+        if file.batch_sizes and "micro_batch" in technique.knobs:
+            raise ValueError(f"technique {technique.name!r} has a micro_batch, and the study batch_sizes: drop one")
         try:
-            technique.strategy(1)
+            for size in file.batch_sizes or [1]:
+                technique.strategy(size)
             technique.recipe_of(_ANY_RECIPE)
         except (msgspec.ValidationError, ValueError) as exc:
             raise ValueError(f"technique {technique.name!r}: {exc}") from exc
     return Definition(
         name=name,
+        origin=origin,
         title=file.title,
         model=file.model,
         steps=file.steps,

@@ -32,6 +32,8 @@ CELL_TIMEOUT_S = 7200.0
 SILENCE_S = 900.0
 EVAL_SAMPLES = 512
 """Samples of the test set, at most, that a cell's quality is judged by: the same for all."""
+_TRIED_AGAIN: tuple[Outcome, ...] = ("timeout", "crashed")
+"""What may have been the machine's fault."""
 MAX_BATCH_STEPS = 2
 BATCH_MULTIPLE = 8
 """The largest batch is looked for in multiples of this."""
@@ -61,6 +63,8 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """The largest batch of a technique that was trained on without running out of memory."""
 
     technique: str
+    knobs: dict[str, Any]
+    """The technique's, when it was found."""
     batch_size: int | None
     """None where none was."""
     reason: str
@@ -73,9 +77,13 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
 
     autotune: str
     name: str
+    origin: str
+    """What it was called by: a shipped study's name, or a file."""
     title: str
     model: str
     source: str
+    limit: int | None
+    """Of the samples of each split."""
     device: str
     fingerprint: str
     versions: dict[str, str]
@@ -120,8 +128,11 @@ class StudyTask:
         if (strategy.attention, strategy.precision) not in space.pairs:
             names = (f"attention={strategy.attention} in {strategy.precision}", f"attention={strategy.attention}")
             known = [space.left_out[name] for name in names if name in space.left_out]
-            return known[0] if known else space.refusal(strategy)
-        return None
+            if known:
+                return known[0]
+        if strategy.global_batch > (count := len(self.workload.train.lengths)):
+            return f"there are only {count} samples"
+        return space.refusal(strategy)
 
     def job(self, technique: Technique, strategy: Strategy, steps: int) -> Job:
         """A cell's process."""
@@ -217,9 +228,11 @@ def _begin(task: StudyTask, path: Path, is_fresh: bool) -> Results:
     new = Results(
         autotune=__version__,
         name=definition.name,
+        origin=definition.origin,
         title=definition.title,
         model=task.ref.name,
         source=task.ref.source,
+        limit=task.ref.limit,
         device=f"{device.name}, {device.architecture}",
         fingerprint=device.fingerprint,
         versions=device.versions,
@@ -234,7 +247,7 @@ def _begin(task: StudyTask, path: Path, is_fresh: bool) -> Results:
         return new
     old = read_results(path)
     settings = {technique.name: technique for technique in definition.techniques}
-    for field in ("model", "source", "fingerprint", "versions", "steps", "seed"):
+    for field in ("model", "source", "limit", "fingerprint", "versions", "steps", "seed"):
         before, now = getattr(old, field), getattr(new, field)
         if before != now:
             raise AutotuneError(
@@ -244,11 +257,17 @@ def _begin(task: StudyTask, path: Path, is_fresh: bool) -> Results:
     kept = tuple(
         cell
         for cell in old.cells
-        if cell.technique in settings
+        if cell.outcome not in _TRIED_AGAIN
+        and cell.technique in settings
         and cell.strategy == settings[cell.technique].strategy(cell.batch_size)
         and cell.recipe == settings[cell.technique].recipe
     )
-    return msgspec.structs.replace(new, cells=kept, capacities=old.capacities)
+    known = tuple(
+        found
+        for found in old.capacities
+        if found.technique in settings and found.knobs == settings[found.technique].knobs
+    )
+    return msgspec.structs.replace(new, cells=kept, capacities=known)
 
 
 def _cell(task: StudyTask, technique: Technique, size: int, memory: MemoryModel, on_progress: OnProgress) -> Cell:
@@ -270,9 +289,8 @@ def _cell(task: StudyTask, technique: Technique, size: int, memory: MemoryModel,
         return ended("invalid", reason)
     if memory.is_over(strategy, task.limit_bytes):
         return ended("oom", "predicted from the smaller batches: not run")
-    num_eval = max(1, EVAL_SAMPLES // strategy.micro_batch)
     try:
-        trained = _trained(task, technique, strategy, task.definition.steps, num_eval, on_progress)
+        trained = _trained(task, technique, strategy, task.definition.steps, EVAL_SAMPLES, on_progress)
     except TrialEndedError as end:
         return ended(end.outcome, end.reason)
     return ended("ok", "", trained)
@@ -291,32 +309,37 @@ def _trained(
 def _capacity(task: StudyTask, technique: Technique, size: int, memory: MemoryModel) -> Capacity:
     """Doubles the batch while it runs, then halves the gap: sizes that what is known rules out are not run."""
     fits, over, peak_bytes, reason = 0, 0, None, ""
-    most = len(task.workload.train.lengths)
+    part = technique.knobs.get("accumulation", 1)
     while True:
         strategy = technique.strategy(size)
         if (refused := task.refusal(strategy)) is not None:
-            return Capacity(technique=technique.name, batch_size=None, reason=refused)
+            reason = refused
+            break
         if memory.is_over(strategy, task.limit_bytes):
             over, reason = size, f"{size} is predicted to be over {format_bytes(task.limit_bytes)}"
         else:
             try:
                 found = _trained(task, technique, strategy, MAX_BATCH_STEPS, 1, lambda _: None)
             except TrialEndedError as end:
+                reason = f"{size}: {end.reason}"
                 if end.outcome != "oom":
-                    reason = f"{size}: {end.outcome}, {end.reason}"
                     break
-                over, reason = size, f"{size}: {end.reason}"
+                over = size
                 memory.note(strategy, "oom", None)
             else:
                 fits, peak_bytes = size, found.peak_memory_bytes
                 memory.note(strategy, "ok", peak_bytes)
         size = (fits + over) // 2 if over else 2 * fits
-        size -= size % BATCH_MULTIPLE if size > BATCH_MULTIPLE else 0
-        if size > most:
-            reason = f"there are only {most} samples"
-        if size > most or size <= fits or (over and 8 * (over - fits) <= over):
+        size = max(part, size - size % (part * BATCH_MULTIPLE) or size - size % part)
+        if size <= fits or (over and (size >= over or 8 * (over - fits) <= over)):
             break
-    return Capacity(technique=technique.name, batch_size=fits or None, reason=reason, peak_memory_bytes=peak_bytes)
+    return Capacity(
+        technique=technique.name,
+        knobs=technique.knobs,
+        batch_size=fits or None,
+        reason=reason,
+        peak_memory_bytes=peak_bytes,
+    )
 
 
 def reference_of(results: Results, batch_size: int) -> Trained | None:

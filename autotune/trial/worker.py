@@ -76,7 +76,7 @@ class Train(msgspec.Struct, frozen=True, kw_only=True):
 
     num_steps: int
     num_eval: int
-    """Micro batches, at most."""
+    """Test samples, at most."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

@@ -103,6 +103,13 @@ class TestContract:
         backend.set_precision("fp32")
         assert torch.get_float32_matmul_precision() == "highest"
 
+    def test_random_numbers_come_again_where_their_state_is_put_back(self, backend: Backend, name: str) -> None:
+        state = backend.random_state()
+        first = torch.rand(4, device=torch_device(backend)), torch.rand(4)
+        backend.set_random_state(state)
+        assert torch.equal(first[0], torch.rand(4, device=torch_device(backend)))
+        assert torch.equal(first[1], torch.rand(4))
+
     def test_energy_only_grows_where_it_is_counted(self, backend: Backend, name: str) -> None:
         before_j = backend.energy_j()
         if before_j is None:

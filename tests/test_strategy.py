@@ -22,6 +22,7 @@ def test_the_baseline_is_plain_fp32_with_the_whole_batch_at_once() -> None:
         "allocator": "default",
         "optimizer": "default",
         "memory_format": "contiguous",
+        "window": 64,
         "deterministic": False,
     }
 

@@ -181,7 +181,7 @@ def test_the_saved_profile_is_found_and_trained_with(found: Found, tiny_reviews:
     metrics = tmp_path / "metrics.json"
     done = autotune(
         *("train", "--model", "imdb", "--data", tiny_reviews, "--limit", "8", "--epochs", "2"),
-        *("--profiles", folder, "--metrics", metrics),
+        *("--profiles", folder, "--run", tmp_path),
     )
     assert done.returncode == 0, done.stderr
     record = json.loads(metrics.read_text())
@@ -198,7 +198,7 @@ def test_profile_none_trains_the_plain_baseline(found: Found, tiny_reviews: Path
     metrics = tmp_path / "metrics.json"
     done = autotune(
         *("train", "--model", "imdb", "--data", tiny_reviews, "--limit", "8", "--epochs", "1"),
-        *("--profile", "none", "--profiles", found[2], "--metrics", metrics),
+        *("--profile", "none", "--profiles", found[2], "--run", tmp_path / "run", "--metrics", metrics),
     )
     assert done.returncode == 0, done.stderr
     record = json.loads(metrics.read_text())

@@ -132,7 +132,7 @@ def test_a_search_and_a_training_of_a_script_from_the_command_line(script: Path,
     assert found["workload"]["name"] == "my_train.py:workload"
     assert found["baseline"]["strategy"]["attention"] == "sdpa"
     assert [path.name for path in profiles.glob("*/*.toml")] == ["my_train.py-workload.toml"]
-    done = autotune("train", *where, "--limit", "64", "--metrics", str(script.parent / "metrics.json"))
+    done = autotune("train", *where, "--limit", "64", "--run", str(script.parent))
     assert done.returncode == 0, done.stderr
     assert "safe defaults" not in done.stderr
     metrics = json.loads((script.parent / "metrics.json").read_text())

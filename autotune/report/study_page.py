@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def _body(results: Results, path: Path) -> Iterator[str]:
         else:
             words += f", and leanest{_less(results, leanest, True)}"
     more = f"{results.steps} steps of each technique at each batch size, against {results.reference}; {results.source}."
+    more += _quality_beside(results, (fastest, leanest))
     yield page.verdict(f"autotune study · {results.title} · {results.model} · {results.device}", words, more)
     if any(cell.trained for cell in results.cells):
         yield page.section(
@@ -90,14 +91,24 @@ def _best(results: Results, batch_size: int, *, is_memory: bool) -> Cell | None:
 
 
 def _less(results: Results, cell: Cell, is_memory: bool) -> str:
-    """What it saves, and what quality it has beside the reference's."""
+    """What it saves."""
     base = reference_of(results, cell.batch_size)
     if base is None or cell.trained is None or cell.technique == results.reference:
         return ""
     memory, time = changes_of(cell.trained, base)
-    saved = f"{-memory:.0%} less memory" if is_memory else f"{-time:.0%} less time"
-    quality = f"{quality_name(results)} {quality_words(cell.trained)} against {quality_words(base)}"
-    return f", {saved} ({'approximate, ' if cell.strategy.is_approximate else ''}{quality})"
+    return f", {-memory:.0%} less memory" if is_memory else f", {-time:.0%} less time"
+
+
+def _quality_beside(results: Results, cells: Sequence[Cell | None]) -> str:
+    """How good the techniques of the verdict are, beside the reference."""
+    parts = []
+    for cell in cells:
+        base = None if cell is None else reference_of(results, cell.batch_size)
+        if cell is not None and cell.trained is not None and base is not None and cell.technique != results.reference:
+            kind = " (approximate)" if cell.strategy.is_approximate else ""
+            words = f"{quality_words(cell.trained)} against {quality_words(base)}"
+            parts.append(f"{quality_name(results)} of {cell.technique}{kind}: {words}")
+    return "".join(f" {part[0].upper()}{part[1:]}." for part in dict.fromkeys(parts))
 
 
 def _techniques(results: Results) -> list[str]:

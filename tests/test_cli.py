@@ -328,8 +328,8 @@ def test_a_broken_profile_does_not_stop_a_training_without_one(tmp_path: Path) -
         tmp_path,
         "--data",
         tmp_path / "none",
-        "--metrics",
-        tmp_path / "m",
+        "--run",
+        tmp_path / "run",
     )
     assert "schema 9" in autotune(*common).stderr
     assert "schema 9" not in autotune(*common, "--profile", "none").stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """The prepared data's folder, whose name is made from what is in it."""
     num_train: int
     recipe: Recipe
-    num_epochs: int
+    epochs: int
+    """That the schedule is for."""
     strategy: Strategy
     seed: int
 
@@ -62,7 +64,7 @@ def read_checkpoint(path: Path) -> tuple[Identity, Told, dict[str, Any]]:
     if path.is_dir():
         path = path / CHECKPOINT_FILE
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # what is not asked for is not read
         if whole.pop("format") != FORMAT:
             raise AutotuneError(f"checkpoint {path} is of another autotune; train anew")
         identity = msgspec.convert(whole.pop("identity"), Identity)
@@ -77,22 +79,24 @@ def read_checkpoint(path: Path) -> tuple[Identity, Told, dict[str, Any]]:
         raise AutotuneError(f"checkpoint {path} cannot be read: {str(exc).splitlines()[0]}") from exc
 
 
-def newest_checkpoint(folder: Path, stem: str) -> Path:
-    """The run of a workload that was saved last. Raises AutotuneError where there is none."""
-    found = list(folder.glob(f"{stem}-[0-9]*-[0-9]*/{CHECKPOINT_FILE}"))
-    if not found:
-        raise AutotuneError(f"there is no run of {stem} in {folder} to resume; --resume takes a run's folder")
-    return max(found, key=lambda path: path.stat().st_mtime)
+def newest_checkpoint(folder: Path, workload: str) -> Path:
+    """The run of a workload that was saved last, of those in the folder. Raises AutotuneError where there is none."""
+    found = sorted(folder.glob(f"*/{CHECKPOINT_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        with contextlib.suppress(AutotuneError):
+            if read_checkpoint(path)[0].workload == workload:
+                return path
+    raise AutotuneError(f"there is no run of {workload} in {folder} to resume; --resume takes a run's folder")
 
 
 def difference(saved: Identity, wanted: Identity) -> str | None:
     """How a training differs from the one that a checkpoint is of; None where it does not."""
     for field in saved.__struct_fields__:
         before, now = getattr(saved, field), getattr(wanted, field)
+        if isinstance(before, Strategy | Recipe) and before != now:
+            parts = [part for part in before.__struct_fields__ if getattr(before, part) != getattr(now, part)]
+            changes = (f"{part} was {getattr(before, part)}, and is {getattr(now, part)}" for part in parts)
+            return f"its {field}'s {'; '.join(changes)}"
         if before != now:
-            return f"{field} was {_words(before)}, and is {_words(now)}"
+            return f"{field} was {before}, and is {now}"
     return None
-
-
-def _words(value: object) -> str:
-    return str(value) if isinstance(value, str | int) else msgspec.json.encode(value).decode()

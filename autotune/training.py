@@ -65,7 +65,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     """All sittings together."""
     peak_memory_bytes: int
-    """Peak device memory since the backend's memory window was started."""
+    """Peak device memory of all sittings."""
     epochs: tuple[Epoch, ...]
     steps: Steps
 
@@ -85,6 +85,7 @@ class Training:
         self.is_stopped = False
         self._patience = patience
         self._epoch_s = 0.0
+        self._peak_bytes = 0
         self._losses, self._norms = _Series(), _Series()
         self._rates: list[float] = []
         self._random: dict[str, Any] | None = None
@@ -101,6 +102,11 @@ class Training:
             learning_rates=tuple(self._rates),
             grad_norms=tuple(self._norms.numbers()),
         )
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak device memory since the backend's memory window was started, or in an earlier sitting."""
+        return max(self._peak_bytes, self.run.backend.peak_memory_bytes())
 
     @property
     def is_best(self) -> bool:
@@ -160,6 +166,7 @@ class Training:
             "step": self.step,
             "epoch_s": self._epoch_s,
             "wall_s": self.wall_s,
+            "peak_memory_bytes": self.peak_memory_bytes,
             "steps": msgspec.to_builtins(self.steps),
         }
 
@@ -181,6 +188,7 @@ class Training:
             ) from exc
         self.epochs = msgspec.convert(state["epochs"], list[Epoch])
         self.step, self._epoch_s, self.wall_s = state["step"], state["epoch_s"], state["wall_s"]
+        self._peak_bytes = state["peak_memory_bytes"]
         steps = state["steps"]
         self._losses, self._norms = _Series(steps["losses"]), _Series(steps["grad_norms"])
         self._rates = list(steps["learning_rates"])
@@ -210,7 +218,7 @@ class Training:
             seed=seed,
             projected_s=projected_s,
             wall_s=self.wall_s,
-            peak_memory_bytes=self.run.backend.peak_memory_bytes(),
+            peak_memory_bytes=self.peak_memory_bytes,
             epochs=tuple(self.epochs),
             steps=self.steps,
         )

@@ -77,6 +77,8 @@ def test_accumulation_s_cells_have_one_global_batch() -> None:
         (('"every_block"', '"every_blok"'), "technique 'recomputed'"),
         (("batch_sizes = [4, 8]", ""), "needs a micro_batch"),
         (("steps", "steps ="), "is not TOML"),
+        (("checkpoint =", "schedule ="), "it belongs to the recipe"),
+        (("checkpoint =", "chekpoint ="), "did you mean 'checkpoint'"),
         (("checkpoint =", "micro_batch = 4\ncheckpoint ="), "drop one"),
         (("checkpoint =", "accumulation = 3\ncheckpoint ="), "cannot be accumulated"),
     ],
@@ -241,7 +243,7 @@ def test_a_study_runs_is_on_record_and_goes_on(tmp_path: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (("--only", "bf61"), "did you mean 'bf16'"),
-        (("--study", "memry"), "no study is called 'memry'; did you mean 'memory'"),
+        (("--study", "memry"), "no study is called 'memry', and it is no .toml file; did you mean 'memory'"),
         (("--study", "accumulation", "--batch-size", "8"), "names its own micro batches"),
     ],
 )

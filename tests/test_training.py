@@ -173,7 +173,7 @@ def identity(workload: Workload, **changes: Any) -> Identity:
         content="reviews-1",
         num_train=10,
         recipe=workload.recipe,
-        num_epochs=2,
+        epochs=2,
         strategy=Strategy(micro_batch=32),
         seed=0,
     )
@@ -302,7 +302,7 @@ def test_another_training_s_checkpoint_is_refused_with_what_differs(
         own_script.SCRIPT.replace("(16, 32)", "(16, 48)").replace("(32, 16)", "(48, 16)")
     )
     for status, command, message in (
-        (2, resume(tmp_path, script, "--recipe", "schedule=linear"), "the run cannot be gone on with: recipe was"),
+        (2, resume(tmp_path, script, "--recipe", "schedule=linear"), "its recipe's schedule was cosine, and is linear"),
         (2, resume(tmp_path, script, "--seed", "7"), "seed was 0, and is 7"),
         (1, resume(tmp_path / "none", script), "there is no checkpoint"),
         (2, resume(tmp_path, script, "--profile", "none"), "leave --profile and --pick out"),
@@ -315,11 +315,11 @@ def test_another_training_s_checkpoint_is_refused_with_what_differs(
 
 
 def test_the_run_saved_last_is_of_this_workload_and_no_other(workload: Workload, tmp_path: Path) -> None:
-    for number, name in enumerate(("lm-20260101-000000", "lm-20260102-000000", "lm-base-20260103-000000")):
+    for number, (name, of) in enumerate((("a", "lm"), ("own name", "lm"), ("b", "lm-base"))):
         path = tmp_path / name / "checkpoint.pt"
-        write_checkpoint(path, identity(workload), TOLD, {"step": 3})
+        write_checkpoint(path, msgspec.structs.replace(identity(workload), workload=of), TOLD, {"step": 3})
         os.utime(path, (number, number))
-    assert newest_checkpoint(tmp_path, "lm").parent.name == "lm-20260102-000000"
+    assert newest_checkpoint(tmp_path, "lm").parent.name == "own name"
     with pytest.raises(AutotuneError, match="no run of cifar10"):
         newest_checkpoint(tmp_path, "cifar10")
 

@@ -119,10 +119,10 @@ def command(
     if resume is not None:
         if profile_name is not None or pick is not None:
             raise UsageError("--resume goes on with the run's own profile; leave --profile and --pick out")
-        path = Path(resume) if resume else checkpoint.newest_checkpoint(RUNS, store.file_stem(label))
+        path = Path(resume) if resume else checkpoint.newest_checkpoint(RUNS, label)
         saved, told, state = checkpoint.read_checkpoint(path)
         folder = folder or (path if path.is_dir() else path.parent)
-        seed, recipe = saved.seed if seed is None else seed, saved.recipe if not changes else recipe
+        seed, recipe = saved.seed if seed is None else seed, changed(saved.recipe, changes)
         data, limit = data or (Path(told.data) if told.data else None), limit or told.limit
         profile, profile_words = _resumed_profile(told.profile), told.profile
     else:
@@ -133,15 +133,14 @@ def command(
         folder = RUNS / f"{store.file_stem(label)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if saved is None and (folder / checkpoint.CHECKPOINT_FILE).exists():
         raise UsageError(f"{folder} has a run's checkpoint already; go on with it (--resume {folder}), or move it")
+    ref, workload = prepare(name, data, limit)
     metrics = metrics or folder / "metrics.json"
     store.check_writable(metrics, "--metrics")
     store.check_writable(folder / checkpoint.CHECKPOINT_FILE, "--run")
-
-    ref, workload = prepare(name, data, limit)
     workload = workload.with_recipe(recipe)
     strategy = saved.strategy if saved is not None else _strategy(name, profile_name, profile, workload.baseline)
     strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
-    num_epochs = epochs or (saved.num_epochs if saved is not None else recipe.epochs)
+    num_epochs = epochs or (saved.epochs if saved is not None else recipe.epochs)
     identity = checkpoint.Identity(
         workload=workload.name,
         num_parameters=workload.num_parameters,
@@ -149,7 +148,7 @@ def command(
         content=Path(ref.folder).name,
         num_train=workload.num_train,
         recipe=recipe,
-        num_epochs=num_epochs,
+        epochs=num_epochs,
         strategy=strategy,
         seed=seed,
     )
@@ -179,7 +178,9 @@ def command(
     title = f"autotune train · {label} · {describe(strategy)} · {workload.source}"
     with TrainDisplay(title, num_steps=steps_per_epoch, num_epochs=num_epochs, done=training.epochs) as display:
         display.say(title)
-        if training.epochs or training.step:
+        if len(training.epochs) >= num_epochs:
+            display.say(f"the run is done already: {num_epochs} epochs")
+        elif training.epochs or training.step:
             display.say(f"going on after {len(training.epochs)} epochs and {training.step} steps")
 
         def on_step(epoch: int, step: int, num_samples: int) -> None:
@@ -203,7 +204,7 @@ def command(
     if training.epochs:
         console.print(epoch_table(training.epochs))
     projection = f", projected {format_duration(projected_s)}" if projected_s else ""
-    peak = f"peak memory {format_bytes(backend.peak_memory_bytes())}"
+    peak = f"peak memory {format_bytes(training.peak_memory_bytes)}"
     console.print(
         f"{format_duration(training.wall_s)}{projection}; {peak}; metrics in {metrics}", markup=False, soft_wrap=True
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def read_definition(wanted: str) -> Definition:
     """A shipped study by its name, or the one in a TOML file. Raises UsageError, on one line, for what is none."""
     path = shipped().get(wanted, Path(wanted))
     if path.suffix != SUFFIX:
-        raise UsageError(f"no study is called {wanted!r}{nearest(wanted, list(shipped()))}; or give a {SUFFIX} file")
+        raise UsageError(f"no study is called {wanted!r}, and it is no {SUFFIX} file{nearest(wanted, list(shipped()))}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as exc:
@@ -84,6 +85,16 @@ def read_definition(wanted: str) -> Definition:
         return _definition(path.stem, wanted, msgspec.convert(data, _File))
     except (msgspec.ValidationError, ValueError) as exc:
         raise UsageError(f"study {path}: {exc}") from exc
+
+
+def _hint(message: str) -> str:
+    """What an unknown field might have been."""
+    found = re.search(r"unknown field `(\w+)`", message)
+    if found is None:
+        return ""
+    if found[1] in Recipe.__struct_fields__:
+        return f"; it belongs to the recipe: recipe = {{ {found[1]} = ... }}"
+    return nearest(found[1], [*Strategy.__struct_fields__, "recipe"])
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,7 +128,7 @@ def _definition(name: str, origin: str, file: _File) -> Definition:
                 technique.strategy(size)
             technique.recipe_of(_ANY_RECIPE)
         except (msgspec.ValidationError, ValueError) as exc:
-            raise ValueError(f"technique {technique.name!r}: {exc}") from exc
+            raise ValueError(f"technique {technique.name!r}: {exc}{_hint(str(exc))}") from exc
     return Definition(
         name=name,
         origin=origin,

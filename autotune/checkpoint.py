@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from autotune.errors import AutotuneError
-from autotune.files import replace_file
+from autotune.files import save
 from autotune.strategy import Strategy
 from autotune.workloads.base import Recipe
 
@@ -53,10 +53,9 @@ def write_checkpoint(path: Path, identity: Identity, told: Told, state: dict[str
 def write_tensors(path: Path, content: dict[str, Any]) -> None:
     """Writes what ``torch.load`` reads, whole or not at all. Raises AutotuneError where the disk does not take it."""
     try:
-        replace_file(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as exc:  # torch's writer has an error of its own for a full disk
-        reason = getattr(exc, "strerror", None) or str(exc).splitlines()[0]
-        raise AutotuneError(f"checkpoint {path} cannot be written: {reason}") from exc
+        save(path, lambda file: torch.save(content, file), "checkpoint")
+    except RuntimeError as exc:  # torch's writer has an error of its own for a full disk
+        raise AutotuneError(f"checkpoint {path} cannot be written: {str(exc).splitlines()[0]}") from exc
 
 
 def read_checkpoint(path: Path) -> tuple[Identity, Told, dict[str, Any]]:

@@ -45,3 +45,9 @@ def nearest(name: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
+
+
+def at_fault(error: Exception) -> tuple[str, str]:
+    """Where msgspec found data at fault (``strategy.micro_batch``; nothing at the top), and what is wrong with it."""
+    message, _, where = str(error).partition(" - at ")
+    return where.replace("`", "").replace("$", "").lstrip("."), message.replace("Object contains", "there is an")

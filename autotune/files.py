@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from autotune.errors import AutotuneError
+
 
 def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Writes the file in one move, making its folder: readers see the old content or the new, never a part. ``content``
@@ -29,3 +31,12 @@ def replace_file(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save(path: Path, content: bytes | Callable[[IO[bytes]], object], what: str) -> None:
+    """``replace_file`` for a file of the user's. Raises AutotuneError, which calls it ``what``, where the folder or the
+    disk does not take it."""
+    try:
+        replace_file(path, content)
+    except OSError as exc:
+        raise AutotuneError(f"{what} {path} cannot be written: {exc.strerror or exc}") from exc

@@ -6,6 +6,8 @@ Counted by torch's FlopCounterMode (a product of m x k and k x n is 2mkn) on ten
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,9 +20,15 @@ _MATMUL: dict[Precision, str] = {"bf16_weights": "bf16"}
 """Precisions whose matrix products are another's."""
 
 
-def flops_per_sample(workload: Workload) -> float | None:
-    """Forward and backward pass of a training sample, on average over the training set; None where the model does not
-    run without data.
+class Flops(NamedTuple):
+    """Operations, or why they could not be counted."""
+
+    per_sample: float | None
+    reason: str = "ok"
+
+
+def flops_of(workload: Workload) -> Flops:
+    """Forward and backward pass of a training sample, on average over the training set.
 
     Attention is quadratic in the length: counted at the shortest, the median and the longest, and carried to all.
     """
@@ -29,10 +37,10 @@ def flops_per_sample(workload: Workload) -> float | None:
     chosen = {int(lengths[index]): int(index) for index in (order[0], order[len(order) // 2], order[-1])}
     try:
         counted = {length: _counted(workload, index, length) for length, index in chosen.items()}
-    except Exception:  # noqa: BLE001 - models fail without data in many ways; the figure is then left out
-        return None
+    except Exception as exc:  # noqa: BLE001 - any model's own code, run without data: what it says is the reason
+        return Flops(None, f"the model does not run without data: {type(exc).__name__}: {str(exc).split(chr(10))[0]}")
     fit = np.polyfit(list(counted), list(counted.values()), len(counted) - 1)
-    return float(np.polyval(fit, lengths).mean())
+    return Flops(float(np.polyval(fit, lengths).mean()))
 
 
 def matmul_capability(precision: Precision) -> str:

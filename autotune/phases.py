@@ -101,7 +101,7 @@ def train_some(run: Run, num_steps: int, num_eval: int, on_step: Callable[[int],
         train_loss=sum(last_quarter) / len(last_quarter),
         test_loss=test_loss,
         accuracy=None if math.isnan(accuracy) else accuracy,
-        perplexity=math.exp(min(test_loss, 700.0)) if run.workload.has_perplexity else None,
+        perplexity=run.workload.perplexity(test_loss),
         losses=tuple(losses),
     )
 

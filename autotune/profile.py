@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
 from typing import Any, Self
@@ -10,8 +9,8 @@ from typing import Any, Self
 import msgspec
 import tomli_w
 
-from autotune.errors import AutotuneError
-from autotune.files import replace_file
+from autotune.errors import AutotuneError, at_fault
+from autotune.files import save
 from autotune.measurement import Interval, Rates
 from autotune.strategy import Strategy
 from autotune.units import format_bytes, parse_bytes
@@ -168,9 +167,10 @@ def parse_profile(data: dict[str, Any], name: str) -> Profile:
     try:
         profile = msgspec.convert(data, Profile)
     except msgspec.ValidationError as exc:
-        message, _, where = str(exc).partition(" - at ")
-        key = re.sub(r"[`$]", "", where).lstrip(".") or "the top level"
-        raise AutotuneError(f"profile {name}, at {key}: {message}; mend it, or search again") from exc
+        key, message = at_fault(exc)
+        raise AutotuneError(
+            f"profile {name}, at {key or 'the top level'}: {message}; mend it, or search again"
+        ) from exc
     strategies = {"strategy": profile.strategy}
     strategies |= {f"front[{place}].strategy": choice.strategy for place, choice in enumerate(profile.front)}
     for key, strategy in strategies.items():
@@ -193,7 +193,4 @@ def write_profile(profile: Profile, path: Path) -> None:
 
     Raises AutotuneError when the folder or disk does not take it; an old file is then still intact.
     """
-    try:
-        replace_file(path, format_profile(profile).encode())
-    except OSError as exc:
-        raise AutotuneError(f"profile {path} cannot be written: {exc.strerror or exc}") from exc
+    save(path, format_profile(profile).encode(), "profile")

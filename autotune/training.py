@@ -13,7 +13,7 @@ import torch
 
 from autotune.apply import Run
 from autotune.errors import AutotuneError
-from autotune.files import replace_file
+from autotune.files import save
 
 T = TypeVar("T")
 
@@ -262,7 +262,7 @@ class Training:
                 train_loss=sum(losses) / len(losses),
                 test_loss=test_loss,
                 test_accuracy=accuracy,
-                test_perplexity=math.exp(min(test_loss, 700.0)) if workload.has_perplexity else None,
+                test_perplexity=workload.perplexity(test_loss),
                 train_s=self._epoch_s,
                 eval_s=eval_s,
                 samples_per_s=workload.num_train / self._epoch_s,
@@ -298,10 +298,7 @@ class _Series:
 
 def write_metrics(metrics: Metrics, path: Path) -> None:
     """Writes the record as JSON, whole or not at all. Raises AutotuneError where it cannot be written."""
-    try:
-        replace_file(path, msgspec.json.format(msgspec.json.encode(metrics), indent=1) + b"\n")
-    except OSError as exc:
-        raise AutotuneError(f"metrics {path} cannot be written: {exc.strerror or exc}") from exc
+    save(path, msgspec.json.format(msgspec.json.encode(metrics), indent=1) + b"\n", "metrics")
 
 
 def _plain_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import re
 
 from autotune.errors import UsageError
 
+GIB = 2**30
 _BYTES_PER = {
     "": 1,
     "b": 1,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autotune.data.batching import collate
-from autotune.flops import flops_per_sample, matmul_capability
+from autotune.flops import flops_of, matmul_capability
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
@@ -27,12 +27,12 @@ def test_the_encoder_s_operations_are_those_of_its_matrix_products(prepared: tup
     attention = LAYERS * 2 * WIDTH  # times the length squared: scores, and their sum of values
     forward = 2 * (per_token * lengths + attention * lengths**2 + WIDTH * 2)
     # the backward pass takes each product twice over
-    assert flops_per_sample(workload) == pytest.approx(3 * forward.mean(), rel=0.01)
+    assert flops_of(workload).per_sample == pytest.approx(3 * forward.mean(), rel=0.01)
 
 
 def test_a_user_s_linear_layer_is_counted_without_its_input_s_gradient() -> None:
     workload = workload_of("own", lambda: (nn.Linear(16, 3), (torch.zeros(8, 16), torch.zeros(8, dtype=torch.long))))
-    assert flops_per_sample(workload) == pytest.approx(2 * 2 * 16 * 3)
+    assert flops_of(workload).per_sample == pytest.approx(2 * 2 * 16 * 3)
 
 
 def test_a_model_that_cannot_run_without_data_has_no_figure(prepared: tuple[object, Workload]) -> None:
@@ -45,7 +45,9 @@ def test_a_model_that_cannot_run_without_data_has_no_figure(prepared: tuple[obje
             return self.weight * float(inputs["ids_BT"].sum())
 
     workload = dataclasses.replace(prepared[1], build_model=Curious, collate=collate)
-    assert flops_per_sample(workload) is None
+    found = flops_of(workload)
+    assert found.per_sample is None
+    assert found.reason.startswith("the model does not run without data: ")
 
 
 def test_utilisation_is_the_model_s_rate_over_the_device_s() -> None:
@@ -71,4 +73,4 @@ def test_lengths_that_are_all_the_same_are_counted_once() -> None:
 
     workload = workload_of("own", lambda: (Model(), batch))
     assert set(np.asarray(workload.train.lengths)) == {16}
-    assert flops_per_sample(workload) == pytest.approx(3 * 2 * 8 * 2)
+    assert flops_of(workload).per_sample == pytest.approx(3 * 2 * 8 * 2)

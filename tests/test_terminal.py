@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from autotune.backends.base import Capability
+from autotune.flops import Flops
 from autotune.measurement import Interval
 from autotune.report import summary, terminal
 from autotune.report.live import ProbeDisplay, SearchDisplay, TrainDisplay
@@ -63,7 +64,7 @@ def result() -> Result:
         num_rounds=5,
         proof=Proof(outcome="ok", loss_deviation=0.0031, soak_steps=50, peak_memory_bytes=600 * 2**20),
         was_interrupted=False,
-        flops_per_sample=1e9,
+        flops=Flops(1e9),
         matmul_flops={"fp32": 100e9, "bf16": 500e9},
     )
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from autotune.backends.base import Backend
 from autotune.errors import AutotuneError
 from autotune.workloads.base import Workload, WorkloadRef
+
+if TYPE_CHECKING:
+    from autotune.probe import Hardware
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +76,22 @@ def find_backend(device_name: str | None) -> Backend:
     if reason is not None:
         raise AutotuneError(f"device {device_name} is not available: {reason}")
     return backend
+
+
+def probed(backend: Backend, *, refresh: bool = False) -> Hardware:
+    """The device with its capabilities, cached or measured, with progress on stderr."""
+    from autotune.probe import probe
+    from autotune.report.live import ProbeDisplay
+    from autotune.store import cache_dir
+
+    with ProbeDisplay() as display:
+        return probe(
+            backend,
+            refresh=refresh,
+            cache_dir=cache_dir() / "probe",
+            on_capability=display.on_capability,
+            on_start=display.on_start,
+        )
 
 
 def prepare(name: str, data: Path | None, limit: int | None) -> tuple[WorkloadRef, Workload]:

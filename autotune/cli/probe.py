@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import msgspec
 
-from autotune.cli.options import device_option, find_backend, json_option
+from autotune.cli.options import device_option, find_backend, json_option, probed
 
 
 @click.command("probe")
@@ -14,20 +14,10 @@ from autotune.cli.options import device_option, find_backend, json_option
 @json_option
 def command(device_name: str | None, refresh: bool, as_json: bool) -> None:
     """What this device can do: every capability is run and timed, and comes with its reason."""
-    from autotune.probe import probe
-    from autotune.report.live import ProbeDisplay
     from autotune.report.terminal import probe_report, stdout
-    from autotune.store import cache_dir
 
     backend = find_backend(device_name)
-    with ProbeDisplay() as display:
-        hardware = probe(
-            backend,
-            refresh=refresh,
-            cache_dir=cache_dir() / "probe",
-            on_capability=display.on_capability,
-            on_start=display.on_start,
-        )
+    hardware = probed(backend, refresh=refresh)
     if not as_json:
         stdout().print(probe_report(hardware))
         return

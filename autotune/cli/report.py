@@ -22,7 +22,7 @@ def command(what: str, output: Path, plots: Path | None, device_name: str | None
     SEARCH is a workload's name, for this device's profile of it, or a profile's file; STUDY is a study's record.
     """
     from autotune import store, workloads
-    from autotune.files import replace_file
+    from autotune.files import save
     from autotune.probe import cached_probe
     from autotune.profile import read_profile
 
@@ -57,9 +57,6 @@ def command(what: str, output: Path, plots: Path | None, device_name: str | None
             profile, path = found
         trials = recorded_trials(path.with_suffix(".journal"), profile.evidence.search)
         html = search_page(profile, path, trials, cached_probe(profile.device.fingerprint, store.cache_dir() / "probe"))
-    try:
-        replace_file(output, html.encode())
-    except OSError as exc:
-        raise AutotuneError(f"{output} cannot be written: {exc.strerror or exc}") from exc
+    save(output, html.encode(), "page")
     click.echo(f"{output}: {len(html.encode()):,} bytes, nothing else needed; open it in a browser")
     return 0

@@ -15,6 +15,7 @@ from autotune.cli.options import (
     json_option,
     model_option,
     prepare,
+    probed,
     profiles_option,
 )
 from autotune.errors import UsageError
@@ -102,9 +103,9 @@ def command(
         raise UsageError("--min-speed goes with --objective memory; pareto finds several to choose from")
 
     from autotune import store, workloads
-    from autotune.probe import describe_device, probe
+    from autotune.probe import describe_device
     from autotune.profile import write_profile
-    from autotune.report.live import ProbeDisplay, SearchDisplay
+    from autotune.report.live import SearchDisplay
     from autotune.report.summary import planned_words, search_summary
     from autotune.report.terminal import busy_words, space_table, stdout
     from autotune.search.result import profile_of
@@ -120,14 +121,7 @@ def command(
     store.check_writable(path)
     with store.device_lock(device):
         ref, workload = prepare(name, data, limit)
-        with ProbeDisplay() as probing:
-            hardware = probe(
-                backend,
-                refresh=refresh,
-                cache_dir=store.cache_dir() / "probe",
-                on_capability=probing.on_capability,
-                on_start=probing.on_start,
-            )
+        hardware = probed(backend, refresh=refresh)
         if busy := busy_words(hardware):
             click.echo(busy, err=True)
         settings = Settings(
@@ -201,6 +195,7 @@ def _report(result: Result, device: Device, workload: Workload, path: Path) -> d
         "speedup": result.speedup,
         "num_rounds": result.num_rounds,
         "shares": result.shares,
+        "flops": {"per_sample": result.flops.per_sample, "reason": result.flops.reason},
         "front": [
             {"name": choice.name, "speedup": choice.speedup, "proof": choice.proof, **_figures(choice.trial, result)}
             for choice in result.front

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autotune.cli.options import data_options, device_option, find_backend, json_option, prepare
+from autotune.cli.options import data_options, device_option, find_backend, json_option, prepare, probed
 from autotune.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ def command(
     import msgspec
 
     from autotune import store
-    from autotune.files import replace_file
-    from autotune.probe import probe
-    from autotune.report.live import ProbeDisplay, StudyDisplay
+    from autotune.files import save
+    from autotune.report.live import StudyDisplay
     from autotune.report.study import study_csv, study_table
     from autotune.report.terminal import stdout
     from autotune.study.definition import read_definition, shipped
@@ -92,13 +91,7 @@ def command(
         store.check_writable(csv_path, "--csv")
     with store.device_lock(device):
         ref, workload = prepare(definition.model, data, limit)
-        with ProbeDisplay() as probing:
-            hardware = probe(
-                backend,
-                cache_dir=store.cache_dir() / "probe",
-                on_capability=probing.on_capability,
-                on_start=probing.on_start,
-            )
+        hardware = probed(backend)
         task = StudyTask(
             definition=definition, ref=ref, workload=workload, hardware=hardware, backend=backend, seed=seed
         )
@@ -107,7 +100,7 @@ def command(
             display.say(f"{title}: {workload.source}")
             results = run_study(task, output, display, only=only, skip=skip, finds_capacity=max_batch, is_fresh=fresh)
     if csv_path is not None:
-        replace_file(csv_path, study_csv(results).encode())
+        save(csv_path, study_csv(results).encode(), "table")
     if plots is not None:
         from autotune.report.plots import study_plots
 

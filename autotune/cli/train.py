@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from autotune.workloads.base import Recipe
 
 RUNS = Path("runs")
+
+_FIXED = {
+    "epochs": "; use --epochs",
+    "global_batch": ": the profile was searched for it; a workload of your own (--model file.py:function) sets its own",
+}
+"""What of a recipe --recipe does not change, and what does."""
 
 
 @click.command("train")
@@ -107,6 +113,7 @@ def command(
     from autotune import checkpoint, store, workloads
     from autotune.apply import apply
     from autotune.report.live import TrainDisplay
+    from autotune.report.tensorboard import tensorboard_log
     from autotune.report.terminal import describe, epoch_table, stdout
     from autotune.training import Training, write_metrics
     from autotune.units import format_bytes, format_duration
@@ -163,7 +170,7 @@ def command(
     if state is not None:
         training.restore(state)
         del state
-    log = _tensorboard(folder, training) if tensorboard else None
+    log = tensorboard_log(folder, training) if tensorboard else None
     last_saved = time.monotonic()
 
     def save() -> None:
@@ -225,22 +232,28 @@ def changed(recipe: Recipe, changes: tuple[str, ...]) -> Recipe:
     """The recipe with some fields changed. Raises UsageError for what it has not, or cannot be."""
     import msgspec
 
-    from autotune.errors import nearest
+    from autotune.errors import at_fault, nearest
 
-    fixed = ("global_batch", "epochs")
     values = msgspec.to_builtins(recipe)
     for change in changes:
         field, _, value = change.partition("=")
-        known = [name for name in values if name not in fixed]
+        known = [name for name in values if name not in _FIXED]
         if field not in known:
-            own = {"epochs": "--epochs", "global_batch": "search --global-batch"}.get(field)
-            hint = f"; use {own}" if own else nearest(field, known)
+            hint = _FIXED.get(field) or nearest(field, known)
             raise UsageError(f"--recipe {change}: the recipe has no {field!r} to change{hint}")
         values[field] = None if value == "none" else value
     try:
         return msgspec.convert(values, type(recipe), strict=False)
     except msgspec.ValidationError as exc:
-        raise UsageError(f"--recipe: {exc}") from exc
+        field, message = at_fault(exc)
+        words = f"{message[0].lower()}{message[1:]}{_choices(field)}"
+        raise UsageError(f"--recipe {field}={values[field]}: {words}") from exc
+
+
+def _choices(field: str) -> str:
+    from autotune.workloads.base import Schedule
+
+    return f"; it is one of {', '.join(get_args(Schedule))}" if field == "schedule" else ""
 
 
 def _profile(
@@ -314,37 +327,6 @@ def _stopped_by_ctrl_c(training: Training, say: Callable[[str], None]) -> Iterat
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _tensorboard(folder: Path, training: Training) -> Callable[[], None]:
-    """Writes what was not yet written; what a resumed training brings was written before. Raises UsageError where
-    TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard needs tensorboard: pip install 'autotune-torch[tensorboard]'") from None
-    writer: Any = None
-    done = {"step": len(training.steps.losses), "epoch": len(training.epochs)}
-
-    def log() -> None:
-        nonlocal writer
-        steps = training.steps
-        if writer is None:
-            writer = SummaryWriter(str(folder))
-        series = {"loss": steps.losses, "learning_rate": steps.learning_rates, "gradient_norm": steps.grad_norms}
-        for title, values in series.items():
-            for step, value in enumerate(values[done["step"] :], done["step"] + 1):
-                writer.add_scalar(f"train/{title}", value, step)
-        for epoch in training.epochs[done["epoch"] :]:
-            writer.add_scalar("test/loss", epoch.test_loss, epoch.epoch)
-            quality = epoch.test_accuracy if epoch.test_perplexity is None else epoch.test_perplexity
-            writer.add_scalar(
-                "test/accuracy" if epoch.test_perplexity is None else "test/perplexity", quality, epoch.epoch
-            )
-        done.update(step=len(steps.losses), epoch=len(training.epochs))
-        writer.flush()
-
-    return log
 
 
 def _projected_s(

@@ -9,8 +9,8 @@ from typing import Any
 from autotune.errors import UsageError
 from autotune.report.study import changes_of
 from autotune.study.runner import Cell, Results, reference_of
+from autotune.units import GIB
 
-GIB = 2**30
 SIZE_INCHES, DPI = (8.0, 4.8), 150
 
 

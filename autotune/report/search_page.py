@@ -14,9 +14,8 @@ from autotune.profile import Profile
 from autotune.report import charts, page
 from autotune.report.terminal import describe, faster_words, interval_words, measured_words, share_words
 from autotune.strategy import Strategy
-from autotune.units import format_bytes, format_duration, format_rate
+from autotune.units import GIB, format_bytes, format_duration, format_rate
 
-GIB = 2**30
 _FINALISTS = 4
 
 

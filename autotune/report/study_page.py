@@ -9,9 +9,7 @@ from pathlib import Path
 from autotune.report import charts, page
 from autotune.report.study import changes_of, quality_name, quality_words
 from autotune.study.runner import Cell, Results, reference_of
-from autotune.units import format_bytes, format_duration, format_rate
-
-GIB = 2**30
+from autotune.units import GIB, format_bytes, format_duration, format_rate
 
 
 def study_page(results: Results, path: Path) -> str:

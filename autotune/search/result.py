@@ -8,6 +8,7 @@ import msgspec
 
 from autotune import __version__
 from autotune.backends.base import Device
+from autotune.flops import Flops
 from autotune.measurement import Interval, Rates, Trial
 from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledChoice, ProfiledDevice, ProfiledWorkload
 from autotune.search.explain import Share
@@ -54,17 +55,17 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What was found for each aim, where there are several; the best is the first."""
     is_settled: bool = False
     """Whether the trials ended because no other was expected to save more than it takes."""
-    flops_per_sample: float | None = None
-    """What training a sample takes by the model's own arithmetic; None where it could not be counted."""
+    flops: Flops = Flops(None, "not counted")
+    """What training a sample takes by the model's own arithmetic."""
     matmul_flops: dict[Precision, float] = {}
     """The device's rate of matrix products, by precision, as far as the probe measured it."""
 
     def utilisation(self, trial: Trial) -> float | None:
         """Model FLOP utilisation of a finished trial; None where what it takes is not known."""
         rate = self.matmul_flops.get(trial.strategy.precision)
-        if self.flops_per_sample is None or rate is None or trial.measurement is None:
+        if self.flops.per_sample is None or rate is None or trial.measurement is None:
             return None
-        return trial.measurement.samples_per_s * self.flops_per_sample / rate
+        return trial.measurement.samples_per_s * self.flops.per_sample / rate
 
 
 def profile_of(result: Result, device: Device, workload: Workload) -> Profile:

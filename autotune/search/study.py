@@ -348,7 +348,7 @@ class _Search:
             was_interrupted=self.was_interrupted,
             shares=self.shares if best.strategy in self.explained else self.history.estimated_shares(best.strategy),
             is_settled=self.trials.is_settled,
-            flops_per_sample=self.task.flops_per_sample,
+            flops=self.task.flops,
             matmul_flops=self.task.matmul_flops,
         )
 

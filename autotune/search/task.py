@@ -10,7 +10,7 @@ import msgspec
 
 from autotune import __version__
 from autotune.backends.base import Backend
-from autotune.flops import flops_per_sample, matmul_capability
+from autotune.flops import Flops, flops_of, matmul_capability
 from autotune.measurement import Measurement
 from autotune.probe import Hardware
 from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
@@ -91,9 +91,9 @@ class Task:
         return int(LONG_RUN_SHARE * budget_bytes) if self.backend.is_host_memory else budget_bytes
 
     @functools.cached_property
-    def flops_per_sample(self) -> float | None:
-        """What training a sample takes by the model's own arithmetic; None where it could not be counted."""
-        return flops_per_sample(self.workload)
+    def flops(self) -> Flops:
+        """What training a sample takes by the model's own arithmetic."""
+        return flops_of(self.workload)
 
     @functools.cached_property
     def matmul_flops(self) -> dict[Precision, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from autotune.errors import UsageError, nearest
+from autotune.errors import UsageError, at_fault, nearest
 from autotune.strategy import Strategy
 from autotune.workloads.base import Recipe
 
@@ -83,18 +83,22 @@ def read_definition(wanted: str) -> Definition:
         raise UsageError(f"study {path} is not TOML: {exc}") from exc
     try:
         return _definition(path.stem, wanted, msgspec.convert(data, _File))
-    except (msgspec.ValidationError, ValueError) as exc:
+    except msgspec.ValidationError as exc:
+        raise UsageError(f"study {path}{_words(exc)}; README shows such a file") from exc
+    except ValueError as exc:
         raise UsageError(f"study {path}: {exc}") from exc
 
 
-def _hint(message: str) -> str:
-    """What an unknown field might have been."""
+def _words(error: Exception) -> str:
+    """Where a file is at fault, what is wrong, and what an unknown field might have been."""
+    key, message = at_fault(error)
+    words = f"{f', {key}' if key else ''}: {message}"
     found = re.search(r"unknown field `(\w+)`", message)
     if found is None:
-        return ""
+        return words
     if found[1] in Recipe.__struct_fields__:
-        return f"; it belongs to the recipe: recipe = {{ {found[1]} = ... }}"
-    return nearest(found[1], [*Strategy.__struct_fields__, "recipe"])
+        return f"{words}; it belongs to the recipe: recipe = {{ {found[1]} = ... }}"
+    return words + nearest(found[1], [*Strategy.__struct_fields__, "recipe"])
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,7 +132,7 @@ def _definition(name: str, origin: str, file: _File) -> Definition:
                 technique.strategy(size)
             technique.recipe_of(_ANY_RECIPE)
         except (msgspec.ValidationError, ValueError) as exc:
-            raise ValueError(f"technique {technique.name!r}: {exc}{_hint(str(exc))}") from exc
+            raise ValueError(f"technique {technique.name!r}{_words(exc)}") from exc
     return Definition(
         name=name,
         origin=origin,

@@ -14,7 +14,7 @@ import msgspec
 from autotune import __version__
 from autotune.backends.base import Backend
 from autotune.errors import AutotuneError
-from autotune.files import replace_file
+from autotune.files import save
 from autotune.measurement import Outcome
 from autotune.phases import Trained
 from autotune.probe import Hardware
@@ -216,10 +216,7 @@ def read_results(path: Path) -> Results:
 
 def write_results(results: Results, path: Path) -> None:
     """Writes the record, whole or not at all. Raises AutotuneError where it cannot be written."""
-    try:
-        replace_file(path, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
-    except OSError as exc:
-        raise AutotuneError(f"study {path} cannot be written: {exc.strerror or exc}") from exc
+    save(path, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n", "study")
 
 
 def _begin(task: StudyTask, path: Path, is_fresh: bool) -> Results:

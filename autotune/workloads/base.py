@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -117,6 +118,10 @@ class Workload:
                 raise UsageError(f"label_smoothing is for the built-in losses; {self.name} brings its own")
             loss = CrossEntropy(recipe.label_smoothing)
         return dataclasses.replace(self, recipe=recipe, loss=loss)
+
+    def perplexity(self, loss: float) -> float | None:
+        """The exponential of a mean loss; None where that says nothing."""
+        return math.exp(min(loss, 700.0)) if self.has_perplexity else None
 
     @property
     def evaluation_loss(self) -> Callable[[Tensor, Tensor], Tensor]:

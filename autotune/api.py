@@ -52,13 +52,15 @@ class Tuned:
         *,
         optimizer: OptimizerFactory | None = None,
         dataset: Any = None,
+        clip_norm: float | None = None,
         total_steps: int | None = None,
         seed: int = 0,
     ) -> Run:
         """Model, optimizer, loader and ``step()`` ready to train; what is not given is the workload's own.
 
         ``optimizer`` makes one from parameters: ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``; its
-        schedule is then yours. Raises AutotuneError where the model cannot take a knob.
+        schedule is then yours. ``clip_norm`` is the global L2 norm that gradients are clipped to, by default the
+        recipe's; a model with an example batch has none. Raises AutotuneError where the model cannot take a knob.
         """
         from autotune.apply import apply
 
@@ -69,6 +71,7 @@ class Tuned:
             model=model,
             optimizer=optimizer,
             dataset=dataset,
+            clip_norm=clip_norm,
             total_steps=total_steps,
             seed=seed,
         )

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from autotune.step import Step, compute_dtype, weights_dtype
 from autotune.store import cache_dir
 from autotune.strategy import SPARSE, Strategy
 from autotune.workloads.base import Workload
+from autotune.workloads.seen import evaluating
 
 KEPT_SHARE = 0.5
 """Of the activations' memory, what ``checkpoint = memory_budget`` has the compiler keep."""
@@ -154,6 +156,11 @@ class Run:
     backend: Backend
     workload: Workload
 
+    def forward_context(self) -> contextlib.AbstractContextManager[None]:
+        """What the model's forward passes are to run in where ``step`` is not used: the precision and the pinned
+        attention kernel. In fp16 the loss is to be scaled besides (torch.amp.GradScaler)."""
+        return self.step.context()
+
     def split(self, batch: Any) -> list[MicroBatch]:
         """A batch of a loader of one's own, as ``step`` takes it: ``run.step(run.split(batch))``.
 
@@ -194,16 +201,14 @@ class Run:
         loss_sum = torch.zeros((), device=torch_device(self.backend))
         num_correct = torch.zeros((), device=loss_sum.device)
         num_samples = 0
-        was_training = self.model.training
-        self.model.eval()
-        for batch in batches:
-            for micro in batch:
-                output, targets = self.step.forward_only(micro)
-                loss_sum += self.workload.evaluation_loss(output, targets)
-                if self.workload.num_correct is not None:
-                    num_correct += self.workload.num_correct(output, targets)
-                num_samples += micro.num_samples
-        self.model.train(was_training)
+        with evaluating(self.model):
+            for batch in batches:
+                for micro in batch:
+                    output, targets = self.step.forward_only(micro)
+                    loss_sum += self.workload.evaluation_loss(output, targets)
+                    if self.workload.num_correct is not None:
+                        num_correct += self.workload.num_correct(output, targets)
+                    num_samples += micro.num_samples
         if not num_samples:
             return math.nan, math.nan
         accuracy = float(num_correct) / num_samples if self.workload.num_correct is not None else math.nan
@@ -218,6 +223,7 @@ def apply(
     model: nn.Module | None = None,
     optimizer: OptimizerFactory | None = None,
     dataset: Any = None,
+    clip_norm: float | None = None,
     total_steps: int | None = None,
     seed: int = 0,
 ) -> Run:
@@ -250,9 +256,11 @@ def apply(
         use_fp8(model, is_emulated=device.type == "cpu")
     if strategy.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.to(device).train()
+    model.to(device)
+    if not model.training:  # a part that is not to be trained may be in evaluation mode on purpose
+        model.train()
     loader = Loader(
-        workload.train if dataset is None else workload.of_dataset(dataset),
+        workload.train if dataset is None else workload.of_dataset(dataset, strategy),
         strategy,
         max_tokens=workload.max_tokens,
         seed=seed,
@@ -275,7 +283,7 @@ def apply(
         strategy=strategy,
         device=device,
         forward_context=forward_context,
-        clip_norm=recipe.clip_norm,
+        clip_norm=recipe.clip_norm if clip_norm is None else clip_norm,
         scheduler=scheduler,
     )
     return Run(
@@ -318,8 +326,18 @@ def _set_knobs(
         options: dict[str, Any] = {} if strategy.compile == "default" else {"mode": strategy.compile}
         compiled = [model] if strategy.compile_scope == "model" else find_blocks(model)
         for module in compiled:
-            module.compile(dynamic=strategy.padding != "max", **options)
+            _compile(module, dynamic=strategy.padding != "max", **options)
     return forward_context
+
+
+def _compile(module: nn.Module, **options: Any) -> None:
+    """What ``module.compile`` does, from a frame of our own: the one in torch is passed over by the compiler where the
+    module's class is torch's own, and nothing would be compiled (torch 2.13)."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    module._compiled_call_impl = torch.compile(call, **options)
 
 
 def _set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
@@ -347,9 +365,12 @@ def _prepare_compiler(strategy: Strategy) -> None:
     """
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
+    from torch._inductor.runtime.runtime_utils import default_cache_dir
 
-    for variable, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ.setdefault(variable, str(cache_dir() / "compiled" / folder))
+    # importing the compiler has named its own folder already, where the user has named none
+    if Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())).name == Path(default_cache_dir()).name:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "compiled" / "inductor")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "compiled" / "triton"))
     if hasattr(inductor.cpp, "vec_isa_ok"):
         inductor.cpp.vec_isa_ok = True
     functorch.activation_memory_budget = KEPT_SHARE if strategy.checkpoint == "memory_budget" else 1.0

@@ -68,7 +68,22 @@ class Measurement(Rates, frozen=True, kw_only=True):
     losses: tuple[float, ...]
     """Mean loss of each step, warm-up included."""
     num_recompiled: int = 0
-    """Graphs that were compiled when the warm-up was over; the laps in which they were count as warm-up."""
+    """Graphs that were compiled when the warm-up was over; the laps in which they were count as warm-up, unless all
+    are such laps."""
+    num_graph_breaks: int = 0
+    """Places where the compiler had to leave the model's code to Python."""
+    graph_break: str = ""
+    """Why, at the first of them."""
+
+    @property
+    def compiler_words(self) -> str:
+        """What a person should know of the compilation; nothing where it went well."""
+        words = []
+        if self.num_recompiled:
+            words.append(f"compiled {self.num_recompiled} more graphs while timed")
+        if self.num_graph_breaks:
+            words.append(f"{self.num_graph_breaks} graph breaks, the first: {self.graph_break}")
+        return "; ".join(words)
 
     def measured_again(self, later: Self) -> Self:
         """The later figures of the same strategy, but for the warm-up, which later finds compiled code at hand, and the

@@ -27,7 +27,7 @@ from autotune.errors import AutotuneError
 from autotune.files import replace_file
 from autotune.process import Child, ChildDied
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 """Raised when a check changes its meaning: what an older version measured is measured again."""
 
 TOO_SLOW = 3.0
@@ -210,8 +210,9 @@ def _capability(check: Check, backend: Backend) -> Capability:
     try:
         figures = check.run(backend)
     except Exception as exc:  # noqa: BLE001 - a refusal is data, and its reason is kept
-        reason = str(exc) if isinstance(exc, checks.RefusalError) else checks.first_line(exc)
-        return Capability(name=check.name, value=False, reason=f"refused: {reason}")
+        if isinstance(exc, checks.RefusalError):
+            return Capability(name=check.name, value=False, reason=f"refused: {exc}", measured=exc.figures)
+        return Capability(name=check.name, value=False, reason=f"refused: {checks.first_line(exc)}")
     return Capability(name=check.name, value=True, measured=figures)
 
 

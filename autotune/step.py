@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -86,7 +86,7 @@ class Step:
             micro = self._on_device(micro)
             if self._uses_cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with self._autocast(), self._forward_context:
+            with self.context():
                 output = _in_fp32(self.model(**micro.inputs))
             loss = self._loss(output, micro.targets) / num_samples
             self._reach("forward")
@@ -102,8 +102,14 @@ class Step:
         """Output and targets of one micro batch without gradients, in the same precision; never compiled, because a
         second graph for the few evaluation batches costs more than it gives. The caller sets eval mode."""
         micro = self._on_device(micro)
-        with torch.no_grad(), self._autocast(), self._forward_context:
+        with torch.no_grad(), self.context():
             return _in_fp32(self.model.forward(**micro.inputs)), micro.targets
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """The precision and the pinned attention kernel of a forward pass."""
+        with self._autocast(), self._forward_context:
+            yield
 
     def _reach(self, phase: Phase) -> None:
         if self.on_phase is not None:

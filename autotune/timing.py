@@ -75,7 +75,7 @@ class Timer:
         planned: list[PlannedBatch] = []
         num_samples = num_tokens = 0
         wait_s = 0.0
-        compiled_before = _num_compiled()
+        compiled_before = num_compiled()
         gc_was_enabled = gc.isenabled()
         gc.disable()
         synchronize()
@@ -108,7 +108,7 @@ class Timer:
             padded_squares=sum(batch.padded_squares for batch in planned),
             losses=self._finite(losses, norms),
             joules=None if before_j is None or after_j is None else after_j - before_j,
-            num_compiled=_num_compiled() - compiled_before,
+            num_compiled=num_compiled() - compiled_before,
         )
         self.laps.append(lap)
         return lap
@@ -204,6 +204,7 @@ class Timer:
         warm_up, timed = self.steady()
         rate, cost = self._rate(timed), self._cost()
         power_w, eval_samples_per_s = _power_w(timed), math.inf
+        num_breaks, graph_break = _graph_breaks()
         if self._eval_seconds:
             eval_s = self._eval_seconds / cost.of(self._eval_work) * cost.of(total(map(_work, self._eval_plan)))
             eval_samples_per_s = self._run.workload.num_test / eval_s
@@ -218,7 +219,9 @@ class Timer:
             joules_per_sample=None if power_w is None else power_w / self.samples_per_s(),
             epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
             losses=tuple(loss for lap in self.laps for loss in lap.losses),
-            num_recompiled=sum(lap.num_compiled for lap in warm_up[_first_steady(self.laps, cost) :]),
+            num_recompiled=sum(lap.num_compiled for lap in self.laps[_first_steady(self.laps, cost) :]),
+            num_graph_breaks=num_breaks,
+            graph_break=graph_break,
         )
 
     def _rate(self, laps: list[Lap]) -> float:
@@ -261,9 +264,15 @@ def steady(laps: list[Lap], cost: Cost = BY_TOKENS) -> tuple[list[Lap], list[Lap
     """Warm-up laps and timed laps. The first lap is always warm-up, unless it is the only one; later ones are where
     something was compiled in them, unless all are."""
     start = _first_steady(laps, cost)
-    compiled = [lap for lap in laps[start:] if lap.num_compiled]
-    timed = [lap for lap in laps[start:] if not lap.num_compiled]
-    return (laps[:start] + compiled, timed) if timed else (laps[:start], laps[start:])
+    late = laps[start:]
+    timed = uncompiled(late)
+    compiled = [lap for lap in late if lap.num_compiled] if len(timed) < len(late) else []
+    return laps[:start] + compiled, timed
+
+
+def uncompiled(laps: Sequence[Lap]) -> list[Lap]:
+    """Those in which nothing was compiled, unless something was in all."""
+    return [lap for lap in laps if not lap.num_compiled] or list(laps)
 
 
 def _first_steady(laps: list[Lap], cost: Cost) -> int:
@@ -279,11 +288,19 @@ def _power_w(laps: Sequence[Lap]) -> float | None:
     return sum(drawn) / sum(lap.seconds for lap in laps) if len(drawn) == len(laps) else None
 
 
-def _num_compiled() -> int:
+def num_compiled() -> int:
     """Graphs that torch.compile has compiled in this process so far."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def _graph_breaks() -> tuple[int, str]:
+    """How often torch.compile has left a graph in this process so far, and the first reason's first line."""
+    from torch._dynamo.utils import counters
+
+    found = counters["graph_break"]
+    return sum(found.values()), next((str(reason).strip().splitlines()[0] for reason in found), "")
 
 
 def _work(batch: PlannedBatch) -> Work:

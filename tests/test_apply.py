@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,16 +16,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from autotune import backends, workloads
 from autotune.apply import Run, apply
 from autotune.data.batching import ROW_MULTIPLE
 from autotune.errors import AutotuneError
 from autotune.models.encoder import EncoderClassifier
-from autotune.strategy import MemoryFormat, Padding, Precision, Strategy
+from autotune.strategy import SPARSE, Attention, Checkpoint, MemoryFormat, Padding, Precision, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
-from tests.observing import matmul_dtypes
+from tests.observing import KernelsCalled, matmul_dtypes
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +126,22 @@ def test_compiling_by_block_compiles_the_blocks_and_not_the_model(workload: Work
     assert float(run.step(batch)) == pytest.approx(float(run_of(workload).step(batch)), rel=1e-5)
 
 
+@pytest.mark.parametrize(("scope", "num_graphs"), [("model", 1), ("blocks", 2)])
+def test_torchs_own_layers_are_compiled_too(scope: str, num_graphs: int) -> None:
+    """Blocks share their graphs: one for the first, whose input needs no gradient, one for all others."""
+
+    def make() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+        layers = nn.Sequential(*(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(4)))
+        return nn.Sequential(layers, nn.Flatten(), nn.Linear(64, 2)), (torch.randn(4, 4, 16), torch.arange(4) % 2)
+
+    torch.compiler.reset()
+    knobs = {"micro_batch": 4, "attention": "sdpa", "compile": "default", "compile_scope": scope}
+    run = apply(msgspec.convert(knobs, Strategy), workload_of("layers", make), backends.get("cpu"))
+    before = counters["stats"]["unique_graphs"]
+    run.step(next(iter(run.loader)))
+    assert counters["stats"]["unique_graphs"] - before == num_graphs
+
+
 class Pictures(nn.Module):
     """A convolution, and what it saw."""
 
@@ -202,10 +223,118 @@ def test_under_a_memory_budget_the_compiler_keeps_less(workload: Workload) -> No
         run_of(workload, checkpoint="memory_budget")
 
 
-def test_what_is_compiled_is_kept_in_the_cache_folder(workload: Workload) -> None:
-    run = run_of(workload, compile="default")
-    run.step(next(iter(run.loader)))
-    assert any(path.is_file() for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*"))
+COMPILED = """
+import json, torch
+from torch._dynamo.utils import counters
+from autotune import backends
+from autotune.apply import apply
+from autotune.strategy import Strategy
+from autotune.workloads.custom import workload_of
+
+workload = workload_of("small", lambda: (torch.nn.Linear(4, 2), (torch.ones(8, 4), torch.arange(8) % 2)))
+run = apply(Strategy(micro_batch=8, compile="default"), workload, backends.get("cpu"))
+run.step(next(iter(run.loader)))
+print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}))
+"""
+
+
+def test_another_process_starts_with_what_is_compiled(tmp_path: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("TORCHINDUCTOR_CACHE_DIR",)}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED],
+            env=kept | {"AUTOTUNE_CACHE": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0]["hit"] == 0 < found[0]["miss"]
+    assert found[1]["miss"] == 0 < found[1]["hit"]
+    assert any((tmp_path / "compiled" / "inductor").rglob("*"))
+
+
+@pytest.mark.parametrize(("padding", "is_dynamic"), [("max", False), ("longest", True)])
+def test_shapes_that_vary_are_compiled_as_varying(workload: Workload, padding: Padding, is_dynamic: bool) -> None:
+    torch.compiler.reset()
+    run = run_of(workload, compile="default", padding=padding, micro_batch=8, accumulation=4)
+    before = counters["stats"]["unique_graphs"]
+    plan = run.loader.plan(0)
+    for batch in run.loader.over(plan[:3]):
+        run.step(batch)
+    widths = {width for batch in plan[:3] for width in batch.widths}
+    assert (len(widths) > 2) == is_dynamic
+    assert counters["stats"]["unique_graphs"] - before == 1
+
+
+@pytest.mark.parametrize(("attention", "has_kernel"), [("eager", False), ("sdpa", True)])
+def test_attention_is_written_out_or_a_kernel_as_chosen(
+    workload: Workload, attention: Attention, has_kernel: bool
+) -> None:
+    run = run_of(workload, attention=attention)
+    with KernelsCalled() as kernels:
+        run.step(next(iter(run.loader)))
+    assert bool(kernels.counts) == has_kernel
+
+
+@pytest.mark.parametrize(("checkpoint", "times"), [("none", 1), ("selective", 1), ("every_block", 2)])
+def test_selective_recomputation_keeps_what_attention_gave(
+    workload: Workload, checkpoint: Checkpoint, times: int
+) -> None:
+    run = run_of(workload, attention="sdpa", checkpoint=checkpoint)
+    with KernelsCalled() as kernels:
+        run.step(next(iter(run.loader)))
+    assert kernels.counts == {"_scaled_dot_product_flash_attention_for_cpu": 2 * times}
+
+
+def test_the_approximate_attentions_see_what_they_name(workload: Workload) -> None:
+    """Sixty-four tokens in windows of eight: full, window, global and random tokens besides are four functions."""
+    batch = None
+    found = {}
+    for attention in ("sdpa", *sorted(SPARSE)):
+        run = run_of(workload, attention=attention, window=8)
+        batch = batch or next(iter(run.loader))
+        found[attention] = run.step.forward_only(batch[0])[0]
+    for one, other in itertools.combinations(found.values(), 2):
+        assert not torch.allclose(one, other, atol=1e-4)
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(workload: Workload) -> None:
+    norms = []
+    for precision in ("fp32", "fp16"):
+        run = run_of(workload, precision=precision)
+        run.step(next(iter(run.loader)))
+        assert run.step.grad_norm is not None
+        norms.append(float(run.step.grad_norm))
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+FREED = """
+import resource, sys, torch
+from autotune import backends
+
+backends.get("cpu").set_allocator(sys.argv[1])
+torch.empty(16 << 20).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.empty(16 << 20).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_or_given_back_as_chosen() -> None:
+    """A page that was given back faults when it is touched again: 64 MiB are 16,384 pages of 4 KiB."""
+    faults = {}
+    for allocator in ("default", "retain"):
+        done = subprocess.run(
+            [sys.executable, "-c", FREED, allocator], capture_output=True, text=True, check=True, timeout=60
+        )
+        faults[allocator] = int(done.stdout)
+    if faults["default"] < 1000:
+        pytest.skip("pages are huge here, or memory is not given back")
+    assert faults["retain"] < 0.5 * faults["default"]
 
 
 def test_threads_are_what_torch_then_has(workload: Workload) -> None:

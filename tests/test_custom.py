@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -195,6 +196,16 @@ def test_padding_is_found_from_the_mask_and_losses_from_the_model() -> None:
     torch.testing.assert_close(micro.inputs["labels"], batch["labels"][[1, 2]])
 
 
+def test_padding_on_the_left_is_not_cut_off() -> None:
+    mask = (torch.arange(24) >= torch.tensor([[0], [19], [15], [7]])).long()
+    batch = {"input_ids": torch.randint(1, 10, (4, 24)) * mask, "attention_mask": mask, "labels": torch.rand(4)}
+    workload = workload_of("left", lambda: (Mean(), batch))
+    assert workload.train.lengths[:4].tolist() == [24] * 4
+    run = apply(Strategy(micro_batch=2, accumulation=2, padding="longest"), workload, backends.get("cpu"))
+    micro = run.split(batch)[0]
+    assert micro.inputs["attention_mask"].sum() == mask[:2].sum() == micro.num_tokens
+
+
 @pytest.mark.parametrize(
     ("output", "targets", "expected"),
     [
@@ -277,6 +288,94 @@ def test_a_dataset_of_ones_own_is_loaded_and_collated(script: Path) -> None:
     assert sorted(int(t) for batch in batches for micro in batch for t in micro.targets) == sorted(
         int(t) for t in dataset.tensors[1]
     )
+
+
+def test_a_dataset_is_as_wide_as_it_is_and_trimmed_as_the_profile_says() -> None:
+    """The example batch has 24 tokens, the dataset's samples up to 40."""
+    mask = (torch.arange(48) < torch.arange(21, 41)[:, None]).long()
+    ids = torch.randint(1, 10, mask.shape) * mask
+
+    class Reviews(torch.utils.data.Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return len(ids)
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {"input_ids": ids[index], "attention_mask": mask[index], "labels": torch.tensor(0.5)}
+
+    workload = workload_of("masked", lambda: (Mean(), masked_batch()))
+    for padding, is_trimmed in (("max", False), ("longest", True)):
+        strategy = Strategy(**{"micro_batch": 4, "padding": padding})  # type: ignore[arg-type]
+        run = apply(strategy, workload, backends.get("cpu"), dataset=Reviews())
+        found = [micro.inputs["attention_mask"] for batch in run.loader for micro in batch]
+        assert sum(int(part.sum()) for part in found) == int(mask.sum())
+        for part in found:
+            assert part.shape[1] == (int(part.sum(1).max()) if is_trimmed else 48)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"x": torch.zeros(4, 2), "meta": ["a"] * 4}, "meta in a batch of odd is .*; a batch holds tensors"),
+        ((torch.zeros(4, 2), torch.zeros(4), torch.zeros(4), torch.zeros(4)), "names 1 arguments"),
+        ((torch.zeros(4, 2), {"boxes": torch.zeros(4)}), "the targets in a batch of odd is dict"),
+    ],
+)
+def test_a_batch_that_cannot_be_read_is_refused(batch: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        workload_of("odd", lambda: (nn.Linear(2, 2), batch))
+
+
+def test_a_package_in_the_working_folder_is_found_and_imports_late(tmp_path: Path, probed: None) -> None:
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "late.py").write_text("WIDTH = 4\n")
+    (package / "training.py").write_text(
+        "import torch\n\n\ndef workload():\n    from mine.late import WIDTH\n\n"
+        "    return torch.nn.Linear(WIDTH, 2), (torch.zeros(8, WIDTH), torch.arange(8) % 2)\n"
+    )
+    script = Path(sys.executable).with_name("autotune")
+    if not script.is_file():
+        pytest.skip("autotune is not installed as a command here")
+    done = subprocess.run(
+        [script, "search", "--model", "mine.training:workload", "--explain-space"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "micro_batch" in done.stdout
+
+
+def test_parts_that_are_not_to_be_trained_stay_in_evaluation_mode(script: Path) -> None:
+    workload = opened(f"{script}:workload")
+    model = workload.build_model().train()
+    frozen = model.get_submodule("blocks.0").eval()
+    run = apply(Strategy(attention="sdpa", micro_batch=8), workload, backends.get("cpu"), model=model)
+    run.evaluate()
+    assert not frozen.training
+    assert model.training
+    assert model.get_submodule("blocks.1").training
+
+
+def test_a_loop_without_step_has_its_precision_and_its_clipping(script: Path) -> None:
+    workload = opened(f"{script}:workload")
+    strategy = Strategy(attention="sdpa", micro_batch=8, precision="bf16")
+    run = apply(strategy, workload, backends.get("cpu"), clip_norm=1e-3)
+    with run.forward_context():
+        assert run.model(torch.randn(8, 12, 16)).dtype == torch.bfloat16
+    assert run.model(torch.randn(8, 12, 16)).dtype == torch.float32
+    batch = next(iter(run.loader))
+    clipped: list[float] = []
+    run.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: clipped.append(
+            float(torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None]))
+        )
+    )
+    run.step(batch)
+    assert clipped[0] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_a_batch_whose_tensors_do_not_match_is_refused() -> None:

@@ -11,9 +11,11 @@ import pytest
 from autotune import backends, workloads
 from autotune.apply import apply
 from autotune.errors import UsageError
-from autotune.strategy import Strategy
+from autotune.strategy import Attention, Strategy
+from autotune.workloads import named
 from autotune.workloads.base import Workload
 from tests.commands import autotune
+from tests.observing import KernelsCalled
 
 CONFIG = {
     "model_type": "distilbert",
@@ -76,6 +78,31 @@ def test_a_timm_model_is_a_workload() -> None:
     assert workload.num_blocks == 12
     assert workload.has_convolutions
     assert {"eager", "sdpa"} <= set(workload.attentions)
+
+
+@pytest.mark.parametrize(("attention", "has_kernel"), [("eager", False), ("sdpa", True)])
+def test_the_switch_of_hugging_face_changes_what_runs(
+    distilbert: Workload, attention: Attention, has_kernel: bool
+) -> None:
+    run = apply(Strategy(attention=attention, micro_batch=32), distilbert, backends.get("cpu"))
+    with KernelsCalled() as kernels:
+        run.step(next(iter(run.loader)))
+    assert bool(kernels.counts) == has_kernel
+
+
+def test_a_model_whose_sizes_are_not_known_is_not_guessed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the hub bert-large is not taken for bert-base; distilbert-base-uncased is what its class says."""
+    transformers = pytest.importorskip("transformers")
+
+    def offline(name: str) -> object:
+        raise OSError("no network")
+
+    monkeypatch.setenv("AUTOTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(UsageError, match=r"no configuration for hf:bert-large-uncased can be had \(no network\)"):
+        named._config("bert-large-uncased")
+    assert named._config("distilbert-base-uncased").dim == 768
+    assert not (tmp_path / "configs").exists()
 
 
 @pytest.mark.parametrize("library", ["hf", "timm"])

@@ -142,6 +142,9 @@ def test_the_six_plots_are_drawn(tmp_path: Path) -> None:
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
+    unwindowed = [cell for cell in results().cells if not cell.strategy.attention.startswith("window")]
+    paths = study_plots(msgspec.structs.replace(results(), cells=unwindowed), tmp_path)
+    assert [path.name[0] for path in paths] == list("12346")
 
 
 def shown(renderable: object, capsys: pytest.CaptureFixture[str]) -> str:

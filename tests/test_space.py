@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import optuna
@@ -76,6 +77,58 @@ def test_batch_normalisation_keeps_the_batch_whole() -> None:
     assert space.values["micro_batch"] == (8,)
     assert "batch normalisation" in space.left_out["micro_batch=4"]
     assert expert_guess(space, factories.hardware(), CPU).micro_batch == 8
+
+
+def test_a_loss_that_is_no_mean_over_samples_keeps_the_batch_whole() -> None:
+    """Tokens without a target, in numbers that differ: a mean over tokens weighs them otherwise in every split."""
+    ids = torch.randint(0, 10, (8, 12), generator=torch.Generator().manual_seed(0))
+    targets = torch.where(torch.arange(12) < torch.arange(12, 4, -1)[:, None], ids, -100)
+    ragged = workload_of("ragged", lambda: (nn.Embedding(10, 10), (ids, targets)))
+    space = build_space(factories.hardware(), CPU, ragged)
+    assert space.values["micro_batch"] == (8,)
+    assert "not the mean of its samples' losses" in space.left_out["micro_batch=4"]
+    whole = workload_of("whole", lambda: (nn.Embedding(10, 10), (ids, ids)))
+    assert build_space(factories.hardware(), CPU, whole).values["micro_batch"] == (1, 2, 4, 8)
+    summed = workload_of("summed", lambda: (nn.Linear(2, 2), (torch.ones(4, 2), torch.ones(4)), lambda o, t: o.sum()))
+    assert not summed.is_split_exact
+
+
+def test_a_kernel_that_a_models_dropout_rules_out_is_left_out_with_torchs_reason() -> None:
+    def make(dropout: float) -> Workload:
+        def build() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+            layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=dropout, batch_first=True)
+            return nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 2)), (torch.randn(4, 4, 16), torch.arange(4) % 2)
+
+        return workload_of("layers", build)
+
+    dropped = build_space(factories.hardware(), CPU, make(0.1))
+    assert "sdpa_flash" not in dropped.values["attention"]
+    assert "dropout" in dropped.left_out["attention=sdpa_flash"]
+    assert "sdpa_flash" in build_space(factories.hardware(), CPU, make(0.0)).values["attention"]
+
+
+def test_a_kernel_that_takes_no_mask_is_for_models_without_one(prepared: Prepared) -> None:
+    hardware = factories.hardware(attention__sdpa_flash__bf16="refused: no kernel; runs without a mask")
+    capabilities = tuple(
+        msgspec.structs.replace(one, measured={"unmasked_ms": 0.01}) if one.name == "attention.sdpa_flash.bf16" else one
+        for one in hardware.capabilities
+    )
+    hardware = msgspec.structs.replace(hardware, capabilities=capabilities)
+    masked = build_space(hardware, CPU, prepared[1])
+    assert ("sdpa_flash", "bf16") not in masked.pairs
+    space = build_space(hardware, CPU, dataclasses.replace(prepared[1], is_masked=False))
+    assert ("sdpa_flash", "bf16") in space.pairs
+    assert expert_guess(space, hardware, CPU).attention == "sdpa_flash"
+
+
+def test_every_value_that_is_not_searched_has_its_reason(prepared: Prepared) -> None:
+    space = build_space(factories.hardware(compile__default="refused: no compiler"), CPU, small(nn.Conv2d(3, 8, 3)))
+    kinds = {knob: get_args(kind) for knob, kind in get_type_hints(Strategy).items() if get_args(kind)}
+    for knob, values in kinds.items():
+        for value in values:
+            assert value in space.values[knob] or space.left_out[f"{knob}={value}"], f"{knob}={value}"
+    assert space.left_out["compile_scope=blocks"] == "the model repeats no block"
+    assert space.left_out["workers=8"] == f"there are {factories.hardware().device.num_cores} cores"
 
 
 def test_packed_is_for_models_that_take_it_and_not_compiled(prepared: Prepared) -> None:

@@ -213,6 +213,9 @@ def test_a_study_runs_is_on_record_and_goes_on(tmp_path: Path, capsys: pytest.Ca
     before = json.loads(record.read_text())["cells"]
     assert [(cell["technique"], cell["outcome"]) for cell in before] == [("plain", "ok")]
     capsys.readouterr()
+    assert called(*command, "--only", "plain,on a card", "--batch-size", "4") == 0
+    assert [cell["technique"] for cell in json.loads(record.read_text())["cells"]] == ["plain", "on a card"]
+    capsys.readouterr()
     assert called(*command, "--batch-size", "4", "--batch-size", "64", "--json", "--csv", tmp_path / "table.csv") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["cells"][0] == before[0]

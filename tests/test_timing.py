@@ -34,6 +34,13 @@ def test_laps_in_which_something_is_compiled_are_warm_up() -> None:
     assert [found.seconds for found in timed] == [1.0, 1.1, 0.9]
 
 
+def test_laps_that_all_compile_are_timed() -> None:
+    laps = [msgspec.structs.replace(lap(seconds), num_compiled=1) for seconds in (5.0, 1.0, 1.1, 0.9)]
+    warm_up, timed = steady(laps)
+    assert [found.seconds for found in warm_up] == [5.0]
+    assert [found.seconds for found in timed] == [1.0, 1.1, 0.9]
+
+
 @pytest.mark.parametrize("count", [64, 500, 782])
 def test_any_few_consecutive_batches_cover_the_lengths(count: int) -> None:
     order = list(_low_discrepancy(count))

@@ -79,6 +79,16 @@ def test_dropout_comes_back_afterwards(workload: Workload) -> None:
     assert max(before) > 0
 
 
+def test_losses_that_vanish_are_no_scale() -> None:
+    # hf:distilbert-base-uncased from random weights, on a CPU
+    fp32 = (0.7009, 0.4049, 0.2174, 0.0976, 0.0936, 0.0378, 0.0143, 0.0084)
+    bf16 = (0.7007, 0.4057, 0.2191, 0.0961, 0.0962, 0.0399, 0.0153, 0.0090)
+    assert trace.deviation(fp32, bf16) == pytest.approx(0.0026 / 0.3007, rel=0.01)
+    assert trace.difference(Strategy(micro_batch=32, precision="bf16"), fp32, bf16) is None
+    unlearning = (0.7009,) * 8
+    assert trace.difference(Strategy(micro_batch=32, precision="bf16"), fp32, unlearning) is not None
+
+
 def test_a_loss_that_is_no_number_is_infinitely_far() -> None:
     assert math.isinf(trace.deviation((0.7,), (math.nan,)))
     assert math.isinf(trace.deviation((0.7, 0.7), (0.7,)))

@@ -19,6 +19,11 @@ Figures = dict[str, float]
 class RefusalError(Exception):
     """The device ran it and the result says that it must not be used; the text is the whole reason."""
 
+    def __init__(self, reason: str, figures: Figures | None = None) -> None:
+        """``figures`` are of what runs all the same."""
+        super().__init__(reason)
+        self.figures = figures or {}
+
 
 def first_line(error: BaseException, limit: int = 108) -> str:
     """An error's first line that says something, cut to a whole sentence or else to ``limit`` characters."""

@@ -13,7 +13,7 @@ from autotune.errors import AutotuneError, UsageError
 @click.command("report")
 @click.argument("what", metavar="SEARCH|STUDY", default="imdb")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
-@click.option("--plots", type=click.Path(path_type=Path), help="Folder for a study's six PNG plots.")
+@click.option("--plots", type=click.Path(path_type=Path), help="Folder for a study's PNG plots.")
 @device_option
 @profiles_option
 def command(what: str, output: Path, plots: Path | None, device_name: str | None, profiles: Path | None) -> int:

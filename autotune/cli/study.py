@@ -25,13 +25,13 @@ DEFAULT = "memory"
 @click.option(
     "--batch-size", "batch_sizes", type=click.IntRange(min=1), multiple=True, help="Default: the study's. Repeatable."
 )
-@click.option("--only", multiple=True, metavar="TECHNIQUE", help="Only these. May be repeated.")
-@click.option("--skip", multiple=True, metavar="TECHNIQUE", help="All but these. May be repeated.")
+@click.option("--only", multiple=True, metavar="TECHNIQUE,...", help="Only these. Repeatable.")
+@click.option("--skip", multiple=True, metavar="TECHNIQUE,...", help="All but these. Repeatable.")
 @click.option("--max-batch", is_flag=True, help="Find the largest batch of each technique besides.")
 @data_options
 @click.option("--output", type=click.Path(path_type=Path), help="The record. Default: runs/study-<name>-<model>.json.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the table as CSV.")
-@click.option("--plots", type=click.Path(path_type=Path), help="Folder for six PNG plots.")
+@click.option("--plots", type=click.Path(path_type=Path), help="Folder for PNG plots: five, six with windows.")
 @click.option("--fresh", is_flag=True, help="Start anew, whatever is on record.")
 @json_option
 @device_option
@@ -73,10 +73,7 @@ def command(
             click.echo(f"{study}: {found.title} ({found.model}): {names}")
         return 0
     definition = _changed(read_definition(wanted), name, steps, batch_sizes)
-    for technique in (*only, *skip):
-        known = [one.name for one in definition.techniques]
-        if technique not in known:
-            raise UsageError(f"the study has no technique {technique!r}{nearest(technique, known)}")
+    only, skip = _known(only, definition), _known(skip, definition)
     if plots is not None:
         from autotune.report.plots import check_installed
 
@@ -112,6 +109,16 @@ def command(
         stdout().print(study_table(results))
         click.echo(f"Record: {output}. A page of it: autotune report {output}", err=True)
     return 0
+
+
+def _known(wanted: tuple[str, ...], definition: Definition) -> tuple[str, ...]:
+    """The techniques named, several in one with commas. Raises UsageError for what the study has not."""
+    known = [technique.name for technique in definition.techniques]
+    names = [name.strip() for names in wanted for name in ([names] if names in known else names.split(","))]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"the study has no technique {name!r}{nearest(name, known)}")
+    return tuple(names)
 
 
 def _changed(definition: Definition, name: str | None, steps: int | None, batch_sizes: tuple[int, ...]) -> Definition:

@@ -26,8 +26,12 @@ _KEPT = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
+    "_flash_attention_forward",
+    "_scaled_mm",
 )
 """ATen operators whose results ``selective`` keeps: what costs most to compute again."""
+_KEPT_PACKED = "_varlen_attn"
+"""The same of torch's attention to packed rows, which has a namespace of its own."""
 
 
 class Recomputed(nn.Module):
@@ -103,4 +107,6 @@ def _empty(kind: type[nn.Module]) -> nn.Module:
 
 def _keep_products() -> Any:
     operators = [getattr(torch.ops.aten, name).default for name in _KEPT if hasattr(torch.ops.aten, name)]
+    if hasattr(torch.ops.torch_attn, _KEPT_PACKED):
+        operators.append(getattr(torch.ops.torch_attn, _KEPT_PACKED).default)
     return create_selective_checkpoint_contexts(operators)  # type: ignore[no-untyped-call]

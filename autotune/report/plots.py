@@ -1,4 +1,4 @@
-"""A study's six plots as PNG files, by matplotlib: memory and speed by batch size, their trade-off, and comparisons."""
+"""A study's plots as PNG files, by matplotlib: memory and speed by batch size, their trade-off, and comparisons."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def check_installed() -> None:
 
 
 def study_plots(results: Results, folder: Path) -> list[Path]:
-    """Draws all six into the folder; returns the files. Raises UsageError where matplotlib is missing or nothing was
-    measured."""
+    """Draws all into the folder, the fifth where the study has windowed attention; returns the files. Raises UsageError
+    where matplotlib is missing or nothing was measured."""
     check_installed()
     from matplotlib.figure import Figure
 
@@ -41,6 +41,8 @@ def study_plots(results: Results, folder: Path) -> list[Path]:
         "5_window_size_comparison": lambda figure: _windows(figure, cells),
         "6_memory_savings_vs_baseline": lambda figure: _savings(figure, results, cells),
     }
+    if not any(_is_windowed(cell) for cell in cells):
+        del drawings["5_window_size_comparison"]
     paths = []
     for name, draw in drawings.items():
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
@@ -117,9 +119,13 @@ def _comparison(figure: Any, cells: list[Cell], batch_size: int) -> None:
             axes.set_yticks([])
 
 
+def _is_windowed(cell: Cell) -> bool:
+    return cell.strategy.attention.startswith("window")
+
+
 def _windows(figure: Any, cells: list[Cell]) -> None:
     """Windowed attention beside full attention in the same precision."""
-    found = [cell for cell in cells if cell.strategy.attention.startswith("window")]
+    found = [cell for cell in cells if _is_windowed(cell)]
     precisions = {cell.strategy.precision for cell in found}
     full = [
         c for c in cells if c not in found and c.strategy.precision in precisions and c.strategy.attention != "eager"
@@ -134,9 +140,7 @@ def _windows(figure: Any, cells: list[Cell]) -> None:
         axes.set(xlabel="batch size")
         axes.set_title("perplexity or test loss" if title == "quality" else title, fontsize=9)
         axes.grid(alpha=0.3)
-        if not full + found:
-            axes.text(0.5, 0.5, "no windowed attention\nin this study", ha="center", va="center", fontsize=8)
-        elif place == 1:
+        if place == 1:
             axes.legend(fontsize=7)
 
 

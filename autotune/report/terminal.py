@@ -34,6 +34,7 @@ _UNITS = {
     "side_elements": "side {:,.0f}",
     "gib_per_s": "{:.1f} GiB/s",
     "forward_ms": "forward {:.2f} ms",
+    "unmasked_ms": "forward and backward {:.2f} ms",
     "backward_ms": "backward {:.2f} ms",
     "step_ms": "step {:.2f} ms",
     "first_call_s": "first call {:.1f} s",

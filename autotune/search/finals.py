@@ -15,7 +15,7 @@ from autotune.contention import Load
 from autotune.measurement import Interval, Lap, Measurement, Trial
 from autotune.stats import MIN_RANKED, paired_ratio
 from autotune.strategy import Strategy
-from autotune.timing import Epoch, epoch_seconds
+from autotune.timing import Epoch, epoch_seconds, uncompiled
 from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Command, Done, Job
 
@@ -202,7 +202,7 @@ class Race:
         for entrant in order:
             done = self._turn(entrant, Command(min_laps=self._laps(entrant), eval_batches=eval_batches))
             if done is not None:
-                laps[entrant.trial.number] = done.laps
+                laps[entrant.trial.number] = tuple(uncompiled(done.laps))
                 self._measurements[entrant.trial.number][-1] = done.measurement
             spent_s = sum(after - before_s[number] for number, after in self._cpu_s().items())
             is_quiet = load.is_quiet(self._num_cores, spent_s)

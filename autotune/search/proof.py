@@ -23,7 +23,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     """Why the outcome is not ``ok``."""
     loss_deviation: float | None = None
-    """Largest distance of the first losses from the fp32 baseline's, as a share of them."""
+    """Largest distance of the first losses from the fp32 baseline's (``trace.deviation``)."""
     not_compared: str = ""
     """Why there were no losses of the baseline's to compare with."""
     soak_steps: int = 0

@@ -9,13 +9,16 @@ from typing import Any, get_args
 import msgspec
 
 from autotune.backends.base import Backend
+from autotune.checks.kernels import UNMASKED_MS
 from autotune.probe import Hardware
 from autotune.step import uses_cuda_graphs
 from autotune.strategy import (
     APPROXIMATE,
+    Allocator,
     Attention,
     Checkpoint,
     Compile,
+    CompileScope,
     MemoryFormat,
     Optimizer,
     Padding,
@@ -26,8 +29,8 @@ from autotune.workloads.base import Workload
 
 PREFETCH = (2, 8)
 """Batches that each loader process has ready, torch's default first."""
-MAX_WORKERS = 8
-"""More loader processes than this are not searched; fewer where there are fewer cores."""
+WORKERS = (0, 1, 2, 4, 8)
+"""Loader processes; fewer where there are fewer cores."""
 
 # Autocast and the kernels see 16-bit tensors; tf32 is fp32 storage, so its kernels are fp32's.
 _ATTENTION_DTYPE: dict[Precision, str] = {
@@ -145,7 +148,8 @@ def build_space(
             return False
         for name in capabilities:
             found = hardware.capability(name)
-            if not found.value and not (includes_slow and found.reason.startswith("too slow")):
+            is_unmasked = not workload.is_masked and UNMASKED_MS in found.measured
+            if not (found.value or is_unmasked or (includes_slow and found.reason.startswith("too slow"))):
                 left_out[f"{knob}={value}"] = found.reason
                 return False
         return True
@@ -169,16 +173,24 @@ def build_space(
         if is_sparse and not allowed("attention", attention):
             continue
         for precision in precisions:
-            # what is sparse is made of torch's own choice of kernel
-            name = f"attention.{'sdpa' if is_sparse else attention}.{_ATTENTION_DTYPE[precision]}"
+            # what is sparse is made of torch's own choice of kernel, on CUDA of a kernel that is compiled for it
+            kernel = ("window" if backend.device_type == "cuda" else "sdpa") if is_sparse else attention
+            name = f"attention.{kernel}.{_ATTENTION_DTYPE[precision]}"
             # a model that calls no kernel may have no attention at all: how fast that is says nothing of it
             is_free = len(workload.attentions) == 1 or (attention, precision) == (workload.attentions[0], "fp32")
-            if is_free or allowed("attention", f"{attention} in {precision}", name):
-                pairs.add((attention, precision))
+            if not (is_free or allowed("attention", f"{attention} in {precision}", name)):
+                continue
+            # asked of a CPU, where the model was looked at; elsewhere a trial finds out
+            if backend.device_type == "cpu" and attention in workload.refused_kernels:
+                left_out[f"attention={attention}"] = f"refused by this model: {workload.refused_kernels[attention]}"
+                continue
+            pairs.add((attention, precision))
     attentions = [a for a in backend.attention if any((a, p) in pairs for p in precisions)]
     compile_modes = [c for c in backend.compile_modes if c == "none" or allowed("compile", c, f"compile.{c}")]
     for mode in set(get_args(Compile)) - set(backend.compile_modes):
         left_out[f"compile={mode}"] = "not for this kind of device"
+    for setting in set(get_args(Allocator)) - set(backend.allocators):
+        left_out[f"allocator={setting}"] = "not for this kind of device"
     allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]
     optimizers = [o for o in get_args(Optimizer) if o == "default" or allowed("optimizer", o, f"optimizer.{o}")]
     checkpoints = [c for c in get_args(Checkpoint) if workload.num_blocks >= _NEEDS_BLOCKS[c]]
@@ -202,12 +214,25 @@ def build_space(
         for padding in paddings[1:]:
             left_out[f"padding={padding}"] = "all samples are of one length"
         paddings = paddings[:1]
-    workers = tuple(sorted({0, 1, 2, 4, 8} & set(range(min(MAX_WORKERS, hardware.device.num_cores) + 1))))
+    scopes: tuple[CompileScope, ...] = get_args(CompileScope)
+    if workload.num_blocks < 2 or len(compile_modes) == 1:
+        reason = "the model repeats no block" if workload.num_blocks < 2 else "nothing compiles here"
+        left_out["compile_scope=blocks"] = reason
+        scopes = scopes[:1]
+    workers = tuple(count for count in WORKERS if count <= hardware.device.num_cores)
+    for count in WORKERS[len(workers) :]:
+        left_out[f"workers={count}"] = f"there are {hardware.device.num_cores} cores"
+    if len(workers) == 1:
+        left_out[f"prefetch={PREFETCH[1]}"] = "there are no loader processes"
     global_batch = workload.recipe.global_batch
     micro_batches = tuple(size for size in range(1, global_batch + 1) if global_batch % size == 0)
-    if workload.has_batch_norm:
+    if workload.has_batch_norm or not workload.is_split_exact:
         for size in micro_batches[:-1]:
-            left_out[f"micro_batch={size}"] = "batch normalisation would train on other statistics"
+            left_out[f"micro_batch={size}"] = (
+                "batch normalisation would train on other statistics"
+                if workload.has_batch_norm
+                else "a batch's loss is not the mean of its samples' losses: another split would train otherwise"
+            )
         micro_batches = micro_batches[-1:]
     return Space(
         global_batch=global_batch,
@@ -215,7 +240,7 @@ def build_space(
             "micro_batch": micro_batches,
             "attention": tuple(attentions),
             "compile": tuple(compile_modes),
-            "compile_scope": ("model", "blocks") if workload.num_blocks > 1 and len(compile_modes) > 1 else ("model",),
+            "compile_scope": scopes,
             "allocator": tuple(allocators),
             "precision": tuple(precisions),
             "padding": paddings,
@@ -239,6 +264,8 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
 
     def attention_ms(attention: Attention, precision: Precision) -> float:
         measured = hardware.capability(f"attention.{attention}.{_ATTENTION_DTYPE[precision]}").measured
+        if UNMASKED_MS in measured:  # which only models without a mask get to
+            return measured[UNMASKED_MS]
         return measured.get("forward_ms", float("inf")) + measured.get("backward_ms", float("inf"))
 
     def optimizer_ms(optimizer: Optimizer) -> float:

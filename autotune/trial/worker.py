@@ -140,7 +140,7 @@ def _serve(connection: Connection, job: Job) -> None:
     from autotune import backends, trace, workloads
     from autotune.apply import apply
     from autotune.phases import train_some
-    from autotune.timing import Timer, time_until
+    from autotune.timing import Timer, num_compiled, time_until
 
     backend = backends.get(job.backend)
     connection.send(Progress(stage="building"))
@@ -190,6 +190,8 @@ def _serve(connection: Connection, job: Job) -> None:
             narrow=command.narrow,
             on_lap=report,
         )
+        if job.strategy.compile != "none" and not num_compiled():
+            raise RuntimeError("torch.compile has compiled nothing of this model")
         if command.longest:
             timer().longest()
         if command.eval_batches:

@@ -56,7 +56,7 @@ def get(name: str) -> WorkloadModule:
         return REGISTRY[name]
     is_file = place.endswith(".py")
     try:
-        module = _module_of(Path(place).resolve()) if is_file else importlib.import_module(place)
+        module = _module_of(Path(place).resolve()) if is_file else _imported(place)
         found = getattr(module, attribute)
     except AttributeError as exc:
         names = [known for known in vars(module) if not known.startswith("_")]
@@ -81,8 +81,20 @@ def wanted(name: str) -> Wanted:
     return Wanted(name, label(name), module.RECIPE.global_batch, getattr(module, "num_parameters", None))
 
 
+def _imported(name: str) -> ModuleType:
+    """A module that is installed, or lies in the working folder."""
+    _add_to_path(Path.cwd())
+    return importlib.import_module(name)
+
+
+def _add_to_path(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
 def _module_of(path: Path) -> ModuleType:
-    """The script as a module, once in a process; it may import what lies beside it. ``__main__`` parts do not run."""
+    """The script as a module, once in a process; it may import what lies beside it, now and later. ``__main__`` parts
+    do not run."""
     known = sys.modules.get(path.stem)
     if known is not None and getattr(known, "__file__", None) == str(path):
         return known
@@ -90,15 +102,13 @@ def _module_of(path: Path) -> ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
+    _add_to_path(path.parent)
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[path.stem]
         raise
-    finally:
-        sys.path.remove(str(path.parent))
     return module
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autotune.data.batching import Indices, MicroBatch, collate
 from autotune.errors import AutotuneError, UsageError
-from autotune.models.attention import settable
 from autotune.models.blocks import find_blocks
 from autotune.strategy import Attention, Padding, Strategy, baseline
+from autotune.workloads import seen
 
 Schedule = Literal["cosine", "linear", "restarts", "onecycle", "constant"]
 
@@ -107,8 +106,10 @@ class Workload:
     """The same without padding, all samples' tokens in one row; None where the model does not take that."""
     split: Callable[[Any, Strategy], list[MicroBatch]] | None = None
     """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
-    of_dataset: Callable[[Any], Any] = lambda dataset: dataset
+    of_dataset: Callable[[Any, Strategy], Any] = lambda dataset, strategy: dataset
     """What stands for ``train`` where the user brings a dataset."""
+    is_masked: bool = True
+    """Whether attention is told which tokens are padding; kernels that take no mask are for models where it is not."""
 
     def with_recipe(self, recipe: Recipe) -> Workload:
         """The same with another recipe. Raises UsageError for label smoothing where the loss is the user's own."""
@@ -136,22 +137,22 @@ class Workload:
 
     def attentions_of(self, model: nn.Module) -> tuple[Attention, ...]:
         """The same for another model, which is run on a sample where it does not say."""
+        return seen.attentions(self, model)
 
-        def forward() -> None:
-            shortest = int(np.argmin(self.train.lengths))
-            micro = self.collate(self.train, np.array([shortest]), int(self.train.lengths[shortest]))
-            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-            inputs = {
-                name: value.to(device) if isinstance(value, Tensor) else value for name, value in micro.inputs.items()
-            }
-            was_training = model.training
-            try:
-                with torch.random.fork_rng(devices=[]):  # without gradients torch's own encoder takes another way
-                    model.eval()(**inputs)
-            finally:
-                model.train(was_training)
+    @functools.cached_property
+    def refused_kernels(self) -> dict[Attention, str]:
+        """Pinned kernels that do not run this model's training on a CPU, with the reason."""
+        with torch.random.fork_rng(devices=[]):
+            return seen.refused_kernels(self, self.build_model())
 
-        return settable(model, forward)
+    @functools.cached_property
+    def is_split_exact(self) -> bool:
+        """Whether every split of a batch into micro batches gives the same gradient; asked of losses that are means,
+        those of workloads of the user's own say themselves what they are summed over."""
+        if self.split is None:
+            return True
+        with torch.random.fork_rng(devices=[]):
+            return seen.is_split_exact(self, self.build_model())
 
     def collate_for(self, padding: Padding) -> Callable[[Any, Indices, int], MicroBatch]:
         """What makes micro batches under a padding. Raises AutotuneError where the model does not take them."""

@@ -43,4 +43,5 @@ def open_workload(ref: WorkloadRef) -> Workload:
         test=test,
         max_tokens=1,
         collate=collate,
+        is_masked=False,
     )

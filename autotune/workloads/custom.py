@@ -33,6 +33,7 @@ RECIPE = Recipe(learning_rate=1e-4, weight_decay=0.01, warmup_steps=100, clip_no
 MASK = "attention_mask"
 """The input that says which tokens are real, as Hugging Face's models call it."""
 
+_TARGETS = "the targets"  # no argument can be called so
 MeanLoss = Callable[..., Tensor]
 
 
@@ -96,7 +97,11 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
             f"{label} gives {_kind(made)}; it should give a Workload, or (model, batch), or (model, batch, loss)"
         )
     model, raw, *loss = made
-    names = tuple(name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs"))
+    names = tuple(
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    )
     batch = Batch(raw, names, label)
     recipe = Recipe(
         **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
@@ -114,7 +119,8 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         max_tokens=batch.width,
         collate=lambda data, indices, width: data.collate(indices, width),
         split=lambda raw, strategy: Batch(raw, names, label).split(strategy),
-        of_dataset=lambda dataset: Mapped(dataset, names, label, batch.width),
+        is_masked=MASK in batch.inputs,
+        of_dataset=lambda dataset, strategy: Mapped(dataset, names, label, batch.width, strategy.padding != "max"),
     )
 
 
@@ -122,29 +128,44 @@ class Batch:
     """A batch as a set of samples: named model inputs, and targets where the model does not compute its own loss.
 
     ``raw`` is what a DataLoader gives: a tensor, tensors for the model's arguments in their order with the targets
-    last, or a dict by argument. Raises UsageError where their sizes differ.
+    last, or a dict by argument. Raises UsageError where their sizes differ, or it holds anything else.
     """
 
     def __init__(self, raw: Any, names: Sequence[str], label: str) -> None:
-        self.targets: Tensor | None = None
         if isinstance(raw, Mapping):
-            self.inputs = {str(name): value for name, value in raw.items() if isinstance(value, Tensor)}
+            named = {str(name): value for name, value in raw.items()}
         else:
-            parts = [raw] if isinstance(raw, Tensor) else list(raw)
-            if len(parts) > 1:
-                *parts, self.targets = parts
-            self.inputs = dict(zip(names, parts, strict=False))
+            parts = list(raw) if isinstance(raw, Sequence) else [raw]
+            *parts, targets = parts if len(parts) > 1 else [*parts, None]
+            if len(parts) > len(names):
+                raise UsageError(
+                    f"a batch of {label} has {len(parts)} inputs, the model's forward names {len(names)} arguments "
+                    f"({', '.join(names)}); give the batch as a dict by argument"
+                )
+            named = dict(zip(names, parts, strict=False))
+            if targets is not None:
+                named[_TARGETS] = targets
+        for name, value in named.items():
+            if not isinstance(value, Tensor):
+                raise UsageError(f"{name} in a batch of {label} is {_kind(value)}; a batch holds tensors")
+        self.targets = named.pop(_TARGETS, None)
+        self.inputs: dict[str, Tensor] = named
         tensors = [*self.inputs.values(), *([] if self.targets is None else [self.targets])]
         sizes = {len(tensor) for tensor in tensors if tensor.dim()}
         if len(sizes) != 1:
             found = ", ".join(map(str, sorted(sizes))) or "no tensor"
             raise UsageError(f"a batch of {label} should hold tensors of one batch size, it has {found}")
         self.size: int = sizes.pop()
-        mask = self.inputs.get(MASK)
+        mask = mask if (mask := self.inputs.get(MASK)) is not None and mask.dim() == 2 else None
         ids = [value for value in self.inputs.values() if value.dim() == 2 and not value.is_floating_point()]
         self.width = int(mask.shape[1]) if mask is not None else int(ids[0].shape[1]) if ids else 1
-        tokens = mask.sum(1) if mask is not None else torch.full((self.size,), self.width)
-        self.lengths: Indices = tokens.numpy().astype(np.int64)
+        self.lengths: Indices = np.full(self.size, self.width, dtype=np.int64)
+        """Up to the last token that counts: padding on the left cannot be cut off."""
+        self._num_tokens = self.lengths
+        if mask is not None:
+            counts = mask.ne(0)
+            self.lengths = (counts * torch.arange(1, self.width + 1)).amax(1).clamp(min=1).numpy().astype(np.int64)
+            self._num_tokens = counts.sum(1).numpy().astype(np.int64)
 
     def micro(self, rows: Indices, width: int) -> MicroBatch:
         """Some samples, cut to ``width`` tokens where they have tokens."""
@@ -159,7 +180,7 @@ class Batch:
             inputs={name: part(tensor) for name, tensor in self.inputs.items()},
             targets=torch.zeros(len(rows)) if self.targets is None else part(self.targets),
             num_samples=len(rows),
-            num_tokens=int(self.lengths[rows].sum()),
+            num_tokens=int(self._num_tokens[rows].sum()),
         )
 
     def split(self, strategy: Strategy) -> list[MicroBatch]:
@@ -191,16 +212,18 @@ class Repeated:
 
 
 class Mapped:
-    """A torch map-style dataset, whose samples are collated as its DataLoader would."""
+    """A torch map-style dataset, whose samples are collated as its DataLoader would. How long they are is not known
+    before they are read: they all count as ``width`` tokens, and those of a micro batch are padded to the longest of
+    them where it ``trims``."""
 
-    def __init__(self, dataset: Any, names: Sequence[str], label: str, width: int) -> None:
-        self._dataset, self._names, self._label = dataset, names, label
+    def __init__(self, dataset: Any, names: Sequence[str], label: str, width: int, trims: bool) -> None:
+        self._dataset, self._names, self._label, self._trims = dataset, names, label, trims
         self.lengths: Indices = np.full(len(dataset), width, dtype=np.int64)
 
-    def collate(self, indices: Indices, width: int) -> MicroBatch:
-        """A micro batch of them."""
+    def collate(self, indices: Indices, _: int) -> MicroBatch:
+        """A micro batch of them, as wide as they are."""
         batch = Batch(default_collate([self._dataset[int(index)] for index in indices]), self._names, self._label)
-        return batch.micro(np.arange(batch.size), width)
+        return batch.micro(np.arange(batch.size), int(batch.lengths.max()) if self._trims else batch.width)
 
 
 def _limited(data: Any, limit: int) -> Any:

@@ -67,6 +67,7 @@ class LanguageModel:
             test=validation,
             max_tokens=self.max_tokens,
             collate=collate,
+            is_masked=False,
         )
 
 

@@ -23,6 +23,9 @@ TEXT_BATCH, IMAGE_BATCH = 32, 64
 MAX_TOKENS = 512
 """Sequences are made up to so many tokens, fewer where the model takes fewer."""
 
+DEFAULTS = {"distilbert-base-uncased": "distilbert", "bert-base-uncased": "bert", "gpt2": "gpt2"}
+"""Models that are their architecture's default configuration in transformers: known without the hub."""
+
 Made = tuple[nn.Module, dict[str, torch.Tensor]]
 
 
@@ -43,6 +46,7 @@ def hugging_face(name: str) -> Made:
         raise UsageError(f"hf:{name} cannot be built as a sequence classifier: {str(exc).splitlines()[0]}") from exc
     if config.pad_token_id is None:
         model.config.pad_token_id = 0
+    model.config.use_cache = False  # keys and values kept for generating would be written again by recomputation
     generator = torch.Generator().manual_seed(0)
     max_tokens = min(MAX_TOKENS, getattr(config, "max_position_embeddings", MAX_TOKENS) or MAX_TOKENS)
     lengths = torch.from_numpy(sample_lengths(TEXT_BATCH, seed=0)).clamp(max=max_tokens)
@@ -79,7 +83,10 @@ def timm_model(name: str) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]
 
 
 def _config(name: str) -> Any:
-    """The configuration at a path, else the one that an earlier call kept, else the hub's, else the architecture's."""
+    """The configuration at a path, else the one that an earlier call kept, else the hub's, else what is known without.
+
+    Raises UsageError where none of these has it.
+    """
     import transformers
 
     path = Path(name)
@@ -91,11 +98,13 @@ def _config(name: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as exc:
-        kinds = sorted(transformers.CONFIG_MAPPING, key=len, reverse=True)
-        kind = next((kind for kind in kinds if name.rpartition("/")[2].lower().startswith(kind)), None)
+        kind = DEFAULTS.get(name.rpartition("/")[2])
         if kind is None:
-            raise UsageError(f"no configuration for hf:{name} can be had; give a config.json: --model hf:PATH") from exc
-        config = transformers.AutoConfig.for_model(kind)
+            reason = next(iter(str(exc).splitlines()), type(exc).__name__)
+            raise UsageError(
+                f"no configuration for hf:{name} can be had ({reason}); give a config.json: --model hf:PATH"
+            ) from exc
+        return transformers.AutoConfig.for_model(kind)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace_file(kept, msgspec.json.encode(config.to_dict()))

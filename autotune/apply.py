@@ -365,7 +365,7 @@ def _prepare_compiler(strategy: Strategy) -> None:
     """
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
-    from torch._inductor.runtime.runtime_utils import default_cache_dir
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # importing the compiler has named its own folder already, where the user has named none
     if Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())).name == Path(default_cache_dir()).name:

@@ -70,6 +70,8 @@ class Measurement(Rates, frozen=True, kw_only=True):
     num_recompiled: int = 0
     """Graphs that were compiled when the warm-up was over; the laps in which they were count as warm-up, unless all
     are such laps."""
+    is_from_cache: bool = False
+    """Whether all that was compiled was found in the compiler's cache: the warm-up is that of a second start."""
     num_graph_breaks: int = 0
     """Places where the compiler had to leave the model's code to Python."""
     graph_break: str = ""

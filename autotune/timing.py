@@ -220,6 +220,7 @@ class Timer:
             epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
             losses=tuple(loss for lap in self.laps for loss in lap.losses),
             num_recompiled=sum(lap.num_compiled for lap in self.laps[_first_steady(self.laps, cost) :]),
+            is_from_cache=_is_from_cache(),
             num_graph_breaks=num_breaks,
             graph_break=graph_break,
         )
@@ -293,6 +294,14 @@ def num_compiled() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def _is_from_cache() -> bool:
+    """Whether the compiler's cache had all that this process has compiled so far, and that was something."""
+    from torch._dynamo.utils import counters
+
+    found = counters["inductor"]
+    return bool(found["fxgraph_cache_hit"]) and not found["fxgraph_cache_miss"]
 
 
 def _graph_breaks() -> tuple[int, str]:

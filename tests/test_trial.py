@@ -18,11 +18,13 @@ import torch
 
 from autotune import workloads
 from autotune.contention import Load
+from autotune.search.proof import cold_warm_up_s
 from autotune.strategy import Strategy
 from autotune.trial import worker
 from autotune.trial.runner import Session, TrialEndedError, run_trial
 from autotune.trial.worker import Command, Failed, Job, Progress
 from autotune.workloads.base import WorkloadRef
+from tests import own_script
 
 PLENTY = 2**40
 
@@ -46,6 +48,26 @@ def test_a_trial_measures_in_its_own_process_and_leaves_none_behind(ref: Workloa
     assert trial.measurement.peak_memory_bytes > 5_851_138 * 4 * 3  # weights, gradients and two AdamW moments at least
     assert [p.stage for p in heard][:2] == ["building", "first step"]
     assert heard[-1].stage == "evaluating"
+
+
+def test_a_compiled_setting_is_cold_once_and_then_comes_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own folder the cache is empty again, and stays as it is."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kept"))
+    script = WorkloadRef(name=own_script.write(tmp_path), folder="", source="")
+    strategy = Strategy(micro_batch=8, compile="default")
+    compiled = Job(workload=script, strategy=strategy, backend="cpu", memory_limit_bytes=None, seed=0)
+    found = []
+    for _ in range(2):
+        with Session(compiled, memory_limit_bytes=PLENTY) as session:
+            found.append(session.time(Command(min_laps=2), timeout_s=120).measurement)
+    assert [measured.is_from_cache for measured in found] == [False, True]
+    kept = sorted((tmp_path / "kept").rglob("*"))
+    cold_s = cold_warm_up_s(compiled, timeout_s=120, memory_limit_bytes=PLENTY)
+    assert cold_s is not None
+    assert sorted((tmp_path / "kept").rglob("*")) == kept
+    assert cold_warm_up_s(compiled, timeout_s=0.05, memory_limit_bytes=PLENTY) is None
 
 
 def test_a_setting_that_torch_refuses_is_invalid(ref: WorkloadRef) -> None:

@@ -199,6 +199,13 @@ class SearchDisplay(_Display, Observer):
         self._doing = f"{done} rounds done" if done else "starting"
         self.say(f"{self._current}, {self._doing}")
 
+    def on_cold_start(self, trial: Trial) -> None:
+        """The best is started once more, with nothing compiled."""
+        self._trial_start = time.monotonic()
+        self._current = f"trial {trial.number} once more, with nothing compiled: how long a first start takes"
+        self._doing = "compiling"
+        self.say(self._current)
+
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""
         self._trial_start = time.monotonic()

@@ -64,5 +64,8 @@ class Observer:
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""
 
+    def on_cold_start(self, trial: Trial) -> None:
+        """The best is started once more, with nothing compiled."""
+
     def on_proof_end(self, trial: Trial, proof: Proof) -> None:
         """The last test of a setting ended."""

@@ -37,6 +37,8 @@ MIN_RACED = 2
 """Rounds that a race's figures need: each entrant came first and last."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""
+COLD_S = 600.0
+"""max-autotune compiles for minutes."""
 MAX_PROOFS = 6
 """So many settings may fail the last test before the plain baseline is taken."""
 
@@ -85,6 +87,8 @@ class _Search:
         self.shares: tuple[Share, ...] = ()
         self.explained: set[Strategy] = set()
         """The settings whose knobs' shares were measured."""
+        self.cold_warm_up_s: float | None = None
+        """The best's, where its trial did not have to compile."""
         self.was_interrupted = False
 
     def run(self) -> None:
@@ -96,6 +100,7 @@ class _Search:
         for aim in self.task.sought:
             if (winner := self._winner(aim)) is not None:
                 self.winners[aim] = winner
+        self._start_cold()
 
     # The race
 
@@ -296,6 +301,16 @@ class _Search:
         loss = loss_of(_remeasured(final.trial, final.measurement), aim, self.task.planned)
         return math.inf if loss is None else loss  # a counter that could not be read in the end
 
+    def _start_cold(self) -> None:
+        """How long the best takes to compile, where an earlier search had compiled it before its trial."""
+        best = next((trial for trial, _ in self.winners.values()), None)
+        if best is None or best.measurement is None or not best.measurement.is_from_cache:
+            return
+        self.observer.on_cold_start(best)
+        self.cold_warm_up_s = proof.cold_warm_up_s(
+            self.task.job(best.strategy), timeout_s=COLD_S, memory_limit_bytes=self.task.machine_limit_bytes
+        )
+
     # The verdict
 
     def result(self) -> Result:
@@ -314,6 +329,7 @@ class _Search:
             raise InterruptedSearchError("interrupted before a setting was faster than the baseline; nothing to save")
         was_raced = {reference.number, best.number} <= entered.keys()
         is_compiled = best.strategy.compile != "none"
+        cached_s = best.measurement.warm_up_s if best.measurement and best.measurement.is_from_cache else None
 
         def at_last(trial: Trial, peak_bytes: int) -> Trial:
             final = entered.get(trial.number)
@@ -334,7 +350,7 @@ class _Search:
         )
         return Result(
             baseline=at_last(reference, 0),
-            best=at_last(best, found.peak_memory_bytes if found else 0),
+            best=_begun_cold(at_last(best, found.peak_memory_bytes if found else 0), self.cold_warm_up_s),
             speedup=self._speedup(best),
             front=front if len(self.task.sought) > 1 else (),
             planned=self.task.planned,
@@ -342,7 +358,7 @@ class _Search:
             search=self.trials.search,
             trials=tuple(map(self._as_it_ended, self.history.all)),
             search_s=self.trials.elapsed_s(),
-            warm_up_cached_s=entered[best.number].measurement.warm_up_s if was_raced and is_compiled else None,
+            warm_up_cached_s=entered[best.number].measurement.warm_up_s if was_raced and is_compiled else cached_s,
             num_rounds=len(entered[best.number].epoch_s) if was_raced else 0,
             proof=found,
             was_interrupted=self.was_interrupted,
@@ -386,6 +402,13 @@ class _Search:
 
 def _peak_bytes(trial: Trial) -> int:
     return trial.measurement.peak_memory_bytes if trial.measurement else 0
+
+
+def _begun_cold(trial: Trial, warm_up_s: float | None) -> Trial:
+    """The trial with the warm-up of a first start, where that was measured."""
+    if warm_up_s is None or trial.measurement is None:
+        return trial
+    return _remeasured(trial, msgspec.structs.replace(trial.measurement, warm_up_s=warm_up_s))
 
 
 def _remeasured(trial: Trial, measurement: Measurement) -> Trial:

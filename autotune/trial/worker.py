@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -42,6 +43,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """In place of the workload's own."""
     total_steps: int | None = None
     """What the learning rate's schedule is for; None: the recipe's epochs."""
+    compiles_into: str | None = None
+    """A folder for what is compiled, in place of the one that all processes share."""
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +153,8 @@ def _serve(connection: Connection, job: Job) -> None:
     if job.memory_limit_bytes is not None:
         backend.limit_memory(job.memory_limit_bytes)
     free_bytes = backend.device().memory_free_bytes
+    if job.compiles_into is not None:
+        os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), job.compiles_into)
     backend.start_memory_window()
     run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
     timer = functools.cache(lambda: Timer(run, job.start))

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from autotune.data.batching import (
     plan_epoch,
     plan_evaluation,
 )
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, UsageError
 from autotune.models.attention import set_attention
 from autotune.models.blocks import find_blocks, set_checkpoint
 from autotune.models.fp8 import use_fp8
@@ -231,11 +230,13 @@ def apply(
 
     ``total_steps`` is the length of the learning rate schedule, the recipe's epochs by default. With an ``optimizer``
     of your own the schedule is yours too. Raises AutotuneError where the model cannot take a knob, TypeError where the
-    optimizer is made already.
+    optimizer is made already, UsageError for a ``clip_norm`` that is none.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         name = type(optimizer).__name__
         raise TypeError(f"optimizer should make one: lambda parameters: torch.optim.{name}(parameters, ...)")
+    if clip_norm is not None and not clip_norm > 0:
+        raise UsageError(f"clip_norm is {clip_norm}; it should be a number above 0, or None for the recipe's")
     recipe = workload.recipe
     torch.manual_seed(seed)
     device = torch_device(backend)
@@ -368,7 +369,7 @@ def _prepare_compiler(strategy: Strategy) -> None:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # importing the compiler has named its own folder already, where the user has named none
-    if Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())).name == Path(default_cache_dir()).name:
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "compiled" / "inductor")
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "compiled" / "triton"))
     if hasattr(inductor.cpp, "vec_isa_ok"):

@@ -49,5 +49,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 def at_fault(error: Exception) -> tuple[str, str]:
     """Where msgspec found data at fault (``strategy.micro_batch``; nothing at the top), and what is wrong with it."""
-    message, _, where = str(error).partition(" - at ")
+    message, mark, where = str(error).rpartition(" - at ")
+    if not mark:
+        message, where = where, ""
     return where.replace("`", "").replace("$", "").lstrip("."), message.replace("Object contains", "there is an")

@@ -73,9 +73,9 @@ class Measurement(Rates, frozen=True, kw_only=True):
     is_from_cache: bool = False
     """Whether all that was compiled was found in the compiler's cache: the warm-up is that of a second start."""
     num_graph_breaks: int = 0
-    """Places where the compiler had to leave the model's code to Python."""
+    """Reasons for which the compiler had to leave a part of the model to Python."""
     graph_break: str = ""
-    """Why, at the first of them."""
+    """The first of them."""
 
     @property
     def compiler_words(self) -> str:
@@ -94,6 +94,7 @@ class Measurement(Rates, frozen=True, kw_only=True):
             later,
             warm_up_s=max(self.warm_up_s, later.warm_up_s),
             peak_memory_bytes=max(self.peak_memory_bytes, later.peak_memory_bytes),
+            is_from_cache=self.is_from_cache and later.is_from_cache,
         )
 
 

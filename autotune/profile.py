@@ -67,7 +67,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_rounds: int = 0
     """Rounds that baseline and best were timed in, in turns."""
     warm_up_cached_s: float | None = None
-    """Seconds of the best's warm-up where the compiler's cache has its work; ``best.warm_up_s`` is without."""
+    """Seconds of the best's warm-up where the compiler's cache has its work; ``best.warm_up_s`` is without, or the same
+    where an earlier search had compiled it and no time was left to do it again."""
     soak_steps: int = 0
     """Steps, the longest samples' in a row first, that the best has lasted; none where the search was interrupted."""
     loss_deviation: float | None = None

@@ -23,6 +23,7 @@ from autotune.cost import BY_TOKENS, Cost, Work, fit, total
 from autotune.data.batching import MicroBatch, PlannedBatch
 from autotune.measurement import Lap, Measurement
 from autotune.stats import relative_margin
+from autotune.strategy import Strategy
 
 LAP_S = 0.1
 """Steps shorter than this are timed several at a time, so that synchronising does not slow what is measured."""
@@ -289,6 +290,12 @@ def _power_w(laps: Sequence[Lap]) -> float | None:
     return sum(drawn) / sum(lap.seconds for lap in laps) if len(drawn) == len(laps) else None
 
 
+def check_compiled(strategy: Strategy) -> None:
+    """Raises RuntimeError where steps were taken and nothing was compiled that should have been."""
+    if strategy.compile != "none" and not num_compiled():
+        raise RuntimeError("torch.compile has compiled nothing of this model")
+
+
 def num_compiled() -> int:
     """Graphs that torch.compile has compiled in this process so far."""
     from torch._dynamo.utils import counters
@@ -301,15 +308,16 @@ def _is_from_cache() -> bool:
     from torch._dynamo.utils import counters
 
     found = counters["inductor"]
-    return bool(found["fxgraph_cache_hit"]) and not found["fxgraph_cache_miss"]
+    compiled = found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"]
+    return bool(found["fxgraph_cache_hit"]) and not compiled
 
 
 def _graph_breaks() -> tuple[int, str]:
-    """How often torch.compile has left a graph in this process so far, and the first reason's first line."""
+    """For how many reasons torch.compile has left graphs in this process so far, and the first one's first line."""
     from torch._dynamo.utils import counters
 
     found = counters["graph_break"]
-    return sum(found.values()), next((str(reason).strip().splitlines()[0] for reason in found), "")
+    return len(found), next((str(reason).strip().splitlines()[0] for reason in found), "")
 
 
 def _work(batch: PlannedBatch) -> Work:

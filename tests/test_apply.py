@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -118,6 +118,14 @@ def test_the_optimizers_arithmetic_is_run_as_chosen(
     assert losses == pytest.approx([float(plain.step(batch)) for _ in range(20)], rel=1e-3)
 
 
+@pytest.fixture
+def graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured and counted as ever, but run as they are: C++ is not compiled."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("graphs_only")
 def test_compiling_by_block_compiles_the_blocks_and_not_the_model(workload: Workload) -> None:
     run = run_of(workload, compile="default", compile_scope="blocks")
     assert run.model._compiled_call_impl is None
@@ -126,6 +134,7 @@ def test_compiling_by_block_compiles_the_blocks_and_not_the_model(workload: Work
     assert float(run.step(batch)) == pytest.approx(float(run_of(workload).step(batch)), rel=1e-5)
 
 
+@pytest.mark.usefixtures("graphs_only")
 @pytest.mark.parametrize(("scope", "num_graphs"), [("model", 1), ("blocks", 2)])
 def test_torchs_own_layers_are_compiled_too(scope: str, num_graphs: int) -> None:
     """Blocks share their graphs: one for the first, whose input needs no gradient, one for all others."""
@@ -134,7 +143,6 @@ def test_torchs_own_layers_are_compiled_too(scope: str, num_graphs: int) -> None
         layers = nn.Sequential(*(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(4)))
         return nn.Sequential(layers, nn.Flatten(), nn.Linear(64, 2)), (torch.randn(4, 4, 16), torch.arange(4) % 2)
 
-    torch.compiler.reset()
     knobs = {"micro_batch": 4, "attention": "sdpa", "compile": "default", "compile_scope": scope}
     run = apply(msgspec.convert(knobs, Strategy), workload_of("layers", make), backends.get("cpu"))
     before = counters["stats"]["unique_graphs"]
@@ -215,7 +223,10 @@ def kept_bytes(run: Run) -> int:
     return sum(t.numel() * t.element_size() for t in node.saved_tensors if t.data_ptr() not in own)
 
 
-def test_under_a_memory_budget_the_compiler_keeps_less(workload: Workload) -> None:
+def test_under_a_memory_budget_the_compiler_keeps_less(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is chosen before C++ is made of it, which is left out here."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
     whole = kept_bytes(run_of(workload, compile="default"))
     torch.compiler.reset()
     assert kept_bytes(run_of(workload, compile="default", checkpoint="memory_budget")) < 0.8 * whole
@@ -224,17 +235,18 @@ def test_under_a_memory_budget_the_compiler_keeps_less(workload: Workload) -> No
 
 
 COMPILED = """
-import json, torch
-from torch._dynamo.utils import counters
+import torch
 from autotune import backends
 from autotune.apply import apply
 from autotune.strategy import Strategy
+from autotune.timing import Timer
 from autotune.workloads.custom import workload_of
 
 workload = workload_of("small", lambda: (torch.nn.Linear(4, 2), (torch.ones(8, 4), torch.arange(8) % 2)))
 run = apply(Strategy(micro_batch=8, compile="default"), workload, backends.get("cpu"))
-run.step(next(iter(run.loader)))
-print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}))
+timer = Timer(run)
+timer.lap()
+print(timer.measurement().is_from_cache)
 """
 
 
@@ -249,15 +261,14 @@ def test_another_process_starts_with_what_is_compiled(tmp_path: Path) -> None:
             text=True,
             check=True,
         )
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    assert found[0]["hit"] == 0 < found[0]["miss"]
-    assert found[1]["miss"] == 0 < found[1]["hit"]
+        found.append(done.stdout.split()[-1])
+    assert found == ["False", "True"]
     assert any((tmp_path / "compiled" / "inductor").rglob("*"))
 
 
+@pytest.mark.usefixtures("graphs_only")
 @pytest.mark.parametrize(("padding", "is_dynamic"), [("max", False), ("longest", True)])
 def test_shapes_that_vary_are_compiled_as_varying(workload: Workload, padding: Padding, is_dynamic: bool) -> None:
-    torch.compiler.reset()
     run = run_of(workload, compile="default", padding=padding, micro_batch=8, accumulation=4)
     before = counters["stats"]["unique_graphs"]
     plan = run.loader.plan(0)
@@ -395,6 +406,7 @@ def test_strategies_train_along_the_same_losses(workload: Workload) -> None:
     assert losses(precision="bf16", micro_batch=8, accumulation=4) == pytest.approx(plain, rel=2e-2)
 
 
+@pytest.mark.usefixtures("graphs_only")
 def test_compiling_leaves_the_users_model_object_and_its_state_dict_alone(workload: Workload) -> None:
     model = small_model()
     keys = list(model.state_dict())

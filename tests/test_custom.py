@@ -315,7 +315,7 @@ def test_a_dataset_is_as_wide_as_it_is_and_trimmed_as_the_profile_says() -> None
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        ({"x": torch.zeros(4, 2), "meta": ["a"] * 4}, "meta in a batch of odd is .*; a batch holds tensors"),
+        ({"input": ["a"] * 4, "y": torch.zeros(4)}, "input in a batch of odd is .*; a batch holds tensors"),
         ((torch.zeros(4, 2), torch.zeros(4), torch.zeros(4), torch.zeros(4)), "names 1 arguments"),
         ((torch.zeros(4, 2), {"boxes": torch.zeros(4)}), "the targets in a batch of odd is dict"),
     ],
@@ -323,6 +323,12 @@ def test_a_dataset_is_as_wide_as_it_is_and_trimmed_as_the_profile_says() -> None
 def test_a_batch_that_cannot_be_read_is_refused(batch: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         workload_of("odd", lambda: (nn.Linear(2, 2), batch))
+
+
+def test_what_the_model_does_not_take_is_left_out_of_a_batch() -> None:
+    batch = {"input": torch.zeros(4, 2), "names": ["a"] * 4, "labels": None}
+    workload = workload_of("named", lambda: (nn.Linear(2, 2), batch, lambda output, targets: output.mean()))
+    assert list(workload.collate(workload.train, np.arange(4), 1).inputs) == ["input"]
 
 
 def test_a_package_in_the_working_folder_is_found_and_imports_late(tmp_path: Path, probed: None) -> None:

@@ -102,7 +102,7 @@ def test_a_model_whose_sizes_are_not_known_is_not_guessed(monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match=r"no configuration for hf:bert-large-uncased can be had \(no network\)"):
         named._config("bert-large-uncased")
     assert named._config("distilbert-base-uncased").dim == 768
-    assert not (tmp_path / "configs").exists()
+    assert [path.name for path in (tmp_path / "hugging-face").iterdir()] == ["distilbert-base-uncased.json"]
 
 
 @pytest.mark.parametrize("library", ["hf", "timm"])

@@ -93,6 +93,37 @@ def test_a_loss_that_is_no_mean_over_samples_keeps_the_batch_whole() -> None:
     assert not summed.is_split_exact
 
 
+def test_a_model_that_cannot_be_tried_on_a_sample_has_its_reasons_elsewhere() -> None:
+    """Batch normalisation of one value a channel is an error in training; of a batch it is none."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    workload = workload_of("norm", lambda: (copy.deepcopy(model), (torch.randn(8, 4), torch.arange(8) % 2)))
+    assert build_space(factories.hardware(), CPU, workload).values["attention"] == ("eager",)
+    broken = workload_of("broken", lambda: (nn.Linear(3, 2), (torch.randn(8, 4), torch.arange(8) % 2)))
+    assert broken.refused_kernels == {}
+    assert broken.is_split_exact
+
+
+class Attending(nn.Module):
+    """Attention over embedded tokens, with a mask that it makes of them or without."""
+
+    def __init__(self, makes_mask: bool) -> None:
+        super().__init__()
+        self.embedding, self.makes_mask = nn.Embedding(10, 8), makes_mask
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)[:, None]
+        mask = (ids != 0)[:, None, None] if self.makes_mask else None
+        y: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        return y[:, 0].mean(1)
+
+
+@pytest.mark.parametrize("makes_mask", [False, True])
+def test_a_mask_is_seen_where_the_kernel_gets_one(makes_mask: bool) -> None:
+    ids = torch.arange(8 * 12).reshape(8, 12) % 10
+    workload = workload_of("own", lambda: (Attending(makes_mask), (ids, torch.arange(8) % 8)))
+    assert workload.has_masked_attention == makes_mask
+
+
 def test_a_kernel_that_a_models_dropout_rules_out_is_left_out_with_torchs_reason() -> None:
     def make(dropout: float) -> Workload:
         def build() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:

@@ -18,7 +18,7 @@ import torch
 
 from autotune import workloads
 from autotune.contention import Load
-from autotune.search.proof import cold_warm_up_s
+from autotune.search.cold import cold_start
 from autotune.strategy import Strategy
 from autotune.trial import worker
 from autotune.trial.runner import Session, TrialEndedError, run_trial
@@ -50,24 +50,18 @@ def test_a_trial_measures_in_its_own_process_and_leaves_none_behind(ref: Workloa
     assert heard[-1].stage == "evaluating"
 
 
-def test_a_compiled_setting_is_cold_once_and_then_comes_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By its own folder the cache is empty again, and stays as it is."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kept"))
+def test_a_cold_start_compiles_whatever_was_compiled_before(tmp_path: Path) -> None:
+    """And leaves nothing behind."""
     script = WorkloadRef(name=own_script.write(tmp_path), folder="", source="")
-    strategy = Strategy(micro_batch=8, compile="default")
-    compiled = Job(workload=script, strategy=strategy, backend="cpu", memory_limit_bytes=None, seed=0)
-    found = []
-    for _ in range(2):
-        with Session(compiled, memory_limit_bytes=PLENTY) as session:
-            found.append(session.time(Command(min_laps=2), timeout_s=120).measurement)
-    assert [measured.is_from_cache for measured in found] == [False, True]
-    kept = sorted((tmp_path / "kept").rglob("*"))
-    cold_s = cold_warm_up_s(compiled, timeout_s=120, memory_limit_bytes=PLENTY)
-    assert cold_s is not None
-    assert sorted((tmp_path / "kept").rglob("*")) == kept
-    assert cold_warm_up_s(compiled, timeout_s=0.05, memory_limit_bytes=PLENTY) is None
+    strategy, kept = Strategy(micro_batch=8, compile="default"), tmp_path / "kept"
+    compiled = Job(
+        workload=script, strategy=strategy, backend="cpu", memory_limit_bytes=None, seed=0, compiles_into=str(kept)
+    )
+    cold = cold_start(compiled, timeout_s=120, memory_limit_bytes=PLENTY)
+    assert cold is not None
+    assert not cold.is_from_cache
+    assert not kept.exists()
+    assert cold_start(compiled, timeout_s=0.05, memory_limit_bytes=PLENTY) is None
 
 
 def test_a_setting_that_torch_refuses_is_invalid(ref: WorkloadRef) -> None:

@@ -8,12 +8,12 @@ import msgspec
 import pytest
 
 from autotune.errors import AutotuneError
-from autotune.measurement import Trial
-from autotune.search import study, trials
+from autotune.measurement import Measurement, Trial
+from autotune.search import cold, study, trials
 from autotune.search.finals import Final
 from autotune.search.proof import Proof
 from autotune.search.result import profile_of
-from autotune.strategy import baseline
+from autotune.strategy import Strategy, baseline
 from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Job
 from tests import factories
@@ -113,6 +113,40 @@ def test_a_setting_that_goes_over_the_memory_budget_in_the_race_does_not_win(
 
     scripted_device.setattr(study, "Race", Growing)
     assert searched(prepared, memory_budget_bytes=2 * GIB).best.number not in grown
+
+
+@pytest.mark.parametrize(("has_compiled", "budget_s"), [(True, None), (False, None), (False, 1.0)])
+def test_a_best_that_was_compiled_before_is_started_cold_where_no_trial_was(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, has_compiled: bool, budget_s: float | None
+) -> None:
+    """As if every trial had found its graphs in the cache, but for those whose allocator is the plain one."""
+
+    def compiled(number: int, job: Job, **_: Any) -> Trial:
+        is_first = has_compiled and job.strategy.allocator == "default"
+        measured = msgspec.structs.replace(
+            scripted(job.strategy), is_from_cache=not is_first, warm_up_s=40.0 if is_first else 2.0
+        )
+        return factories.trial(number, job.strategy, measurement=measured)
+
+    def started(job: Job, **_: Any) -> Measurement:
+        asked.append(job.strategy)
+        return msgspec.structs.replace(scripted(job.strategy), warm_up_s=50.0)
+
+    asked: list[Strategy] = []
+    scripted_device.setattr(trials, "run_trial", compiled)
+    scripted_device.setattr(cold, "cold_start", started)
+    if budget_s is not None:
+        scripted_device.setattr(study._Search, "_left_s", lambda self: budget_s)
+    result = searched(prepared)
+    best = result.best.measurement
+    assert best is not None
+    if budget_s is not None:
+        assert not asked
+        return
+    same = [trial for trial in result.trials if cold._graphs(trial.strategy) == cold._graphs(result.best.strategy)]
+    was_known = has_compiled and any(trial.strategy.allocator == "default" for trial in same)
+    assert asked == ([] if was_known else [result.best.strategy])
+    assert best.warm_up_s == (40.0 if was_known else 50.0)
 
 
 def test_a_winner_that_does_not_train_as_the_baseline_does_is_passed_over(

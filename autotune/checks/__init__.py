@@ -67,15 +67,14 @@ def standard(backend: Backend) -> tuple[Check, ...]:
         for p in ATTENTION_PRECISIONS
     ]
     if backend.device_type == "cuda":  # FlexAttention, which is compiled; elsewhere it is made of torch's own kernels
-        window = "attention.window.bf16"
-        checks.append(
+        checks += [
             Check(
-                name=window,
-                run=functools.partial(attention, kernel="window", precision="bf16"),
+                name=f"attention.window.{p}",
+                run=functools.partial(attention, kernel="window", precision=p),
                 time_limit_s=120.0,
             )
-        )
-        checks += [Check(name=f"attention.window.{p}", follows=window) for p in ATTENTION_PRECISIONS if p != "bf16"]
+            for p in ATTENTION_PRECISIONS
+        ]
     ran = None
     for mode in backend.compile_modes:
         if mode == "none":

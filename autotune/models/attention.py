@@ -126,7 +126,7 @@ def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention
         takes_packages = kind == "transformers" and getattr(model, "_supports_flash_attn", False)
         left_out = APPROXIMATE["attention"] | (set() if takes_packages else {"flash_attn"})
         return tuple(attention for attention in everything if attention not in left_out)
-    kernels = _Kernels()  # type: ignore[no-untyped-call]
+    kernels = KernelsSeen()
     with kernels, contextlib.suppress(Exception):  # what the model cannot run here, training will say
         forward()
     if kernels.are_called:
@@ -184,13 +184,21 @@ def _switches(model: nn.Module) -> str | None:
     return None
 
 
-class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whether a kernel of scaled_dot_product_attention is called, by whatever function of torch's or the model's."""
+class KernelsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Whether a kernel of scaled_dot_product_attention is called, by whatever function of torch's or the model's, and
+    whether with a mask."""
 
-    are_called = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.are_called = self.have_mask = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.are_called |= "scaled_dot_product" in function.name()
+        """Passes every operator on."""
+        if "scaled_dot_product" in function.name():
+            self.are_called = True
+            # q, k, v come first; a mask or a bias of the scores is the next tensor, by place or by name
+            others = [*args[3:], *(kwargs or {}).values()]
+            self.have_mask |= any(isinstance(value, Tensor) for value in others)
         return function(*args, **(kwargs or {}))
 
 

@@ -53,6 +53,8 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
         table.add_row("of the matmul rate", f"{used:.1%}", f"{more:.1%}", "model FLOP utilisation")
     table.add_row("waiting for data", f"{base.loader_wait:.1%}", f"{best.loader_wait:.1%}", "")
     cached = "" if result.warm_up_cached_s is None else f"{format_duration(result.warm_up_cached_s)} once compiled"
+    if best.is_from_cache:
+        cached = "was compiled before"
     table.add_row("warm-up", format_duration(base.warm_up_s), format_duration(best.warm_up_s), cached)
     base_s, best_s = planned.projected_s(base), planned.projected_s(best)
     epochs = f"{planned.epochs} epoch{'s' if planned.epochs != 1 else ''}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 
 import msgspec
@@ -12,7 +11,7 @@ from autotune import trace
 from autotune.measurement import Outcome
 from autotune.strategy import Padding
 from autotune.trial.runner import Session, TrialEndedError
-from autotune.trial.worker import Command, Job, Progress, Soak
+from autotune.trial.worker import Job, Progress, Soak
 
 SOAK = Soak(enough_steps=50, enough_s=30.0)
 
@@ -57,17 +56,6 @@ def reference_losses(
     if trace.deviation(losses(job.strategy.padding, 1), found[:1]) <= trace.TOLERANCE["fp32"]:
         return found
     return losses(job.strategy.padding, trace.NUM_STEPS)
-
-
-def cold_warm_up_s(job: Job, *, timeout_s: float, memory_limit_bytes: int) -> float | None:
-    """Seconds of warm-up of a compiled setting where nothing is compiled yet; None where it fails."""
-    with tempfile.TemporaryDirectory(prefix="autotune-compiled-", ignore_cleanup_errors=True) as folder:
-        cold = msgspec.structs.replace(job, compiles_into=folder)
-        try:
-            with Session(cold, memory_limit_bytes=memory_limit_bytes) as session:
-                return session.time(Command(min_laps=3), timeout_s=timeout_s).measurement.warm_up_s
-        except TrialEndedError:
-            return None
 
 
 def prove(

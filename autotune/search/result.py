@@ -43,7 +43,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     search_s: float
     warm_up_cached_s: float | None
     """Seconds of the best's warm-up where the compiler finds its work in the cache, as training does; None where
-    nothing is compiled, or it was not raced."""
+    nothing is compiled, or such a start was not measured."""
     num_rounds: int
     """Rounds in which baseline and best were timed in turns; at none, the interval is from their trials alone."""
     proof: Proof | None

@@ -10,6 +10,7 @@ import msgspec
 
 from autotune.backends.base import Backend
 from autotune.checks.kernels import UNMASKED_MS
+from autotune.models.attention import SDPA_KERNELS
 from autotune.probe import Hardware
 from autotune.step import uses_cuda_graphs
 from autotune.strategy import (
@@ -148,8 +149,8 @@ def build_space(
             return False
         for name in capabilities:
             found = hardware.capability(name)
-            is_unmasked = not workload.is_masked and UNMASKED_MS in found.measured
-            if not (found.value or is_unmasked or (includes_slow and found.reason.startswith("too slow"))):
+            runs = found.value or (includes_slow and found.reason.startswith("too slow"))
+            if not (runs or (UNMASKED_MS in found.measured and not workload.has_masked_attention)):
                 left_out[f"{knob}={value}"] = found.reason
                 return False
         return True
@@ -181,7 +182,8 @@ def build_space(
             if not (is_free or allowed("attention", f"{attention} in {precision}", name)):
                 continue
             # asked of a CPU, where the model was looked at; elsewhere a trial finds out
-            if backend.device_type == "cpu" and attention in workload.refused_kernels:
+            is_pinned = backend.device_type == "cpu" and attention in SDPA_KERNELS
+            if is_pinned and attention in workload.refused_kernels:
                 left_out[f"attention={attention}"] = f"refused by this model: {workload.refused_kernels[attention]}"
                 continue
             pairs.add((attention, precision))
@@ -222,8 +224,6 @@ def build_space(
     workers = tuple(count for count in WORKERS if count <= hardware.device.num_cores)
     for count in WORKERS[len(workers) :]:
         left_out[f"workers={count}"] = f"there are {hardware.device.num_cores} cores"
-    if len(workers) == 1:
-        left_out[f"prefetch={PREFETCH[1]}"] = "there are no loader processes"
     global_batch = workload.recipe.global_batch
     micro_batches = tuple(size for size in range(1, global_batch + 1) if global_batch % size == 0)
     if workload.has_batch_norm or not workload.is_split_exact:
@@ -249,7 +249,7 @@ def build_space(
             "workers": workers,
             "checkpoint": tuple(checkpoints),
             "memory_format": tuple(formats),
-            "prefetch": PREFETCH if len(workers) > 1 else PREFETCH[:1],
+            "prefetch": PREFETCH,
             "deterministic": (is_deterministic,),
         },
         left_out=left_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import msgspec
 
 from autotune.errors import AutotuneError, InterruptedSearchError
 from autotune.measurement import Interval, Measurement, Trial
-from autotune.search import explain, finals, proof
+from autotune.search import cold, explain, finals, proof
 from autotune.search.explain import Share
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.search.journal import open_journal
@@ -37,8 +38,6 @@ MIN_RACED = 2
 """Rounds that a race's figures need: each entrant came first and last."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""
-COLD_S = 600.0
-"""max-autotune compiles for minutes."""
 MAX_PROOFS = 6
 """So many settings may fail the last test before the plain baseline is taken."""
 
@@ -87,8 +86,8 @@ class _Search:
         self.shares: tuple[Share, ...] = ()
         self.explained: set[Strategy] = set()
         """The settings whose knobs' shares were measured."""
-        self.cold_warm_up_s: float | None = None
-        """The best's, where its trial did not have to compile."""
+        self.cold_warm_up_s: dict[int, float] = {}
+        """By the trial's number, where the trial itself did not have to compile."""
         self.was_interrupted = False
 
     def run(self) -> None:
@@ -302,14 +301,23 @@ class _Search:
         return math.inf if loss is None else loss  # a counter that could not be read in the end
 
     def _start_cold(self) -> None:
-        """How long the best takes to compile, where an earlier search had compiled it before its trial."""
-        best = next((trial for trial, _ in self.winners.values()), None)
+        """How long the best takes to compile, where that was done before its trial: by another trial, or else, where
+        the budget has the time, by starting it once more. Where neither is known the profile says so."""
+        best, left_s = next((trial for trial, _ in self.winners.values()), None), self._left_s()
         if best is None or best.measurement is None or not best.measurement.is_from_cache:
             return
-        self.observer.on_cold_start(best)
-        self.cold_warm_up_s = proof.cold_warm_up_s(
-            self.task.job(best.strategy), timeout_s=COLD_S, memory_limit_bytes=self.task.machine_limit_bytes
-        )
+        warm_up_s = cold.known_warm_up_s(self.history.all, best.strategy)
+        if warm_up_s is None and left_s >= cold.MIN_COLD_S:
+            self.observer.on_cold_start(best)
+            with contextlib.suppress(KeyboardInterrupt):  # all that counts is measured
+                started = cold.cold_start(
+                    self.task.job(best.strategy),
+                    timeout_s=min(left_s, cold.COLD_S),
+                    memory_limit_bytes=self.task.machine_limit_bytes,
+                )
+                warm_up_s = started.warm_up_s if started else None
+        if warm_up_s is not None:
+            self.cold_warm_up_s[best.number] = warm_up_s
 
     # The verdict
 
@@ -335,8 +343,11 @@ class _Search:
             final = entered.get(trial.number)
             measured = final.measurement if final else trial.measurement
             assert measured is not None
-            peak_bytes = max(measured.peak_memory_bytes, peak_bytes)
-            return _remeasured(trial, msgspec.structs.replace(measured, peak_memory_bytes=peak_bytes))
+            measured = msgspec.structs.replace(measured, peak_memory_bytes=max(measured.peak_memory_bytes, peak_bytes))
+            if trial.number in self.cold_warm_up_s:
+                warm_up_s = max(measured.warm_up_s, self.cold_warm_up_s[trial.number])
+                measured = msgspec.structs.replace(measured, warm_up_s=warm_up_s, is_from_cache=False)
+            return _remeasured(trial, measured)
 
         front = tuple(
             Choice(
@@ -350,7 +361,7 @@ class _Search:
         )
         return Result(
             baseline=at_last(reference, 0),
-            best=_begun_cold(at_last(best, found.peak_memory_bytes if found else 0), self.cold_warm_up_s),
+            best=at_last(best, found.peak_memory_bytes if found else 0),
             speedup=self._speedup(best),
             front=front if len(self.task.sought) > 1 else (),
             planned=self.task.planned,
@@ -402,13 +413,6 @@ class _Search:
 
 def _peak_bytes(trial: Trial) -> int:
     return trial.measurement.peak_memory_bytes if trial.measurement else 0
-
-
-def _begun_cold(trial: Trial, warm_up_s: float | None) -> Trial:
-    """The trial with the warm-up of a first start, where that was measured."""
-    if warm_up_s is None or trial.measurement is None:
-        return trial
-    return _remeasured(trial, msgspec.structs.replace(trial.measurement, warm_up_s=warm_up_s))
 
 
 def _remeasured(trial: Trial, measurement: Measurement) -> Trial:

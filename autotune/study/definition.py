@@ -84,21 +84,21 @@ def read_definition(wanted: str) -> Definition:
     try:
         return _definition(path.stem, wanted, msgspec.convert(data, _File))
     except msgspec.ValidationError as exc:
-        raise UsageError(f"study {path}{_words(exc)}; README shows such a file") from exc
+        raise UsageError(f"study {path}{_words(exc, list(_File.__struct_fields__))}; README shows such a file") from exc
     except ValueError as exc:
         raise UsageError(f"study {path}: {exc}") from exc
 
 
-def _words(error: Exception) -> str:
+def _words(error: Exception, known: list[str]) -> str:
     """Where a file is at fault, what is wrong, and what an unknown field might have been."""
     key, message = at_fault(error)
     words = f"{f', {key}' if key else ''}: {message}"
     found = re.search(r"unknown field `(\w+)`", message)
     if found is None:
         return words
-    if found[1] in Recipe.__struct_fields__:
+    if "recipe" in known and found[1] in Recipe.__struct_fields__:
         return f"{words}; it belongs to the recipe: recipe = {{ {found[1]} = ... }}"
-    return words + nearest(found[1], [*Strategy.__struct_fields__, "recipe"])
+    return words + nearest(found[1], known)
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,7 +132,8 @@ def _definition(name: str, origin: str, file: _File) -> Definition:
                 technique.strategy(size)
             technique.recipe_of(_ANY_RECIPE)
         except (msgspec.ValidationError, ValueError) as exc:
-            raise ValueError(f"technique {technique.name!r}{_words(exc)}") from exc
+            words = _words(exc, [*Strategy.__struct_fields__, "recipe"])
+            raise ValueError(f"technique {technique.name!r}{words}") from exc
     return Definition(
         name=name,
         origin=origin,

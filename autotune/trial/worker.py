@@ -143,7 +143,7 @@ def _serve(connection: Connection, job: Job) -> None:
     from autotune import backends, trace, workloads
     from autotune.apply import apply
     from autotune.phases import train_some
-    from autotune.timing import Timer, num_compiled, time_until
+    from autotune.timing import Timer, check_compiled, time_until
 
     backend = backends.get(job.backend)
     connection.send(Progress(stage="building"))
@@ -169,12 +169,14 @@ def _serve(connection: Connection, job: Job) -> None:
 
     def serve(command: AnyCommand) -> Done | Soaked | Traced | Trained:
         if isinstance(command, Train):
-            return train_some(
+            trained = train_some(
                 run,
                 command.num_steps,
                 command.num_eval,
                 on_step=lambda step: say(Progress(stage="training", step=step)),
             )
+            check_compiled(job.strategy)
+            return trained
         if isinstance(command, Trace):
             comparing = Progress(stage="comparing losses")
             return Traced(losses=trace.losses(run, command.num_steps, on_step=lambda: connection.send(comparing)))
@@ -195,8 +197,7 @@ def _serve(connection: Connection, job: Job) -> None:
             narrow=command.narrow,
             on_lap=report,
         )
-        if job.strategy.compile != "none" and not num_compiled():
-            raise RuntimeError("torch.compile has compiled nothing of this model")
+        check_compiled(job.strategy)
         if command.longest:
             timer().longest()
         if command.eval_batches:

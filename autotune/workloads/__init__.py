@@ -82,14 +82,15 @@ def wanted(name: str) -> Wanted:
 
 
 def _imported(name: str) -> ModuleType:
-    """A module that is installed, or lies in the working folder."""
-    _add_to_path(Path.cwd())
+    """A module that is installed, or else lies in the working folder."""
+    _put_last(Path.cwd())
     return importlib.import_module(name)
 
 
-def _add_to_path(folder: Path) -> None:
+def _put_last(folder: Path) -> None:
+    """Modules of a folder are found, behind all others of their names."""
     if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+        sys.path.append(str(folder))
 
 
 def _module_of(path: Path) -> ModuleType:
@@ -102,13 +103,16 @@ def _module_of(path: Path) -> ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    _add_to_path(path.parent)
+    sys.path.insert(0, str(path.parent))
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[path.stem]
         raise
+    finally:
+        sys.path.remove(str(path.parent))
+        _put_last(path.parent)
     return module
 
 

@@ -108,8 +108,8 @@ class Workload:
     """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
     of_dataset: Callable[[Any, Strategy], Any] = lambda dataset, strategy: dataset
     """What stands for ``train`` where the user brings a dataset."""
-    is_masked: bool = True
-    """Whether attention is told which tokens are padding; kernels that take no mask are for models where it is not."""
+    is_masked: bool | None = True
+    """Whether attention is told which tokens are padding; None: to be found out."""
 
     def with_recipe(self, recipe: Recipe) -> Workload:
         """The same with another recipe. Raises UsageError for label smoothing where the loss is the user's own."""
@@ -144,6 +144,14 @@ class Workload:
         """Pinned kernels that do not run this model's training on a CPU, with the reason."""
         with torch.random.fork_rng(devices=[]):
             return seen.refused_kernels(self, self.build_model())
+
+    @functools.cached_property
+    def has_masked_attention(self) -> bool:
+        """Whether attention is told which tokens are padding: kernels that take no mask are for models where not."""
+        if self.is_masked is not None:
+            return self.is_masked
+        with torch.random.fork_rng(devices=[]):
+            return seen.is_masked(self, self.build_model())
 
     @functools.cached_property
     def is_split_exact(self) -> bool:

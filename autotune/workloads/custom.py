@@ -119,7 +119,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         max_tokens=batch.width,
         collate=lambda data, indices, width: data.collate(indices, width),
         split=lambda raw, strategy: Batch(raw, names, label).split(strategy),
-        is_masked=MASK in batch.inputs,
+        is_masked=None,
         of_dataset=lambda dataset, strategy: Mapped(dataset, names, label, batch.width, strategy.padding != "max"),
     )
 
@@ -128,7 +128,8 @@ class Batch:
     """A batch as a set of samples: named model inputs, and targets where the model does not compute its own loss.
 
     ``raw`` is what a DataLoader gives: a tensor, tensors for the model's arguments in their order with the targets
-    last, or a dict by argument. Raises UsageError where their sizes differ, or it holds anything else.
+    last, or a dict by argument, of which what is no tensor and no argument of the model's is left out. Raises
+    UsageError where their sizes differ, or an argument is anything else.
     """
 
     def __init__(self, raw: Any, names: Sequence[str], label: str) -> None:
@@ -145,8 +146,12 @@ class Batch:
             named = dict(zip(names, parts, strict=False))
             if targets is not None:
                 named[_TARGETS] = targets
-        for name, value in named.items():
-            if not isinstance(value, Tensor):
+        for name, value in list(named.items()):
+            if isinstance(value, Tensor):
+                continue
+            if value is None or (isinstance(raw, Mapping) and name not in names):
+                del named[name]  # nothing, or not the model's
+            else:
                 raise UsageError(f"{name} in a batch of {label} is {_kind(value)}; a batch holds tensors")
         self.targets = named.pop(_TARGETS, None)
         self.inputs: dict[str, Tensor] = named

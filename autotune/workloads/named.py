@@ -23,7 +23,14 @@ TEXT_BATCH, IMAGE_BATCH = 32, 64
 MAX_TOKENS = 512
 """Sequences are made up to so many tokens, fewer where the model takes fewer."""
 
-DEFAULTS = {"distilbert-base-uncased": "distilbert", "bert-base-uncased": "bert", "gpt2": "gpt2"}
+DEFAULTS = {
+    "distilbert-base-uncased": "distilbert",
+    "distilbert/distilbert-base-uncased": "distilbert",
+    "bert-base-uncased": "bert",
+    "google-bert/bert-base-uncased": "bert",
+    "gpt2": "gpt2",
+    "openai-community/gpt2": "gpt2",
+}
 """Models that are their architecture's default configuration in transformers: known without the hub."""
 
 Made = tuple[nn.Module, dict[str, torch.Tensor]]
@@ -92,19 +99,19 @@ def _config(name: str) -> Any:
     path = Path(name)
     if path.exists():
         return transformers.AutoConfig.from_pretrained(path)
-    kept = cache_dir() / "configs" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.json"
+    kept = cache_dir() / "hugging-face" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.json"
     if kept.exists():
         return transformers.AutoConfig.from_pretrained(kept)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as exc:
-        kind = DEFAULTS.get(name.rpartition("/")[2])
+        kind = DEFAULTS.get(name)
         if kind is None:
             reason = next(iter(str(exc).splitlines()), type(exc).__name__)
             raise UsageError(
                 f"no configuration for hf:{name} can be had ({reason}); give a config.json: --model hf:PATH"
             ) from exc
-        return transformers.AutoConfig.for_model(kind)
+        config = transformers.AutoConfig.for_model(kind)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace_file(kept, msgspec.json.encode(config.to_dict()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autotune.models.attention import SDPA_KERNELS, SelfAttention, set_attention, settable
+from autotune.models.attention import SDPA_KERNELS, KernelsSeen, SelfAttention, set_attention, settable
 from autotune.strategy import Attention
 
 if TYPE_CHECKING:
     from autotune.data.batching import Indices, MicroBatch
     from autotune.workloads.base import Workload
 
-_FEW = 4
 _SAME = 1e-3
-"""Sums of fp32 losses in another order, and under another padding, come far closer."""
+"""Gradients that are summed in another order in fp32 come far closer; a token's weight of another makes tenths."""
+_LEFT_OUT = -100
+"""The target that torch's losses leave out (``ignore_index``)."""
 
 
 @contextlib.contextmanager
@@ -46,36 +48,67 @@ def attentions(workload: Workload, model: nn.Module) -> tuple[Attention, ...]:
     return settable(model, forward)
 
 
+def is_masked(workload: Workload, model: nn.Module) -> bool:
+    """Whether the model's attention is told of padding, by two samples of different lengths; where that cannot be seen,
+    as if it were."""
+    few = _extremes(workload)
+    kernels = KernelsSeen()
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), evaluating(model), kernels:
+        _outputs(model, _micro(workload, few))
+    return kernels.have_mask or not kernels.are_called
+
+
 def refused_kernels(workload: Workload, model: nn.Module) -> dict[Attention, str]:
     """The kernels, of those that can be pinned, that do not run this model's training, and what torch says: one with
     dropout on its weights, for example, runs in few. autotune's own attention has none: the probe says it all."""
     if any(isinstance(module, SelfAttention) for module in model.modules()):
         return {}
-    micro, refused = _micro(workload, _shortest(workload)), dict[Attention, str]()
-    was_training = model.training
+    micro, refused = _micro(workload, _extremes(workload)), dict[Attention, str]()
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _outputs(model, micro)
+    except Exception:  # noqa: BLE001 - whatever the user's code raises: no kernel is to blame
+        return {}
     for attention in SDPA_KERNELS:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 with set_attention(model, attention):
-                    _outputs(model.train(), micro)
-            except RuntimeError as exc:
+                    _outputs(model, micro)
+            except Exception as exc:  # noqa: BLE001 - the reason, whatever it is
                 reason = next((str(one.message) for one in caught if "not used" not in str(one.message)), str(exc))
                 refused[attention] = reason.splitlines()[0].partition(" (Triggered")[0]
-    model.train(was_training)
     return refused
 
 
 def is_split_exact(workload: Workload, model: nn.Module) -> bool:
-    """Whether the loss of some samples together is the sum of their losses apart: a mean over tokens that differ in
-    number is not, nor is a sum where a mean is expected. Also where the model does not run here: training will say."""
-    few = np.arange(min(_FEW, workload.num_train))
+    """Whether two samples' gradient together is the sum of their gradients apart: not where the loss is a mean over
+    tokens that differ in number, nor where it is a sum and a mean is expected. The two are those of which fewest and
+    most counts. Also where that cannot be said: the model does not run here, or draws numbers."""
+    few = _extremes(workload)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
-            together, *apart = (_loss(workload, model, indices) for indices in (few, *few[:, None]))
+        with torch.random.fork_rng(devices=[]), evaluating(model):
+            first, second = (_gradient(workload, model, few, seed) for seed in (0, 1))
+            apart = _gradient(workload, model, few[:1], 0) + _gradient(workload, model, few[1:], 0)
     except Exception:  # noqa: BLE001 - whatever the user's code raises
         return True
-    return abs(together - sum(apart)) <= _SAME * max(abs(together), 1e-6)
+    size = float(first.norm())
+    if not math.isfinite(size) or float((first - second).norm()) > _SAME * size:
+        return True
+    return float((first - apart).norm()) <= _SAME * size
+
+
+def _extremes(workload: Workload) -> Indices:
+    """The two samples of a batch of which fewest and most counts: tokens, and targets that are not left out."""
+    indices = np.arange(min(workload.recipe.global_batch, workload.num_train))
+    micro = workload.collate(workload.train, indices, workload.max_tokens)
+    counts = workload.train.lengths[indices].astype(np.int64)
+    for tensor in (*micro.inputs.values(), micro.targets):
+        if isinstance(tensor, Tensor) and tensor.dim() > 1 and not tensor.is_floating_point():
+            counts = counts + tensor.ne(_LEFT_OUT).flatten(1).sum(1).numpy()
+    order = np.argsort(counts, kind="stable")
+    return indices[order[[0, -1]]] if len(order) > 1 else indices
 
 
 def _shortest(workload: Workload) -> Indices:
@@ -92,6 +125,11 @@ def _outputs(model: nn.Module, micro: MicroBatch) -> Any:
     return model(**inputs)
 
 
-def _loss(workload: Workload, model: nn.Module, indices: Indices) -> float:
-    micro = _micro(workload, indices)
-    return float(workload.loss(_outputs(model, micro), micro.targets))
+def _gradient(workload: Workload, model: nn.Module, indices: Indices, seed: int) -> Tensor:
+    """Of the samples' summed loss, all parameters in one row; padded to one width, whichever they are."""
+    torch.manual_seed(seed)
+    micro = workload.collate(workload.train, indices, int(workload.train.lengths[_extremes(workload)].max()))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = workload.loss(_outputs(model, micro), micro.targets)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([gradient.flatten() for gradient in found if gradient is not None])

@@ -155,7 +155,7 @@ def build_space(
                 return False
         return True
 
-    for missing in set(get_args(Precision)) - set(backend.precisions):
+    for missing in [value for value in get_args(Precision) if value not in backend.precisions]:
         left_out[f"precision={missing}"] = "not for this kind of device"
     precisions = [p for p in backend.precisions if p == "fp32" or allowed("precision", p, *_needs(p))]
     pairs = set()
@@ -189,14 +189,14 @@ def build_space(
             pairs.add((attention, precision))
     attentions = [a for a in backend.attention if any((a, p) in pairs for p in precisions)]
     compile_modes = [c for c in backend.compile_modes if c == "none" or allowed("compile", c, f"compile.{c}")]
-    for mode in set(get_args(Compile)) - set(backend.compile_modes):
+    for mode in [value for value in get_args(Compile) if value not in backend.compile_modes]:
         left_out[f"compile={mode}"] = "not for this kind of device"
-    for setting in set(get_args(Allocator)) - set(backend.allocators):
+    for setting in [value for value in get_args(Allocator) if value not in backend.allocators]:
         left_out[f"allocator={setting}"] = "not for this kind of device"
     allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]
     optimizers = [o for o in get_args(Optimizer) if o == "default" or allowed("optimizer", o, f"optimizer.{o}")]
     checkpoints = [c for c in get_args(Checkpoint) if workload.num_blocks >= _NEEDS_BLOCKS[c]]
-    for checkpoint in set(get_args(Checkpoint)) - set(checkpoints):
+    for checkpoint in [value for value in get_args(Checkpoint) if value not in checkpoints]:
         left_out[f"checkpoint={checkpoint}"] = (
             f"nothing of its own to recompute with {workload.num_blocks} repeated blocks"
         )

@@ -325,6 +325,29 @@ def test_a_batch_that_cannot_be_read_is_refused(batch: Any, words: str) -> None:
         workload_of("odd", lambda: (nn.Linear(2, 2), batch))
 
 
+def test_the_targets_of_a_dict_are_what_is_no_argument() -> None:
+    batch = {"labels": torch.arange(4) % 2, "input": torch.zeros(4, 2)}
+    workload = workload_of("dict", lambda: (nn.Linear(2, 2), batch))
+    micro = workload.collate(workload.train, np.arange(4), 1)
+    assert list(micro.inputs) == ["input"]
+    assert micro.targets.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ((nn.Linear(2, 2), (torch.zeros(4, 3), torch.zeros(4))), "fails on its batch: RuntimeError: mat1 and mat2"),
+        (
+            (nn.Linear(2, 2), (torch.zeros(4, 2), torch.zeros(4)), lambda model, batch: model(batch)),
+            "fails on the loss of its output and the targets: TypeError",
+        ),
+    ],
+)
+def test_a_workload_that_does_not_get_to_a_loss_is_refused_at_once(made: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        workload_of("broken", lambda: made).check_runs()
+
+
 def test_what_the_model_does_not_take_is_left_out_of_a_batch() -> None:
     batch = {"input": torch.zeros(4, 2), "names": ["a"] * 4, "labels": None}
     workload = workload_of("named", lambda: (nn.Linear(2, 2), batch, lambda output, targets: output.mean()))

@@ -106,6 +106,19 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
         assert max(len(line) for line in rendered(what, width)) <= width
 
 
+def test_for_a_loop_of_ones_own_the_summary_shows_that_loop() -> None:
+    found = summary.search_summary(result(), "my_train.py:workload", Path("p"), has_own_loop=True)
+    lines = rendered(found, 80)
+    assert "    for batch in my_loader: loss = run.step(run.split(batch))" in [line.rstrip() for line in lines]
+    assert not any("autotune train" in line for line in lines)
+
+
+def test_a_speed_up_whose_interval_holds_one_is_called_uncertain() -> None:
+    doubtful = msgspec.structs.replace(result(), speedup=Interval(ratio=1.3, low=0.9, high=1.8))
+    assert "1.30x faster, not certain" in "\n".join(rendered(summary.search_summary(doubtful, "imdb", Path("p")), 80))
+    assert "not certain" not in "\n".join(rendered(summary.search_summary(result(), "imdb", Path("p")), 80))
+
+
 def test_the_summary_tells_baseline_best_change_and_the_three_lines() -> None:
     text = "\n".join(rendered(summary.search_summary(result(), "imdb", Path("p/imdb.toml")), 120))
     for words in (

@@ -149,6 +149,20 @@ def test_a_best_that_was_compiled_before_is_started_cold_where_no_trial_was(
     assert best.warm_up_s == (40.0 if was_known else 50.0)
 
 
+def test_what_was_faster_by_the_clock_is_raced_though_drift_speaks_against_it(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    """The pulse says that the device was four times as slow in the baseline's trial; the race says that it was not."""
+
+    def drifting(number: int, job: Job, **_: Any) -> Trial:
+        return msgspec.structs.replace(run_scripted(number, job), pulse_s=0.01 if number else 0.08)
+
+    scripted_device.setattr(trials, "run_trial", drifting)
+    result = searched(prepared, max_trials=3)
+    assert result.num_rounds
+    assert result.best.strategy != result.baseline.strategy
+
+
 def test_a_winner_that_does_not_train_as_the_baseline_does_is_passed_over(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:

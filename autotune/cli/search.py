@@ -137,6 +137,8 @@ def command(
             epochs=epochs,
             seed=seed,
         )
+        if backend.device_type == "cpu":  # elsewhere a model may need its device to run at all
+            workload.check_runs()
         nearest = None if fresh else store.nearest_profile(device, label, profiles)
         task = Task(
             ref=ref,
@@ -174,7 +176,7 @@ def command(
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(_report(result, device, workload, path)), indent=2).decode())
     else:
-        stdout().print(search_summary(result, name, path, is_saved=is_saved))
+        stdout().print(search_summary(result, name, path, is_saved=is_saved, has_own_loop=workload.split is not None))
     return 130 if result.was_interrupted else 0
 
 

@@ -99,6 +99,7 @@ class ProbeDisplay(_Display):
     def __init__(self, num_rows: int = 12) -> None:
         super().__init__()
         self._rows: list[Capability] = []
+        self._started: set[str] = set()
         self._num_rows = num_rows
         self._current = "starting"
         self._spinner = Spinner("dots", "")
@@ -107,10 +108,13 @@ class ProbeDisplay(_Display):
     def on_start(self, name: str) -> None:
         """A check starts."""
         self._current = name
+        self._started.add(name)
 
     def on_capability(self, capability: Capability) -> None:
         """A check ended."""
         self._rows.append(capability)
+        if capability.name not in self._started:  # known from before
+            return
         words = ", ".join(measured_words(capability.measured))
         self.say(f"{'yes' if capability.value else 'no ':3} {capability.name}  {words or capability.reason}")
 

@@ -21,8 +21,10 @@ _BAR = 14
 """Columns of the longest bar."""
 
 
-def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = True) -> RenderableType:
-    """Baseline beside best, what changed, and what to do with it."""
+def search_summary(
+    result: Result, name: str, path: Path, *, is_saved: bool = True, has_own_loop: bool = False
+) -> RenderableType:
+    """Baseline beside best, what changed, and what to do with it: in a loop of the user's, where they have one."""
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None
     assert best is not None
@@ -31,7 +33,11 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
     table.add_column("", no_wrap=True)
     for title in ("baseline", "best", ""):
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
-    faster = Text(faster_words(result.speedup.ratio), style="bold green")
+    speedup = result.speedup
+    is_sure = speedup.low > 1
+    faster = Text(faster_words(speedup.ratio), style="bold green" if is_sure else "yellow")
+    if speedup.ratio > 1 and not is_sure and result.num_rounds:
+        faster.append(", not certain")
     table.add_row("samples/s", format_rate(base.samples_per_s), format_rate(best.samples_per_s), faster)
     table.add_row(
         "step", f"{base.step_ms:,.0f} ms", f"{best.step_ms:,.0f} ms", planned_step(best.step_ms, base.step_ms)
@@ -79,11 +85,24 @@ def search_summary(result: Result, name: str, path: Path, *, is_saved: bool = Tr
         "",
         Text.assemble("Saved ", (str(path), "bold"), ". To use it:"),
         "",
-        Text(f"    autotune train --model {name}", style="cyan"),
-        Text(""),
-        Text("    import autotune", style="cyan"),
-        Text(f'    run = autotune.load("{name}").apply()', style="cyan"),
-        Text("    for batch in run.loader: loss = run.step(batch)", style="cyan"),
+        *(Text(f"    {line}", style="cyan") for line in _uses(name, has_own_loop)),
+    )
+
+
+def _uses(name: str, has_own_loop: bool) -> tuple[str, ...]:
+    """What to type."""
+    if has_own_loop:
+        return (
+            "import autotune",
+            f'run = autotune.load("{name}").apply(model, optimizer=make_optimizer)',
+            "for batch in my_loader: loss = run.step(run.split(batch))",
+        )
+    return (
+        f"autotune train --model {name}",
+        "",
+        "import autotune",
+        f'run = autotune.load("{name}").apply()',
+        "for batch in run.loader: loss = run.step(batch)",
     )
 
 
@@ -148,7 +167,8 @@ def _share_cells(share: Share, changed: Mapping[str, object], longest: float) ->
     if ratio is None:
         return ["", "", Text(f"without it: {share.reason}", style="yellow")]
     spread = Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="bright_black")
-    bar = "█" * round(_BAR * max(0.0, math.log(ratio.ratio)) / longest) if longest > 0 else ""
+    is_sure = longest > 0 and ratio.low > 1
+    bar = "█" * round(_BAR * math.log(ratio.ratio) / longest) if is_sure else ""
     last = Text(bar, style="green", no_wrap=True, overflow="crop")
     if share.knob not in changed:
         last = Text("nothing: set back", style="bright_black")

@@ -221,7 +221,9 @@ def interval_words(interval: Interval) -> str:
 
 
 def faster_words(ratio: float) -> str:
-    """``7.47x faster``, ``1.20x slower``."""
+    """``7.47x faster``, ``1.20x slower``, ``as fast``."""
+    if f"{ratio:.2f}" == "1.00":
+        return "as fast"
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 

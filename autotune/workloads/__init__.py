@@ -52,14 +52,16 @@ def get(name: str) -> WorkloadModule:
         if name not in REGISTRY:
             if name.endswith(".py"):
                 raise UsageError(f"name the function in {name} that gives the workload: --model {name}:FUNCTION")
-            raise UsageError(f"no workload is called {name!r}{nearest(name, list(REGISTRY))}")
+            others = "; your own is FILE.py:FUNCTION, a library's hf:NAME or timm:NAME"
+            raise UsageError(f"no workload is called {name!r}{nearest(name, list(REGISTRY))}{others}")
         return REGISTRY[name]
     is_file = place.endswith(".py")
     try:
         module = _module_of(Path(place).resolve()) if is_file else _imported(place)
         found = getattr(module, attribute)
     except AttributeError as exc:
-        names = [known for known in vars(module) if not known.startswith("_")]
+        own = [known for known, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        names = [known for known in own if not known.startswith("_")]
         raise UsageError(f"{place} has no {attribute!r}{nearest(attribute, names)}") from exc
     except Exception as exc:
         what = f"{type(exc).__name__}: {exc}{place_of(exc)}"

@@ -145,6 +145,12 @@ class Workload:
         with torch.random.fork_rng(devices=[]):
             return seen.refused_kernels(self, self.build_model())
 
+    def check_runs(self) -> None:
+        """Raises UsageError where a model and a batch of the user's own do not get to a loss, on a CPU."""
+        if self.split is not None:
+            with torch.random.fork_rng(devices=[]):
+                seen.check_runs(self, self.build_model())
+
     @functools.cached_property
     def has_masked_attention(self) -> bool:
         """Whether attention is told which tokens are padding: kernels that take no mask are for models where not."""

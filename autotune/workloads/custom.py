@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,12 +97,8 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
             f"{label} gives {_kind(made)}; it should give a Workload, or (model, batch), or (model, batch, loss)"
         )
     model, raw, *loss = made
-    names = tuple(
-        parameter.name
-        for parameter in inspect.signature(model.forward).parameters.values()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    )
-    batch = Batch(raw, names, label)
+    takes = Takes.of(model)
+    batch = Batch(raw, takes, label)
     recipe = Recipe(
         **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
         global_batch=batch.size,
@@ -118,38 +114,57 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         test=Repeated(batch, TEST_BATCHES * batch.size),
         max_tokens=batch.width,
         collate=lambda data, indices, width: data.collate(indices, width),
-        split=lambda raw, strategy: Batch(raw, names, label).split(strategy),
+        split=lambda raw, strategy: Batch(raw, takes, label).split(strategy),
         is_masked=None,
-        of_dataset=lambda dataset, strategy: Mapped(dataset, names, label, batch.width, strategy.padding != "max"),
+        of_dataset=lambda dataset, strategy: Mapped(dataset, takes, label, batch.width, strategy.padding != "max"),
     )
+
+
+class Takes(NamedTuple):
+    """What a model's forward takes."""
+
+    names: tuple[str, ...]
+    """Its arguments."""
+    anything: bool
+    """Whether it takes others by name."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Takes:
+        """By the forward's signature."""
+        found = inspect.signature(model.forward).parameters.values()
+        names = tuple(one.name for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD))
+        return cls(names, any(one.kind == one.VAR_KEYWORD for one in found))
 
 
 class Batch:
     """A batch as a set of samples: named model inputs, and targets where the model does not compute its own loss.
 
     ``raw`` is what a DataLoader gives: a tensor, tensors for the model's arguments in their order with the targets
-    last, or a dict by argument, of which what is no tensor and no argument of the model's is left out. Raises
-    UsageError where their sizes differ, or an argument is anything else.
+    last, or a dict by argument, in which a single tensor that is no argument is the targets, and what is no tensor and
+    no argument is left out. Raises UsageError where their sizes differ, or an argument is anything else.
     """
 
-    def __init__(self, raw: Any, names: Sequence[str], label: str) -> None:
+    def __init__(self, raw: Any, takes: Takes, label: str) -> None:
         if isinstance(raw, Mapping):
             named = {str(name): value for name, value in raw.items()}
+            unknown = [name for name, value in named.items() if isinstance(value, Tensor) and name not in takes.names]
+            if len(unknown) == 1 and not takes.anything:
+                named[_TARGETS] = named.pop(unknown[0])
         else:
             parts = list(raw) if isinstance(raw, Sequence) else [raw]
             *parts, targets = parts if len(parts) > 1 else [*parts, None]
-            if len(parts) > len(names):
+            if len(parts) > len(takes.names):
                 raise UsageError(
-                    f"a batch of {label} has {len(parts)} inputs, the model's forward names {len(names)} arguments "
-                    f"({', '.join(names)}); give the batch as a dict by argument"
+                    f"a batch of {label} has {len(parts)} inputs, the model's forward names {len(takes.names)} "
+                    f"arguments ({', '.join(takes.names)}); give the batch as a dict by argument"
                 )
-            named = dict(zip(names, parts, strict=False))
+            named = dict(zip(takes.names, parts, strict=False))
             if targets is not None:
                 named[_TARGETS] = targets
         for name, value in list(named.items()):
             if isinstance(value, Tensor):
                 continue
-            if value is None or (isinstance(raw, Mapping) and name not in names):
+            if value is None or (isinstance(raw, Mapping) and name not in takes.names):
                 del named[name]  # nothing, or not the model's
             else:
                 raise UsageError(f"{name} in a batch of {label} is {_kind(value)}; a batch holds tensors")
@@ -221,13 +236,13 @@ class Mapped:
     before they are read: they all count as ``width`` tokens, and those of a micro batch are padded to the longest of
     them where it ``trims``."""
 
-    def __init__(self, dataset: Any, names: Sequence[str], label: str, width: int, trims: bool) -> None:
-        self._dataset, self._names, self._label, self._trims = dataset, names, label, trims
+    def __init__(self, dataset: Any, takes: Takes, label: str, width: int, trims: bool) -> None:
+        self._dataset, self._takes, self._label, self._trims = dataset, takes, label, trims
         self.lengths: Indices = np.full(len(dataset), width, dtype=np.int64)
 
     def collate(self, indices: Indices, _: int) -> MicroBatch:
         """A micro batch of them, as wide as they are."""
-        batch = Batch(default_collate([self._dataset[int(index)] for index in indices]), self._names, self._label)
+        batch = Batch(default_collate([self._dataset[int(index)] for index in indices]), self._takes, self._label)
         return batch.micro(np.arange(batch.size), int(batch.lengths.max()) if self._trims else batch.width)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autotune.errors import UsageError, place_of
 from autotune.models.attention import SDPA_KERNELS, KernelsSeen, SelfAttention, set_attention, settable
 from autotune.strategy import Attention
 
@@ -46,6 +47,22 @@ def attentions(workload: Workload, model: nn.Module) -> tuple[Attention, ...]:
             _outputs(model, _micro(workload, _shortest(workload)))
 
     return settable(model, forward)
+
+
+def check_runs(workload: Workload, model: nn.Module) -> None:
+    """Raises UsageError, with the user's own error, where a workload of a model and a batch does not get to a loss."""
+    micro = _micro(workload, _extremes(workload))
+    doing = "its batch"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
+            outputs = _outputs(model, micro)
+            doing = "the loss of its output and the targets"
+            workload.loss(outputs, micro.targets)
+    except Exception as exc:
+        first_line = next(iter(str(exc).splitlines()), "")
+        raise UsageError(
+            f"{workload.name} fails on {doing}: {type(exc).__name__}: {first_line}{place_of(exc)}"
+        ) from exc
 
 
 def is_masked(workload: Workload, model: nn.Module) -> bool:

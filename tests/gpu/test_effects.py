@@ -8,15 +8,19 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from autotune import backends, workloads
 from autotune.apply import Run, apply
+from autotune.checks import RefusalError, kernels
 from autotune.models import flash
 from autotune.models.attention import attend
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import SPARSE, Attention, Precision, Strategy
 from autotune.workloads.base import Workload
-from tests.observing import matmul_dtypes
+from autotune.workloads.custom import workload_of
+from tests.observing import KernelsCalled, matmul_dtypes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -58,6 +62,42 @@ def test_a_pinned_kernel_is_the_one_that_runs(kernel: str) -> None:
     assert f"aten::{name}" in {event.key for event in profile.key_averages()}
 
 
+def foreign_run(**knobs: object) -> Run:
+    """Of torch's own encoder layers, which have no padding: two blocks."""
+
+    def make() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+        torch.manual_seed(1)
+        layers = nn.Sequential(
+            *(nn.TransformerEncoderLayer(64, 2, 64, dropout=0.0, batch_first=True) for _ in range(2))
+        )
+        return nn.Sequential(layers, nn.Flatten(), nn.Linear(64 * 64, 2)), (torch.randn(8, 64, 64), torch.arange(8) % 2)
+
+    strategy = msgspec.convert({"micro_batch": 8, "precision": "bf16", **knobs}, Strategy)
+    return apply(strategy, workload_of("layers", make), backends.get("cuda"))
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
+def test_a_pinned_kernel_runs_forward_and_backward_in_a_training_step(kernel: str) -> None:
+    seen = events(foreign_run(attention=f"sdpa_{kernel}"))
+    assert f"aten::_scaled_dot_product_{kernel}_attention" in seen
+    assert f"aten::_scaled_dot_product_{kernel}_attention_backward" in seen
+
+
+@pytest.mark.parametrize(("checkpoint", "times"), [("none", 1), ("selective", 1), ("every_block", 2)])
+def test_selective_recomputation_keeps_what_attention_gave(checkpoint: str, times: int) -> None:
+    run = foreign_run(attention="sdpa_flash", checkpoint=checkpoint)
+    with KernelsCalled() as called:
+        run.step(next(iter(run.loader)))
+    assert called.counts == {"_scaled_dot_product_flash_attention": 2 * times}
+
+
+def test_the_flash_kernel_is_kept_for_models_without_a_mask() -> None:
+    """It takes none, and is refused to those that have one."""
+    with pytest.raises(RefusalError, match="runs without a mask") as refused:
+        kernels.attention(backends.get("cuda"), "sdpa_flash", "bf16")
+    assert refused.value.figures[kernels.UNMASKED_MS] > 0
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_tf32_rounds_and_fp32_does_not(workload: Workload, precision: Precision) -> None:
     run_of(workload, precision=precision)
@@ -78,9 +118,16 @@ def test_precision_is_the_dtype_that_the_matmuls_see(
     assert set(seen) == {dtype}
 
 
-@pytest.mark.parametrize(("mode", "uses_graphs"), [("reduce-overhead", True), ("max-autotune-no-cudagraphs", False)])
-def test_cuda_graphs_are_replayed_where_the_mode_says_so(workload: Workload, mode: str, uses_graphs: bool) -> None:
+@pytest.mark.parametrize(
+    ("mode", "uses_graphs"),
+    [("default", False), ("reduce-overhead", True), ("max-autotune-no-cudagraphs", False), ("max-autotune", True)],
+)
+def test_each_mode_compiles_and_replays_cuda_graphs_where_it_says_so(
+    workload: Workload, mode: str, uses_graphs: bool
+) -> None:
+    before = counters["stats"]["unique_graphs"]
     assert ("cudaGraphLaunch" in events(run_of(workload, compile=mode))) == uses_graphs
+    assert counters["stats"]["unique_graphs"] > before
 
 
 @pytest.mark.parametrize(("optimizer", "kernel"), [("foreach", "_foreach_addcdiv_"), ("fused", "_fused_adamw_")])

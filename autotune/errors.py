@@ -22,7 +22,13 @@ class InterruptedSearchError(AutotuneError):
     exit_code = 130
 
 
-def place_of(error: BaseException) -> str:
+def words_of(error: Exception) -> str:
+    """An error of the user's code in a line: its kind, the first line of its text, and where it was raised."""
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first_line}{_place_of(error)}"
+
+
+def _place_of(error: BaseException) -> str:
     """`` (my_train.py:12)``: where the user's code failed, for the end of an error's line; nothing where it is none.
 
     That is the innermost line of the first file on the way to the error that is neither autotune's nor the import

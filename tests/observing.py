@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotune.apply import Run
 from autotune.measurement import Trial
@@ -52,16 +49,3 @@ def matmul_dtypes(run: Run) -> list[torch.dtype]:
     first = run.model.get_submodule("blocks.0.attention.qkv")
     first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     return seen
-
-
-class KernelsCalled(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """How often the kernels of scaled_dot_product_attention run meanwhile, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "scaled_dot_product" in function.name() and "backward" not in function.name():
-            self.counts[function.name().removeprefix("aten::").partition(".")[0]] += 1
-        return function(*args, **(kwargs or {}))

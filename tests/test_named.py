@@ -11,11 +11,11 @@ import pytest
 from autotune import backends, workloads
 from autotune.apply import apply
 from autotune.errors import UsageError
+from autotune.models.attention import KernelsSeen
 from autotune.strategy import Attention, Strategy
 from autotune.workloads import named
 from autotune.workloads.base import Workload
 from tests.commands import autotune
-from tests.observing import KernelsCalled
 
 CONFIG = {
     "model_type": "distilbert",
@@ -85,7 +85,7 @@ def test_the_switch_of_hugging_face_changes_what_runs(
     distilbert: Workload, attention: Attention, has_kernel: bool
 ) -> None:
     run = apply(Strategy(attention=attention, micro_batch=32), distilbert, backends.get("cpu"))
-    with KernelsCalled() as kernels:
+    with KernelsSeen() as kernels:
         run.step(next(iter(run.loader)))
     assert bool(kernels.counts) == has_kernel
 

@@ -25,8 +25,8 @@ from autotune.strategy import Strategy
 from autotune.training import Epoch, Training
 from autotune.workloads.base import Workload
 from tests import own_script
+from tests.applied import small_model
 from tests.commands import autotune, called
-from tests.test_apply import small_model
 
 NUM_EPOCHS = 2
 TOLD = Told(data=None, limit=96, profile=None)

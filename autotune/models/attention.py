@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D model width, H heads, K width of a head.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -129,7 +130,7 @@ def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention
     kernels = KernelsSeen()
     with kernels, contextlib.suppress(Exception):  # what the model cannot run here, training will say
         forward()
-    if kernels.are_called:
+    if kernels.counts:
         return ("sdpa", *(kernel for kernel in get_args(Attention) if kernel in SDPA_KERNELS))
     return ("eager",)
 
@@ -185,21 +186,23 @@ def _switches(model: nn.Module) -> str | None:
 
 
 class KernelsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whether a kernel of scaled_dot_product_attention is called, by whatever function of torch's or the model's, and
-    whether with a mask."""
+    """How often each kernel of scaled_dot_product_attention runs forward, by whatever function of torch's or the
+    model's, and whether any is given a mask."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.are_called = self.have_mask = False
+        self.counts: Counter[str] = Counter()
+        """By the operator's name."""
+        self.have_mask = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Passes every operator on."""
-        if "scaled_dot_product" in function.name():
-            self.are_called = True
+        kwargs = kwargs or {}
+        if "scaled_dot_product" in function.name() and "backward" not in function.name():
+            self.counts[function.name().removeprefix("aten::").partition(".")[0]] += 1
             # q, k, v come first; a mask or a bias of the scores is the next tensor, by place or by name
-            others = [*args[3:], *(kwargs or {}).values()]
-            self.have_mask |= any(isinstance(value, Tensor) for value in others)
-        return function(*args, **(kwargs or {}))
+            self.have_mask |= any(isinstance(value, Tensor) for value in (*args[3:], *kwargs.values()))
+        return function(*args, **kwargs)
 
 
 class _Pinned(contextlib.AbstractContextManager[None]):

@@ -16,22 +16,23 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from autotune.strategy import Checkpoint
 
 _EVERY: dict[Checkpoint, int] = {"selective": 1, "every_4th": 4, "every_2nd": 2, "every_block": 1}
-_KEPT = (
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "convolution",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_flash_attention_forward",
-    "_scaled_mm",
-)
-"""ATen operators whose results ``selective`` keeps: what costs most to compute again."""
-_KEPT_PACKED = "_varlen_attn"
-"""The same of torch's attention to packed rows, which has a namespace of its own."""
+_KEPT = {
+    "aten": (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "convolution",
+        "_scaled_mm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_flash_attention_forward",
+    ),
+    "torch_attn": ("_varlen_attn",),
+}
+"""Operators whose results ``selective`` keeps, by namespace: what costs most to compute again."""
 
 
 class Recomputed(nn.Module):
@@ -106,7 +107,7 @@ def _empty(kind: type[nn.Module]) -> nn.Module:
 
 
 def _keep_products() -> Any:
-    operators = [getattr(torch.ops.aten, name).default for name in _KEPT if hasattr(torch.ops.aten, name)]
-    if hasattr(torch.ops.torch_attn, _KEPT_PACKED):
-        operators.append(getattr(torch.ops.torch_attn, _KEPT_PACKED).default)
+    spaces = {getattr(torch.ops, namespace): names for namespace, names in _KEPT.items()}
+    known = ((space, name) for space, names in spaces.items() for name in names if hasattr(space, name))
+    operators = [getattr(space, name).default for space, name in known]
     return create_selective_checkpoint_contexts(operators)  # type: ignore[no-untyped-call]

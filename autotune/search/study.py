@@ -11,18 +11,18 @@ from pathlib import Path
 import msgspec
 
 from autotune.errors import AutotuneError, InterruptedSearchError
-from autotune.measurement import Interval, Measurement, Trial
+from autotune.measurement import Trial
 from autotune.search import cold, explain, finals, proof
 from autotune.search.explain import Share
-from autotune.search.finals import Entrant, Final, Race, ranked
+from autotune.search.finals import Entrant, Race
 from autotune.search.journal import open_journal
-from autotune.search.objective import FASTEST, Aim, loss_of
+from autotune.search.objective import Aim
 from autotune.search.proof import Proof, prove, reference_losses
 from autotune.search.result import Choice, Result
 from autotune.search.settings import Observer
+from autotune.search.standings import MIN_RACED, Standings
 from autotune.search.task import Task
 from autotune.search.trials import Trials
-from autotune.stats import ratio_of_means
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
 from autotune.trial.runner import TrialEndedError
@@ -34,8 +34,6 @@ EXPLAIN_S = 60.0
 """So long are the shares of the winner's knobs measured, where the budget has so much left."""
 FINALS_S = 60.0
 """So long is the race at most where there is no budget, and no longer than the trials took."""
-MIN_RACED = 2
-"""Rounds that a race's figures need: each entrant came first and last."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""
 MAX_PROOFS = 6
@@ -79,15 +77,13 @@ def search(
 class _Search:
     def __init__(self, task: Task, observer: Observer, trials: Trials) -> None:
         self.task, self.observer, self.trials, self.history = task, observer, trials, trials.history
-        self.race: Race | None = None
+        self.standings = Standings(task, self.history)
         self.winners: dict[Aim, tuple[Trial, Proof | None]] = {}
         self.proofs: dict[int, Proof] = {}
         """Last tests by the trial's number."""
         self.shares: tuple[Share, ...] = ()
         self.explained: set[Strategy] = set()
         """The settings whose knobs' shares were measured."""
-        self.cold_warm_up_s: dict[int, float] = {}
-        """By the trial's number, where the trial itself did not have to compile."""
         self.was_interrupted = False
 
     def run(self) -> None:
@@ -127,8 +123,8 @@ class _Search:
             entrants.remove(max(entrants, key=_peak_bytes))
         if not entrants:
             return
-        race, earlier = self._race_of([reference, *entrants]), self.race
-        self.race = race
+        race, earlier = self._race_of([reference, *entrants]), self.standings.race
+        self.standings.race = race
         self.observer.on_race(0, len(entrants) + 1)
         try:
             race.run(
@@ -136,7 +132,7 @@ class _Search:
             )
         finally:
             if race.num_rounds < MIN_RACED and earlier is not None:  # interrupted
-                self.race = earlier
+                self.standings.race = earlier
         for number, end in race.failures.items():
             self.history.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
         if race.failures:
@@ -183,7 +179,7 @@ class _Search:
     def _take_knobs_back(self) -> None:
         """Times the winner in turns with what it is without each of its knobs. Where some bring nothing, the winner
         without them is tried, and raced against it."""
-        task, best = self.task, self._standing(self.task.sought[0])
+        task, best = self.task, self.standings.best(self.task.sought[0])
         enough_s = self._explain_s(best)
         if best is None or enough_s is None:
             return
@@ -221,7 +217,7 @@ class _Search:
     def _winner(self, aim: Aim) -> tuple[Trial, Proof | None] | None:
         """The best that passes the last test; the plain baseline needs none."""
         for _ in range(MAX_PROOFS):
-            trial = self._standing(aim)
+            trial = self.standings.best(aim)
             if trial is None:
                 break
             if trial.strategy == self.task.baseline:
@@ -235,7 +231,7 @@ class _Search:
             )
             self.trials.reconsider()
             best = self.history.best(aim)
-            if best is not None and best.number not in self._finals():
+            if best is not None and best.number not in self.standings.finals():
                 settled = [winner for winner, _ in self.winners.values()]
                 self._run_race(list({one.number: one for one in [*self.history.finalists(), *settled]}.values()))
         reference = self.history.reference
@@ -271,35 +267,6 @@ class _Search:
         except TrialEndedError as end:
             return end
 
-    def _standing(self, aim: Aim) -> Trial | None:
-        """The best by the race; by the trials where that is no help, or where those who raced have failed since."""
-        reference, best = self.history.reference, self.history.best(aim)
-        rivals = [final for final in self._finals().values() if self.history.may_win(final.trial, final.measurement)]
-        raced = {final.trial.number for final in rivals}
-        fastest = self.history.best(FASTEST)
-        if len(self.task.aims) > 1 and best and fastest and not {best.number, fastest.number} <= raced:
-            return best  # the race has no say where one of those that it is about was not in it
-        rivals = self._fast_enough(rivals, aim)
-        if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
-            return ranked(rivals, lambda final: self._final_loss(final, aim))[0].trial
-        return best
-
-    def _finals(self) -> dict[int, Final]:
-        """The race's figures by trial; none where it did not get to two rounds."""
-        found = self.race.finals() if self.race and self.race.num_rounds >= MIN_RACED else []
-        return {final.trial.number: final for final in found}
-
-    def _fast_enough(self, rivals: list[Final], aim: Aim) -> list[Final]:
-        min_speed = self.task.settings.min_speed
-        if min_speed is None or aim == FASTEST:
-            return rivals
-        least = min_speed * max((final.measurement.samples_per_s for final in rivals), default=0.0)
-        return [final for final in rivals if final.measurement.samples_per_s >= least]
-
-    def _final_loss(self, final: Final, aim: Aim) -> float:
-        loss = loss_of(_remeasured(final.trial, final.measurement), aim, self.task.planned)
-        return math.inf if loss is None else loss  # a counter that could not be read in the end
-
     def _start_cold(self) -> None:
         """How long the best takes to compile, where that was done before its trial: by another trial, or else, where
         the budget has the time, by starting it once more. Where neither is known the profile says so."""
@@ -317,7 +284,7 @@ class _Search:
                 )
                 warm_up_s = started.warm_up_s if started else None
         if warm_up_s is not None:
-            self.cold_warm_up_s[best.number] = warm_up_s
+            self.standings.cold_warm_up_s[best.number] = warm_up_s
 
     # The verdict
 
@@ -328,9 +295,9 @@ class _Search:
                 raise InterruptedSearchError("interrupted before the baseline was measured; nothing to save")
             trial = self.history.reference
             raise AutotuneError(f"the plain baseline did not run ({trial.outcome}: {trial.reason}); nothing to compare")
-        reference, entered = self.history.reference, self._finals()
+        reference, entered = self.history.reference, self.standings.finals()
         first = self.task.sought[0]
-        best, found = self.winners.get(first) or (self._standing(first) if self.was_interrupted else None, None)
+        best, found = self.winners.get(first) or (self.standings.best(first) if self.was_interrupted else None, None)
         if best is None:
             raise self._no_winner()
         if self.was_interrupted and best is reference:
@@ -339,30 +306,20 @@ class _Search:
         is_compiled = best.strategy.compile != "none"
         cached_s = best.measurement.warm_up_s if best.measurement and best.measurement.is_from_cache else None
 
-        def at_last(trial: Trial, peak_bytes: int) -> Trial:
-            final = entered.get(trial.number)
-            measured = final.measurement if final else trial.measurement
-            assert measured is not None
-            measured = msgspec.structs.replace(measured, peak_memory_bytes=max(measured.peak_memory_bytes, peak_bytes))
-            if trial.number in self.cold_warm_up_s:
-                warm_up_s = max(measured.warm_up_s, self.cold_warm_up_s[trial.number])
-                measured = msgspec.structs.replace(measured, warm_up_s=warm_up_s, is_from_cache=False)
-            return _remeasured(trial, measured)
-
         front = tuple(
             Choice(
                 name=aim.name,
-                trial=at_last(trial, passed.peak_memory_bytes if passed else 0),
-                speedup=self._speedup(trial),
+                trial=self.standings.at_last(trial, passed.peak_memory_bytes if passed else 0),
+                speedup=self.standings.speedup(trial),
                 num_rounds=len(entered[trial.number].epoch_s) if trial.number in entered else 0,
                 proof=passed,
             )
             for aim, (trial, passed) in self.winners.items()
         )
         return Result(
-            baseline=at_last(reference, 0),
-            best=at_last(best, found.peak_memory_bytes if found else 0),
-            speedup=self._speedup(best),
+            baseline=self.standings.at_last(reference),
+            best=self.standings.at_last(best, found.peak_memory_bytes if found else 0),
+            speedup=self.standings.speedup(best),
             front=front if len(self.task.sought) > 1 else (),
             planned=self.task.planned,
             objective=self.task.settings.objective,
@@ -378,15 +335,6 @@ class _Search:
             flops=self.task.flops,
             matmul_flops=self.task.matmul_flops,
         )
-
-    def _speedup(self, trial: Trial) -> Interval:
-        """Over the baseline, by the race; by the trials where not both were in it."""
-        reference, entered = self.history.reference, self._finals()
-        if {reference.number, trial.number} <= entered.keys() and trial is not reference:
-            return finals.ratio(entered[reference.number], entered[trial.number])
-        if trial is not reference and trial.measurement and reference.measurement:
-            return ratio_of_means(reference.measurement.epoch_s, trial.measurement.epoch_s)
-        return Interval(ratio=1.0, low=1.0, high=1.0)
 
     def _no_winner(self) -> AutotuneError:
         if self.was_interrupted:
@@ -413,10 +361,3 @@ class _Search:
 
 def _peak_bytes(trial: Trial) -> int:
     return trial.measurement.peak_memory_bytes if trial.measurement else 0
-
-
-def _remeasured(trial: Trial, measurement: Measurement) -> Trial:
-    """The trial with later figures."""
-    assert trial.measurement is not None
-    measurement = trial.measurement.measured_again(measurement)
-    return msgspec.structs.replace(trial, measurement=measurement, samples_per_s=measurement.samples_per_s)

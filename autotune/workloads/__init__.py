@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
-from autotune.errors import UsageError, nearest, place_of
+from autotune.errors import UsageError, nearest, words_of
 from autotune.store import Wanted
 from autotune.workloads import cifar10, imdb, lm
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
@@ -64,8 +64,7 @@ def get(name: str) -> WorkloadModule:
         names = [known for known in own if not known.startswith("_")]
         raise UsageError(f"{place} has no {attribute!r}{nearest(attribute, names)}") from exc
     except Exception as exc:
-        what = f"{type(exc).__name__}: {exc}{place_of(exc)}"
-        raise UsageError(f"no workload can be imported as {name!r}: {what}") from exc
+        raise UsageError(f"no workload can be imported as {name!r}: {words_of(exc)}") from exc
     if hasattr(found, "open_workload"):
         return cast("WorkloadModule", found)
     return Custom(f"{Path(place).resolve()}:{attribute}" if is_file else name, label(name), found)

@@ -132,8 +132,7 @@ class Workload:
     @functools.cached_property
     def attentions(self) -> tuple[Attention, ...]:
         """What the model's attention can be switched to, the plain baseline's first."""
-        with torch.random.fork_rng(devices=[]):
-            return self.attentions_of(self.build_model())
+        return self.attentions_of(self._sample_model())
 
     def attentions_of(self, model: nn.Module) -> tuple[Attention, ...]:
         """The same for another model, which is run on a sample where it does not say."""
@@ -142,31 +141,25 @@ class Workload:
     @functools.cached_property
     def refused_kernels(self) -> dict[Attention, str]:
         """Pinned kernels that do not run this model's training on a CPU, with the reason."""
-        with torch.random.fork_rng(devices=[]):
-            return seen.refused_kernels(self, self.build_model())
+        return seen.refused_kernels(self, self._sample_model())
 
     def check_runs(self) -> None:
         """Raises UsageError where a model and a batch of the user's own do not get to a loss, on a CPU."""
         if self.split is not None:
-            with torch.random.fork_rng(devices=[]):
-                seen.check_runs(self, self.build_model())
+            seen.check_runs(self, self._sample_model())
 
     @functools.cached_property
     def has_masked_attention(self) -> bool:
         """Whether attention is told which tokens are padding: kernels that take no mask are for models where not."""
         if self.is_masked is not None:
             return self.is_masked
-        with torch.random.fork_rng(devices=[]):
-            return seen.is_masked(self, self.build_model())
+        return seen.is_masked(self, self._sample_model())
 
     @functools.cached_property
     def is_split_exact(self) -> bool:
         """Whether every split of a batch into micro batches gives the same gradient; asked of losses that are means,
         those of workloads of the user's own say themselves what they are summed over."""
-        if self.split is None:
-            return True
-        with torch.random.fork_rng(devices=[]):
-            return seen.is_split_exact(self, self.build_model())
+        return self.split is None or seen.is_split_exact(self, self._sample_model())
 
     def collate_for(self, padding: Padding) -> Callable[[Any, Indices, int], MicroBatch]:
         """What makes micro batches under a padding. Raises AutotuneError where the model does not take them."""
@@ -184,6 +177,11 @@ class Workload:
         """The plain setting that everything is compared with."""
         return msgspec.structs.replace(baseline(self.recipe.global_batch), attention=self.attentions[0])
 
+    def _sample_model(self) -> nn.Module:
+        """A model to look at; the random numbers that it draws are not missed."""
+        with torch.random.fork_rng(devices=[]):
+            return self.build_model()
+
     @functools.cached_property
     def _bare_model(self) -> nn.Module:
         """The model without its weights, where it lets itself be built so."""
@@ -191,8 +189,7 @@ class Workload:
             with torch.device("meta"):
                 return self.build_model()
         except (RuntimeError, TypeError, ValueError):  # what a constructor computes with its weights has no value yet
-            with torch.random.fork_rng(devices=[]):
-                return self.build_model()
+            return self._sample_model()
 
     @functools.cached_property
     def num_parameters(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from autotune.data.batching import Indices, MicroBatch, Part, plan_batch
-from autotune.errors import UsageError, place_of
+from autotune.errors import UsageError, words_of
 from autotune.strategy import Attention, Strategy
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 
@@ -88,8 +88,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
     except UsageError:
         raise
     except Exception as exc:
-        first_line = next(iter(str(exc).splitlines()), "")
-        raise UsageError(f"{label} failed: {type(exc).__name__}: {first_line}{place_of(exc)}") from exc
+        raise UsageError(f"{label} failed: {words_of(exc)}") from exc
     if isinstance(made, Workload):
         return made
     if not (isinstance(made, Sequence) and len(made) in (2, 3) and isinstance(made[0], nn.Module)):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autotune.errors import UsageError, place_of
+from autotune.errors import UsageError, words_of
 from autotune.models.attention import SDPA_KERNELS, KernelsSeen, SelfAttention, set_attention, settable
 from autotune.strategy import Attention
 
@@ -44,7 +44,7 @@ def attentions(workload: Workload, model: nn.Module) -> tuple[Attention, ...]:
     def forward() -> None:
         # without gradients torch's own encoder takes another way
         with torch.random.fork_rng(devices=[]), evaluating(model):
-            _outputs(model, _micro(workload, _shortest(workload)))
+            _outputs(model, _micro(workload, np.array([np.argmin(workload.train.lengths)])))
 
     return settable(model, forward)
 
@@ -59,20 +59,16 @@ def check_runs(workload: Workload, model: nn.Module) -> None:
             doing = "the loss of its output and the targets"
             workload.loss(outputs, micro.targets)
     except Exception as exc:
-        first_line = next(iter(str(exc).splitlines()), "")
-        raise UsageError(
-            f"{workload.name} fails on {doing}: {type(exc).__name__}: {first_line}{place_of(exc)}"
-        ) from exc
+        raise UsageError(f"{workload.name} fails on {doing}: {words_of(exc)}") from exc
 
 
 def is_masked(workload: Workload, model: nn.Module) -> bool:
     """Whether the model's attention is told of padding, by two samples of different lengths; where that cannot be seen,
     as if it were."""
-    few = _extremes(workload)
-    kernels = KernelsSeen()
+    micro, kernels = _micro(workload, _extremes(workload)), KernelsSeen()
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), evaluating(model), kernels:
-        _outputs(model, _micro(workload, few))
-    return kernels.have_mask or not kernels.are_called
+        _outputs(model, micro)
+    return kernels.have_mask or not kernels.counts
 
 
 def refused_kernels(workload: Workload, model: nn.Module) -> dict[Attention, str]:
@@ -106,8 +102,9 @@ def is_split_exact(workload: Workload, model: nn.Module) -> bool:
     few = _extremes(workload)
     try:
         with torch.random.fork_rng(devices=[]), evaluating(model):
-            first, second = (_gradient(workload, model, few, seed) for seed in (0, 1))
-            apart = _gradient(workload, model, few[:1], 0) + _gradient(workload, model, few[1:], 0)
+            whole, *parts = (_micro(workload, indices, few) for indices in (few, few[:1], few[1:]))
+            first, second = (_gradient(workload, model, whole, seed) for seed in (0, 1))
+            apart = torch.stack([_gradient(workload, model, part, 0) for part in parts]).sum(0)
     except Exception:  # noqa: BLE001 - whatever the user's code raises
         return True
     size = float(first.norm())
@@ -128,12 +125,10 @@ def _extremes(workload: Workload) -> Indices:
     return indices[order[[0, -1]]] if len(order) > 1 else indices
 
 
-def _shortest(workload: Workload) -> Indices:
-    return np.array([int(np.argmin(workload.train.lengths))])
-
-
-def _micro(workload: Workload, indices: Indices) -> MicroBatch:
-    return workload.collate(workload.train, indices, int(workload.train.lengths[indices].max()))
+def _micro(workload: Workload, indices: Indices, padded_as: Indices | None = None) -> MicroBatch:
+    """The samples, padded to the longest of them, or of others."""
+    width = workload.train.lengths[indices if padded_as is None else padded_as].max()
+    return workload.collate(workload.train, indices, int(width))
 
 
 def _outputs(model: nn.Module, micro: MicroBatch) -> Any:
@@ -142,10 +137,9 @@ def _outputs(model: nn.Module, micro: MicroBatch) -> Any:
     return model(**inputs)
 
 
-def _gradient(workload: Workload, model: nn.Module, indices: Indices, seed: int) -> Tensor:
-    """Of the samples' summed loss, all parameters in one row; padded to one width, whichever they are."""
+def _gradient(workload: Workload, model: nn.Module, micro: MicroBatch, seed: int) -> Tensor:
+    """Of the samples' summed loss, all parameters in one row."""
     torch.manual_seed(seed)
-    micro = workload.collate(workload.train, indices, int(workload.train.lengths[_extremes(workload)].max()))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss = workload.loss(_outputs(model, micro), micro.targets)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -11,25 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from autotune import backends, workloads
+from autotune import backends
 from autotune.apply import Run, apply
 from autotune.checks import RefusalError, kernels
 from autotune.models import flash
-from autotune.models.attention import attend
+from autotune.models.attention import KernelsSeen, attend
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import SPARSE, Attention, Precision, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
-from tests.observing import KernelsCalled, matmul_dtypes
+from tests.applied import reviews
+from tests.observing import matmul_dtypes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture(scope="module")
 def workload(tiny_reviews: Path) -> Workload:
-    module = workloads.get("imdb")
-    prepared = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
-    return dataclasses.replace(prepared, max_tokens=64)
+    return reviews(tiny_reviews)
 
 
 def run_of(workload: Workload, **knobs: object) -> Run:
@@ -86,7 +84,7 @@ def test_a_pinned_kernel_runs_forward_and_backward_in_a_training_step(kernel: st
 @pytest.mark.parametrize(("checkpoint", "times"), [("none", 1), ("selective", 1), ("every_block", 2)])
 def test_selective_recomputation_keeps_what_attention_gave(checkpoint: str, times: int) -> None:
     run = foreign_run(attention="sdpa_flash", checkpoint=checkpoint)
-    with KernelsCalled() as called:
+    with KernelsSeen() as called:
         run.step(next(iter(run.loader)))
     assert called.counts == {"_scaled_dot_product_flash_attention": 2 * times}
 

@@ -1,0 +1,84 @@
+"""Who is the best, and by how much: by the race where it has a say, else by the trials."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from autotune.measurement import Interval, Measurement, Trial
+from autotune.search import finals
+from autotune.search.finals import Final, Race, ranked
+from autotune.search.history import History
+from autotune.search.objective import FASTEST, Aim, loss_of
+from autotune.search.task import Task
+from autotune.stats import ratio_of_means
+
+MIN_RACED = 2
+"""Rounds that a race's figures need: each entrant came first and last."""
+
+
+class Standings:
+    """What trials and race say together; the race is the last that was run."""
+
+    def __init__(self, task: Task, history: History) -> None:
+        self._task, self._history = task, history
+        self.race: Race | None = None
+        self.cold_warm_up_s: dict[int, float] = {}
+        """Seconds of a first start by the trial's number, where the trial itself did not have to compile."""
+
+    def best(self, aim: Aim) -> Trial | None:
+        """The best by the race; by the trials where that is no help, or where those who raced have failed since."""
+        reference, best = self._history.reference, self._history.best(aim)
+        rivals = [final for final in self.finals().values() if self._history.may_win(final.trial, final.measurement)]
+        raced = {final.trial.number for final in rivals}
+        fastest = self._history.best(FASTEST)
+        if len(self._task.aims) > 1 and best and fastest and not {best.number, fastest.number} <= raced:
+            return best  # the race has no say where one of those that it is about was not in it
+        rivals = self._fast_enough(rivals, aim)
+        if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
+            return ranked(rivals, lambda final: self._loss(final, aim))[0].trial
+        return best
+
+    def finals(self) -> dict[int, Final]:
+        """The race's figures by trial; none where it did not get to two rounds."""
+        found = self.race.finals() if self.race and self.race.num_rounds >= MIN_RACED else []
+        return {final.trial.number: final for final in found}
+
+    def speedup(self, trial: Trial) -> Interval:
+        """Over the baseline, by the race; by the trials where not both were in it."""
+        reference, entered = self._history.reference, self.finals()
+        if {reference.number, trial.number} <= entered.keys() and trial is not reference:
+            return finals.ratio(entered[reference.number], entered[trial.number])
+        if trial is not reference and trial.measurement and reference.measurement:
+            return ratio_of_means(reference.measurement.epoch_s, trial.measurement.epoch_s)
+        return Interval(ratio=1.0, low=1.0, high=1.0)
+
+    def at_last(self, trial: Trial, peak_bytes: int = 0) -> Trial:
+        """The trial with the race's figures, a first start's warm-up, and the larger peak, if another was seen."""
+        final = self.finals().get(trial.number)
+        measured = final.measurement if final else trial.measurement
+        assert measured is not None
+        measured = msgspec.structs.replace(measured, peak_memory_bytes=max(measured.peak_memory_bytes, peak_bytes))
+        if trial.number in self.cold_warm_up_s:
+            warm_up_s = max(measured.warm_up_s, self.cold_warm_up_s[trial.number])
+            measured = msgspec.structs.replace(measured, warm_up_s=warm_up_s, is_from_cache=False)
+        return _remeasured(trial, measured)
+
+    def _fast_enough(self, rivals: list[Final], aim: Aim) -> list[Final]:
+        min_speed = self._task.settings.min_speed
+        if min_speed is None or aim == FASTEST:
+            return rivals
+        least = min_speed * max((final.measurement.samples_per_s for final in rivals), default=0.0)
+        return [final for final in rivals if final.measurement.samples_per_s >= least]
+
+    def _loss(self, final: Final, aim: Aim) -> float:
+        loss = loss_of(_remeasured(final.trial, final.measurement), aim, self._task.planned)
+        return math.inf if loss is None else loss  # a counter that could not be read in the end
+
+
+def _remeasured(trial: Trial, measurement: Measurement) -> Trial:
+    """The trial with later figures."""
+    assert trial.measurement is not None
+    measurement = trial.measurement.measured_again(measurement)
+    return msgspec.structs.replace(trial, measurement=measurement, samples_per_s=measurement.samples_per_s)

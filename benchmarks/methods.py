@@ -80,7 +80,12 @@ class _NoPulse(Pulse):
 
 
 def ours(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
-    """The search's own trials."""
+    """The search's own trials, until the budget is spent."""
+    return search_on(recorded, Settings(budget_s=budget_s, max_trials=MAX_ASKED, seed=seed))[0]
+
+
+def ours_until_settled(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
+    """As a search is by default: it ends when no trial is expected to save the planned run its own time."""
     return search_on(recorded, Settings(budget_s=budget_s, seed=seed))[0]
 
 
@@ -227,6 +232,7 @@ def _guess(recorded: Recorded) -> Strategy:
 
 METHODS: dict[str, Callable[..., list[Held]]] = {
     "autotune": ours,
+    "autotune until settled": ours_until_settled,
     "Optuna TPE": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed)),
     "Optuna TPE, helped": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed), is_helped=True),
     "Optuna TPE multivariate group": _optuna(

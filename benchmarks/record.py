@@ -3,7 +3,8 @@
 Every setting goes through the search's own trial runner, in random order, so that the device's drift falls on all knobs
 alike; a fixed piece of work is timed before and after each, as in a search. A trial that other work disturbed is
 measured again. The table under benchmarks/grids is saved after every trial: the same command goes on where it was. With
-``--repeats`` the fastest settings, and as many drawn at random, are measured so often.
+``--repeats`` the fastest settings are measured so often, which tells the best from the lucky, and some drawn at random,
+which tell by how much records of one setting differ: those of the fastest cannot, they were chosen by one of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from autotune.trial.runner import run_trial
 from autotune.trial.worker import Progress
 from autotune.units import format_duration
 from benchmarks.grid import FOLDER, PRODUCTS, Grid, Header, Record, read_grid, settings_of
+from benchmarks.recorded import Recorded
 
 SEED = 0
 MAX_TRIES = 4
@@ -41,9 +43,10 @@ MAX_TRIES = 4
 @click.option("--model", default="imdb", show_default=True)
 @click.option("--device", "device_name")
 @click.option("--minutes", default=math.inf, help="Stop after so long. Default: when the grid is whole.")
-@click.option("--repeats", default=1, show_default=True, help="So often, for the settings that --top names.")
-@click.option("--top", default=40, show_default=True, help="The fastest, and as many at random, are repeated.")
-def main(model: str, device_name: str | None, minutes: float, repeats: int, top: int) -> None:
+@click.option("--repeats", default=1, show_default=True, help="So often, for those of --top and --drawn.")
+@click.option("--top", default=40, show_default=True, help="So many of the fastest.")
+@click.option("--drawn", default=10, show_default=True, help="So many drawn at random besides.")
+def main(model: str, device_name: str | None, minutes: float, repeats: int, top: int, drawn: int) -> None:
     backend = find_backend(device_name)
     if (model, backend.name) not in PRODUCTS:
         known = ", ".join(f"{name} on {kind}" for name, kind in PRODUCTS)
@@ -72,7 +75,7 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
         end = time.monotonic() + 60 * minutes
         with Pulse(backend.name) as pulse:
             before_s = pulse.beat()
-            while (strategy := next_of(settings, grid, repeats, top)) is not None and time.monotonic() < end:
+            while (strategy := next_of(settings, grid, repeats, top, drawn)) is not None and time.monotonic() < end:
                 for _ in range(MAX_TRIES):
                     trial, laps = measured(len(grid.records), task, strategy)
                     after_s = pulse.beat()
@@ -103,14 +106,14 @@ def measured(number: int, task: Task, strategy: Strategy) -> tuple[Trial, tuple[
     return trial, tuple(laps)
 
 
-def next_of(settings: list[Strategy], grid: Grid, repeats: int, top: int) -> Strategy | None:
+def next_of(settings: list[Strategy], grid: Grid, repeats: int, top: int, drawn: int) -> Strategy | None:
     """What to measure next: what has not been yet, then repeats, those first that have the fewest."""
     done = Counter(record.trial.strategy for record in grid.records)
     for strategy in settings:
         if not done[strategy]:
             return strategy
-    rates = {record.trial.strategy: record.trial.samples_per_s or 0.0 for record in grid.records}
-    wanted = [*sorted(settings, key=lambda strategy: -rates[strategy])[:top], *settings[:top]]
+    truth = Recorded(grid).truth
+    wanted = [*sorted(truth, key=truth.__getitem__)[:top], *settings[:drawn]]
     fewest = min(wanted, key=lambda strategy: done[strategy])
     return fewest if done[fewest] < repeats else None
 

@@ -1,4 +1,10 @@
-"""A recorded grid as a device to search on: trials cost what they took when they were recorded."""
+"""A recorded grid as a device to search on: trials cost what they took when they were recorded.
+
+What a setting truly takes is not its record: on a machine that drifts, records of one setting differ by more than
+neighbours do, and the best of hundreds is the luckiest. The truth here is what all records say together, smoothed by
+the effects of single knobs and of pairs (the surrogate's model, told how much records differ), and a trial of a setting
+draws anew around it, as far as repeats say that records differ.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +12,17 @@ import functools
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from autotune.measurement import Trial
 from autotune.search.objective import PlannedRun, slowdown
 from autotune.search.space import Space
+from autotune.search.surrogate import Known, Surrogate
 from autotune.strategy import Strategy, baseline
 from autotune.trial.worker import Job, Progress
 from autotune.workloads.base import WorkloadRef
@@ -40,20 +49,23 @@ class Recorded:
             self.by_strategy.setdefault(record.trial.strategy, []).append(record)
         self.usual_pulse_s = statistics.median(r.trial.pulse_s for r in grid.records if r.trial.pulse_s)
         self.clock = 0.0
-        self.truth = {
-            strategy: math.exp(statistics.mean(math.log(self.loss(record)) for record in records))
+        self.total_s = sum(records[0].trial.wall_s for records in self.by_strategy.values())
+        losses = {
+            strategy: [self.loss(record) for record in records]
             for strategy, records in self.by_strategy.items()
             if all(record.trial.measurement for record in records)
         }
-        self.best = min(self.truth.values())
-        self.total_s = sum(records[0].trial.wall_s for records in self.by_strategy.values())
-        logs = [
-            [math.log(self.loss(record)) for record in records]
-            for s, records in self.by_strategy.items()
-            if s in self.truth
-        ]
-        spread = [statistics.variance(found) for found in logs if len(found) > 1]
+        spread = [statistics.variance(map(math.log, found)) for found in losses.values() if len(found) > 1]
         self.deviation = math.sqrt(statistics.mean(spread)) if spread else 0.03
+        """Of the logarithm of a setting's loss, from record to record."""
+        known = [Known(strategy, loss, self.deviation or 0.01) for strategy, found in losses.items() for loss in found]
+        mean, doubt = Surrogate(self.space.values, known).predict(list(losses))
+        self.truth = dict(zip(losses, np.exp(mean).tolist(), strict=True))
+        """Seconds of the planned run by setting, for those that ran."""
+        self.doubt = float(doubt.mean())
+        """Standard deviation of the truth's logarithm."""
+        self.best = min(self.truth.values())
+        self._num_drawn: Counter[Strategy] = Counter()
 
     def loss(self, record: Record) -> float:
         """Seconds of the planned run, at the speed that the device usually had."""
@@ -67,12 +79,15 @@ class Recorded:
         return max(record.trial.measurement.peak_memory_bytes for record in records if record.trial.measurement)
 
     def drawn(self, strategy: Strategy) -> tuple[Record, float]:
-        """A record of the setting, and the factor that its seconds are moved by. The same for one seed."""
-        generator = random.Random(f"{self.seed} {strategy}")
-        records = self.by_strategy[strategy]
-        record = generator.choice(records)
+        """A record of the setting, and the factor that its seconds are moved by: another at every call, the same for
+        the same call of one seed."""
+        generator = random.Random(f"{self.seed} {self._num_drawn[strategy]} {strategy}")
+        self._num_drawn[strategy] += 1
+        record, noise = generator.choice(self.by_strategy[strategy]), math.exp(generator.gauss(0, self.deviation))
         factor = 1 / slowdown(record.trial.pulse_s, self.usual_pulse_s)
-        return record, factor * (math.exp(generator.gauss(0, self.deviation)) if len(records) == 1 else 1.0)
+        if strategy in self.truth:
+            factor *= self.truth[strategy] / self.loss(record) * noise
+        return record, factor
 
     def run(
         self,

@@ -1,8 +1,9 @@
 """Search methods on a recorded grid, without its hardware: python -m benchmarks.replay [GRID.jsonl.xz] [--seeds 100]
 
-A trial costs the seconds that it took when it was recorded. Its figures are those of one of the setting's records,
-drawn by the seed; where there is but one, moved by as much as records of one setting differ from each other. Every
-method is judged by the true loss (the mean of a setting's records) of what it holds for the best at any time. Rivals
+A trial costs the seconds that it took when it was recorded. Its figures are drawn by the seed around the setting's
+true ones, as far as records of one setting differ; what is true is smoothed from all records (benchmarks/recorded.py),
+by the same model of knobs that our search steers by. Every method is judged by the true loss of what it holds for the
+best at any time; ours, too, by its trials alone, without the race that it ends with. Rivals
 learn what was measured before at no cost, and what cannot run; they measure whole trials, where ours gives up what is
 far behind, and starts from the expert's guess (``helped`` ones do both). Ours and ``one knob at a time`` pay for the
 plain baseline. What our surrogate expects of knobs was set by hand after searches on the CPU whose grid this is.
@@ -38,7 +39,7 @@ from benchmarks.grid import FOLDER, Grid, read_grid
 from benchmarks.methods import FEWER_SEEDS, METHODS, search_on
 from benchmarks.recorded import Recorded
 
-BUDGET = 0.25
+BUDGET = 0.15
 """Of the grid's total cost, what every method may spend."""
 WITHIN = (0.05, 0.02, 0.01)
 AT = (0.05, 0.10)
@@ -126,7 +127,8 @@ def show(path: Path, seeds: int, methods: Sequence[str], processes: int) -> None
     console.print(f"{path.name}: {hardware.device.name}, torch {hardware.device.versions['torch']}")
     console.print(
         f"{len(recorded.by_strategy)} settings, {len(recorded.grid.records)} trials, {recorded.total_s / 60:.0f} min; "
-        f"records of one setting differ by {recorded.deviation:.1%} (standard deviation); best: {describe(best)}"
+        f"records of one setting differ by {recorded.deviation:.1%} (standard deviation), the truth is known to "
+        f"{recorded.doubt:.1%}; best: {describe(best)}"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("method", no_wrap=True)

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from autotune.measurement import Trial
-from autotune.search.memory import MemoryModel
+from autotune.search.memory import Fit, MemoryModel
 from autotune.search.objective import BALANCED, FASTEST, LEANEST, THRIFTIEST, PlannedRun, hopeless, loss_of
 from autotune.search.sampling import Sampler
 from autotune.search.space import Space, build_space, expert_guess
-from autotune.strategy import Strategy
+from autotune.strategy import Padding, Strategy
 from autotune.trial.worker import Progress
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
@@ -241,3 +241,31 @@ def test_two_trials_of_a_kind_predict_the_others_peak() -> None:
     assert model.is_over(sized(32, 0).strategy, 1000)
     assert not model.is_over(sized(16, 0).strategy, 1000)
     assert model.predict(Strategy(micro_batch=32, precision="bf16")) is None
+
+
+def test_what_is_unlikely_to_fit_is_not_tried() -> None:
+    """Nor, once two of its kind were, what is less than sure to."""
+
+    def tried(size: int, mib: int | None, padding: Padding = "max") -> Trial:
+        strategy = Strategy(micro_batch=size, accumulation=32 // size, padding=padding)
+        if mib is None:
+            return factories.trial(size, strategy, outcome="oom", measurement=None)
+        return factories.trial(size, strategy, measurement=factories.measurement(5.0, peak_memory_bytes=mib * 2**20))
+
+    def chance(strategy: Strategy, *trials: Trial) -> float:
+        model = MemoryModel()
+        for trial in trials:
+            model.learn(trial)
+        values = {"micro_batch": (4, 8, 16, 32), "padding": ("max", "longest", "buckets")}
+        return Fit(model, values, trials, 1000 * 2**20).chance(strategy)
+
+    plain, small = tried(32, 4000), tried(16, None).strategy
+    assert chance(small) == 1.0
+    assert 0 < chance(small, plain) < chance(tried(4, None).strategy, plain) < 1
+    assert chance(tried(32, None, "longest").strategy, plain, tried(16, 2000), tried(8, None, "buckets")) < 0.3
+    close = [tried(4, 522), tried(8, 740)]
+    assert chance(tried(16, None).strategy, *close) == 0  # the line says 1,176
+    assert chance(tried(16, None).strategy, tried(4, 300), tried(8, 400)) > 0.9
+    nearly = [tried(4, 522), tried(8, 670)]
+    assert chance(tried(16, None).strategy, *nearly) == 0  # 966 of 1,000: the line bends
+    assert chance(tried(8, None).strategy, plain, tried(16, None)) == 0  # two of its kind say too little

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from autotune.measurement import Measurement, Outcome, Trial
+from autotune.search import memory
 from autotune.search.explain import Share, estimated
+from autotune.search.finals import num_changed
 from autotune.search.objective import FASTEST, Aim, drift_doubt, held_to_speed, loss_of, slowdown
 from autotune.search.proof import Proof
-from autotune.search.surrogate import USUAL_OF_MEMORY, Known, Surrogate
+from autotune.search.surrogate import USUAL_OF_MEMORY, Known, Surrogate, usual_of
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 
@@ -28,8 +30,10 @@ LAPS = 6
 """Steps of an ordinary trial, about: what its time grows with."""
 START_S, COMPILE_S = 1.0, 40.0
 """What a trial takes beyond its steps before one was tried, and what a compiled one does."""
-NOISE, NOISE_PRUNED = 0.03, 0.15
-"""Relative standard deviation of a trial's figure at best, and of one that was given up after two laps."""
+NOISE, NOISE_PRUNED = 0.05, 0.15
+"""Relative standard deviation of a trial's seconds at best, and of one that was given up after two laps."""
+AS_GOOD = 0.01
+"""Losses that differ by less are alike."""
 TOO_DOUBTFUL = 0.1
 """The best is measured again where the device's drift since makes its figure so uncertain."""
 NO_WAIT = 0.01
@@ -71,15 +75,17 @@ class History:
     def likely_peaks_bytes(self, strategies: Sequence[Strategy]) -> list[int]:
         """What the process of each takes at its peak, by all trials; most take less."""
         known = [
-            Known(trial.strategy, trial.measurement.peak_memory_bytes, NOISE) for trial in self.all if trial.measurement
+            Known(trial.strategy, trial.measurement.peak_memory_bytes, memory.NOISE)
+            for trial in self.all
+            if trial.measurement
         ]
         mean, deviation = Surrogate(self._task.space.values, known, USUAL_OF_MEMORY).predict(strategies)
         return [int(peak) + self._task.context_bytes for peak in np.exp(mean + deviation)]
 
-    def finalists(self) -> list[Trial]:
-        """The best few by their own figures, the best first; of each aim the best, where there are several."""
+    def finalists(self, num_finalists: int = NUM_FINALISTS) -> list[Trial]:
+        """The best few, the best first; of each aim the best, where there are several."""
         ranked = [self._ranked(aim) for aim in self._task.aims]
-        num_close = NUM_FINALISTS if len(self._task.sought) == 1 else 1
+        num_close = num_finalists if len(self._task.sought) == 1 else 1
         close = [trial for loss, trial in ranked[0][:num_close] if loss <= ranked[0][0][0] * CLOSE_TO_BEST]
         if all(trial is self.reference for trial in close):
             # drift may be corrected for wrongly: what was faster by the clock is raced before it is dropped
@@ -89,16 +95,23 @@ class History:
         return list({trial.number: trial for trial in [*close, *others]}.values())
 
     def best(self, aim: Aim | None = None) -> Trial | None:
-        """The best that may win, by its own figures; that of the first aim, unless another is named."""
+        """The best that may win, by the trials; that of the first aim, unless another is named."""
         ranked = self._ranked(aim or self._task.aims[0])
         return ranked[0][1] if ranked else None
 
     def _ranked(self, aim: Aim) -> list[tuple[float, Trial]]:
-        """Those that are fast enough, where any is."""
+        """Those that are fast enough, where any is, with what all trials together expect each to take: figures of their
+        own would crown the luckiest. Of two that are as good as one another the simpler comes first."""
         bar = self._least_rate(aim)
-        losses = [(loss, trial) for trial in self.usable() if (loss := self.loss(trial, aim, bar)) is not None]
-        fast = [pair for pair in losses if self.rate(pair[1]) >= bar]
-        return sorted(fast or losses, key=lambda pair: pair[0])
+        usable = [trial for trial in self.usable() if self.loss(trial, aim, bar) is not None]
+        contenders = [trial for trial in usable if self.rate(trial) >= bar] or usable
+        if not contenders:
+            return []
+        surrogate = Surrogate(self._task.space.values, self.known(aim), usual_of(aim.memory))
+        expected, _ = surrogate.predict([trial.strategy for trial in contenders])
+        ranked = zip(expected.tolist(), contenders, strict=True)
+        order = sorted(ranked, key=lambda pair: (round(pair[0] / AS_GOOD), num_changed(pair[1].strategy)))
+        return [(math.exp(log), trial) for log, trial in order]
 
     def may_win(self, trial: Trial, measurement: Measurement) -> bool:
         """Whether it fits the limit by these figures, and has not failed since its trial."""
@@ -159,7 +172,7 @@ class History:
 
     def _noise(self, trial: Trial, aim: Aim) -> float:
         if aim.memory == 1:
-            return NOISE
+            return memory.NOISE
         drift = drift_doubt(trial.pulse_s, self._usual_pulse_s)
         laps = trial.measurement.epoch_s if trial.measurement else ()
         error = statistics.stdev(laps) / statistics.mean(laps) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf

@@ -1,4 +1,4 @@
-"""Predicts a strategy's peak memory from trials that differ from it in the micro batch alone.
+"""Predicts a strategy's peak memory from trials that differ from it in the micro batch alone, or else from all.
 
 Peak memory is nearly affine in the micro batch: weights, gradients and optimizer state are the same for all, the
 activations grow with it. The two trials of a kind that are nearest predict the next. On a CPU the line bends: large
@@ -9,11 +9,25 @@ blocks go back to the kernel when they are freed, small ones stay, so that far e
 from __future__ import annotations
 
 import bisect
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from autotune.measurement import Outcome, Trial
+from autotune.search.surrogate import USUAL_OF_MEMORY, Known, Surrogate
 from autotune.strategy import Strategy
+
+NOISE = 0.03
+"""Relative standard deviation of a trial's peak."""
+BENT = 0.1
+"""How far from the straight line through the nearest two a third is: a relative standard deviation."""
+BEYOND, VAGUE = 1.25, 0.25
+"""What ran out of memory would have taken more than the limit by about so much, give or take."""
+UNLIKELY, SURE = 0.05, 0.9
+"""What fits with less chance is not tried; nor what fits with less than the second, once two of its kind were tried."""
 
 
 class MemoryModel:
@@ -58,6 +72,44 @@ class MemoryModel:
         return (too_big is not None and strategy.micro_batch >= too_big) or (
             predicted is not None and predicted > limit_bytes
         )
+
+
+class Fit:
+    """How likely settings are to stay below a limit, by the peaks, and the lack of memory, of those that were tried."""
+
+    def __init__(
+        self, model: MemoryModel, values: Mapping[str, Sequence[Any]], trials: Sequence[Trial], limit_bytes: int
+    ) -> None:
+        self._model, self._limit_bytes = model, limit_bytes
+        self._num_tried = Counter(_kind(trial.strategy) for trial in trials)
+        known = [
+            Known(trial.strategy, trial.measurement.peak_memory_bytes, NOISE) for trial in trials if trial.measurement
+        ]
+        known += [
+            Known(trial.strategy, BEYOND * limit_bytes, VAGUE)
+            for trial in trials
+            if trial.outcome == "oom" and not trial.measurement
+        ]
+        self._surrogate = Surrogate(values, known, USUAL_OF_MEMORY) if known else None
+        self._chances: dict[Strategy, float] = {}
+
+    def chance(self, strategy: Strategy) -> float:
+        """0 where it is not worth a trial."""
+        if strategy not in self._chances:
+            self._chances[strategy] = self._chance(strategy)
+        return self._chances[strategy]
+
+    def _chance(self, strategy: Strategy) -> float:
+        if self._model.is_over(strategy, self._limit_bytes):
+            return 0.0
+        if (predicted := self._model.predict(strategy)) is not None:
+            mean, deviation = math.log(predicted), BENT
+        elif self._surrogate is not None:
+            mean, deviation = (float(found[0]) for found in self._surrogate.predict([strategy]))
+        else:
+            return 1.0
+        chance = 0.5 * math.erfc((mean - math.log(self._limit_bytes)) / deviation / math.sqrt(2))
+        return chance if chance >= (SURE if self._num_tried[_kind(strategy)] >= 2 else UNLIKELY) else 0.0
 
 
 def _kind(strategy: Strategy) -> Strategy:

@@ -14,7 +14,7 @@ from autotune.errors import AutotuneError
 from autotune.measurement import Trial
 from autotune.search.history import History
 from autotune.search.journal import MAX_STARTS, Journal
-from autotune.search.memory import MemoryModel
+from autotune.search.memory import Fit, MemoryModel
 from autotune.search.objective import FASTEST, Aim, drift_doubt, hopeless, slowdown
 from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
@@ -62,6 +62,7 @@ class Trials:
             chance=self._chance,
         )
         self._doubts: dict[tuple[str, Any], float] = {}
+        self._fit: Fit | None = None
         self._pulse_s: float | None = None
         self.is_settled = False
         """Whether it ended because no other trial was expected to be worth its time."""
@@ -95,6 +96,7 @@ class Trials:
                 self.try_now(stale.strategy, "the best again: the device's speed has changed")
                 continue
             self._doubts = history.doubtful()
+            self._fit = Fit(self._memory, task.space.values, history.all, task.memory_limit_bytes)
             aim = self._aim
             proposal = self._sampler.propose(history.known(aim), history.cost(aim), usual_of(aim.memory))
             if proposal is None:
@@ -224,11 +226,11 @@ class Trials:
 
     def _chance(self, strategy: Strategy) -> float:
         """How likely it is to run, were nothing known but what failed; 0 where it need not be tried."""
-        is_over = self._memory.is_over(strategy, self._task.memory_limit_bytes)
-        if is_over or (strategy.workers > 0 and self.history.loader_keeps_up()):
+        fits = self._fit.chance(strategy) if self._fit else 1.0
+        if not fits or (strategy.workers > 0 and self.history.loader_keeps_up()):
             return 0.0
         doubts = (doubt for (knob, value), doubt in self._doubts.items() if getattr(strategy, knob) == value)
-        return 0.5 ** sum(doubts)
+        return fits * 0.5 ** sum(doubts)
 
     def _stop_pulse(self) -> None:
         self._pulse.close()

@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from autotune import backends, store, workloads
 from autotune.probe import probe
-from autotune.search import study, trials
+from autotune.search import races, study, trials
 from autotune.workloads.base import Workload, WorkloadRef
 from tests import scripted
 from tests.observing import SilentPulse
@@ -88,7 +88,7 @@ def prepared(tiny_reviews: Path) -> tuple[WorkloadRef, Workload]:
 def scripted_device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Searches run on the scripted device."""
     monkeypatch.setattr(trials, "run_trial", scripted.run_scripted)
-    monkeypatch.setattr(study, "Race", scripted.ScriptedRace)
+    monkeypatch.setattr(races, "Race", scripted.ScriptedRace)
     monkeypatch.setattr(study, "Pulse", SilentPulse)
     monkeypatch.setattr(study, "prove", scripted.prove_scripted)
     monkeypatch.setattr(study, "reference_losses", lambda job, **_: (0.7,))

@@ -9,7 +9,7 @@ import pytest
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Trial
-from autotune.search import study, trials
+from autotune.search import races, trials
 from autotune.search.journal import open_journal
 from autotune.strategy import Strategy
 from autotune.trial.worker import Job
@@ -128,11 +128,11 @@ def test_a_trial_that_ended_pruned_is_not_taken_for_the_one_that_the_search_died
         raise SystemExit("as good as killed")
 
     scripted_device.setattr(trials, "run_trial", prunes)
-    scripted_device.setattr(study, "Race", dies)
+    scripted_device.setattr(races, "Race", dies)
     for _ in range(3):
         with pytest.raises(SystemExit):
             searched(prepared, journal_path=path, max_trials=5)
-    scripted_device.setattr(study, "Race", ScriptedRace)
+    scripted_device.setattr(races, "Race", ScriptedRace)
     result = searched(prepared, journal_path=path, max_trials=5)
     assert len(run) == 5
     assert [trial.outcome for trial in result.trials] == ["ok", "ok", "ok", "pruned", "pruned"]

@@ -11,7 +11,7 @@ import pytest
 from autotune.errors import AutotuneError
 from autotune.measurement import Trial
 from autotune.profile import format_profile, parse_profile
-from autotune.search import study, trials
+from autotune.search import races, trials
 from autotune.search.finals import Final
 from autotune.search.result import profile_of
 from autotune.search.task import Task
@@ -104,7 +104,7 @@ def test_energy_is_minimised_where_it_is_counted(
             return found
 
     scripted_device.setattr(trials, "run_trial", frugal)
-    scripted_device.setattr(study, "Race", FrugalRace)
+    scripted_device.setattr(races, "Race", FrugalRace)
     if has_counter:
         assert searched(prepared, objective="energy").best.strategy.precision == "fp16"
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,8 +10,9 @@ import pytest
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Measurement, Trial
-from autotune.search import cold, study, trials
-from autotune.search.finals import Final
+from autotune.search import cold, races, study, trials
+from autotune.search.finals import Entrant, Final
+from autotune.search.history import NUM_FINALISTS
 from autotune.search.proof import Proof
 from autotune.search.result import profile_of
 from autotune.strategy import Strategy, baseline
@@ -66,17 +68,19 @@ def test_interrupting_before_anything_is_faster_than_the_baseline_saves_nothing(
     assert caught.value.exit_code == 130
 
 
-class FirstFails(ScriptedRace):
-    """The best finalist runs out of memory in the race."""
-
-    def run(self, **_: Any) -> None:
-        super().run()
-        self.failures = {self.entrants[1].trial.number: TrialEndedError("oom", "scripted")}
-
-
 def test_a_setting_that_fails_in_the_race_does_not_win(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
     best_trial = searched(prepared).best
-    scripted_device.setattr(study, "Race", FirstFails)
+
+    class Fails(ScriptedRace):
+        """In the final the best runs out of memory."""
+
+        def run(self, **_: Any) -> None:
+            super().run()
+            is_final = self.entrants[0].trial.number == 0
+            lost = [entrant.trial for entrant in self.entrants if entrant.trial.strategy == best_trial.strategy]
+            self.failures = {trial.number: TrialEndedError("oom", "scripted") for trial in lost if is_final}
+
+    scripted_device.setattr(races, "Race", Fails)
     result = searched(prepared)
     assert result.best.strategy != best_trial.strategy
     assert result.trials[best_trial.number].outcome == "oom"
@@ -93,10 +97,54 @@ def test_when_only_the_baseline_survives_the_race_the_next_best_trial_wins(
             self.failures = {entrant.trial.number: TrialEndedError("oom", "") for entrant in self.entrants[1:]}
             failed.update(self.failures)
 
-    scripted_device.setattr(study, "Race", AllFail)
+    scripted_device.setattr(races, "Race", AllFail)
     result = searched(prepared)
     assert result.best.number not in failed
     assert not result.num_rounds
+
+
+def test_a_heat_without_the_baseline_says_who_races_it(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
+    raced: list[list[int]] = []
+
+    class Upside(ScriptedRace):
+        """In the heat the fourth by the trials is much faster than by its trial."""
+
+        def __init__(self, entrants: Sequence[Entrant], **_: Any) -> None:
+            super().__init__(entrants)
+            raced.append([entrant.trial.number for entrant in entrants])
+
+        def finals(self) -> list[Final]:
+            found = super().finals()
+            if len(raced[0]) > 3 and raced[0][3] in {final.trial.number for final in found}:
+                at = [final.trial.number for final in found].index(raced[0][3])
+                faster = msgspec.structs.replace(found[at].measurement, samples_per_s=1e3)
+                found[at] = msgspec.structs.replace(found[at], measurement=faster, epoch_s=(1.0,) * 3)
+            return found
+
+    scripted_device.setattr(races, "Race", Upside)
+    best = searched(prepared, budget_s=3600.0).best
+    heat, final, *_ = raced
+    assert 0 not in heat
+    assert 3 < len(heat) <= races.FIELD
+    assert final[:2] == [0, heat[3]]
+    assert len(final) == 1 + races.NUM_THROUGH
+    assert best.number == heat[3]
+
+
+def test_there_is_no_heat_where_the_budget_has_no_time_for_it(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    raced: list[int] = []
+
+    class Counted(ScriptedRace):
+        def run(self, **_: Any) -> None:
+            super().run()
+            raced.append(len(self.entrants))
+
+    scripted_device.setattr(races, "Race", Counted)
+    scripted_device.setattr(races, "FINALS_SHARE", 0.0)
+    searched(prepared, budget_s=3600.0, max_trials=20)
+    assert raced[0] == 1 + NUM_FINALISTS
 
 
 def test_a_setting_that_goes_over_the_memory_budget_in_the_race_does_not_win(
@@ -111,7 +159,7 @@ def test_a_setting_that_goes_over_the_memory_budget_in_the_race_does_not_win(
             bigger = msgspec.structs.replace(first.measurement, peak_memory_bytes=3 * GIB)
             return [reference, msgspec.structs.replace(first, measurement=bigger), *others]
 
-    scripted_device.setattr(study, "Race", Growing)
+    scripted_device.setattr(races, "Race", Growing)
     assert searched(prepared, memory_budget_bytes=2 * GIB).best.number not in grown
 
 
@@ -136,7 +184,7 @@ def test_a_best_that_was_compiled_before_is_started_cold_where_no_trial_was(
     scripted_device.setattr(trials, "run_trial", compiled)
     scripted_device.setattr(cold, "cold_start", started)
     if budget_s is not None:
-        scripted_device.setattr(study._Search, "_left_s", lambda self: budget_s)
+        scripted_device.setattr(races.Races, "left_s", lambda self: budget_s)
     result = searched(prepared)
     best = result.best.measurement
     assert best is not None
@@ -250,7 +298,7 @@ def test_a_knob_without_which_it_does_not_run_is_kept(prepared: Prepared, script
                     self.failures[entrant.trial.number] = TrialEndedError("oom", "its neighbours took it")
 
     scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
-    scripted_device.setattr(study, "Race", NoneWithoutBuckets)
+    scripted_device.setattr(races, "Race", NoneWithoutBuckets)
     result = searched(prepared, max_trials=2, budget_s=1000.0)
     assert result.shares[0].knob == "padding"
     assert (result.shares[0].ratio, result.shares[0].reason) == (None, "crashed: scripted")

@@ -186,11 +186,11 @@ class SearchDisplay(_Display, Observer):
         self._space_words += f"; goes on after {len(trials)} trials of an interrupted search (--fresh starts anew)"
         self.say(f"going on after {len(trials)} trials and {format_duration(spent_s)} of an interrupted search")
 
-    def on_race(self, done: int, num_entrants: int) -> None:
-        """A round of the finals ended; at 0 they start."""
+    def on_race(self, name: str, done: int) -> None:
+        """A round of a race ended; at 0 it starts."""
         if done == 0:
             self._trial_start = time.monotonic()
-        self._current = f"final: the best {num_entrants - 1} and the baseline in turns"
+        self._current = name
         self._doing = f"{done} rounds done" if done else "starting"
         if done < _EVERY_ROUND or done % _EVERY_ROUND == 0:
             self.say(f"{self._current}, {self._doing}")

@@ -55,8 +55,8 @@ class Observer:
     def on_resume(self, trials: Sequence[Trial], best: Trial | None, spent_s: float) -> None:
         """An earlier run of this search was interrupted; its trials count."""
 
-    def on_race(self, done: int, num_entrants: int) -> None:
-        """A round of the finals ended; at 0 they start."""
+    def on_race(self, name: str, done: int) -> None:
+        """A round of a race ended; at 0 it starts. The name says who is in it."""
 
     def on_taking_back(self, done: int, num_knobs: int) -> None:
         """A round of the best with what differs from it by one knob ended; at 0 they start."""

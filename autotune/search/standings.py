@@ -37,7 +37,7 @@ class Standings:
             return best  # the race has no say where one of those that it is about was not in it
         rivals = self._fast_enough(rivals, aim)
         if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
-            return ranked(rivals, lambda final: self._loss(final, aim))[0].trial
+            return ranked(rivals, lambda final: self.loss(final, aim))[0].trial
         return best
 
     def finals(self) -> dict[int, Final]:
@@ -72,7 +72,8 @@ class Standings:
         least = min_speed * max((final.measurement.samples_per_s for final in rivals), default=0.0)
         return [final for final in rivals if final.measurement.samples_per_s >= least]
 
-    def _loss(self, final: Final, aim: Aim) -> float:
+    def loss(self, final: Final, aim: Aim = FASTEST) -> float:
+        """What the aim minimises, by a race's figures; infinite where they lack it."""
         loss = loss_of(_remeasured(final.trial, final.measurement), aim, self._task.planned)
         return math.inf if loss is None else loss  # a counter that could not be read in the end
 

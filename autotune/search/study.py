@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +11,15 @@ import msgspec
 
 from autotune.errors import AutotuneError, InterruptedSearchError
 from autotune.measurement import Trial
-from autotune.search import cold, explain, finals, proof
+from autotune.search import cold, explain, finals
 from autotune.search.explain import Share
-from autotune.search.finals import Entrant, Race
 from autotune.search.journal import open_journal
 from autotune.search.objective import Aim
 from autotune.search.proof import Proof, prove, reference_losses
+from autotune.search.races import MIN_LAST_TEST_S, Races
 from autotune.search.result import Choice, Result
 from autotune.search.settings import Observer
-from autotune.search.standings import MIN_RACED, Standings
+from autotune.search.standings import Standings
 from autotune.search.task import Task
 from autotune.search.trials import Trials
 from autotune.strategy import Strategy
@@ -28,14 +27,8 @@ from autotune.trial.pulse import Pulse
 from autotune.trial.runner import TrialEndedError
 from autotune.units import format_bytes
 
-FINALS_SHARE = 0.3
-"""At most this share of the budget goes to the race of the finalists."""
 EXPLAIN_S = 60.0
 """So long are the shares of the winner's knobs measured, where the budget has so much left."""
-FINALS_S = 60.0
-"""So long is the race at most where there is no budget, and no longer than the trials took."""
-MIN_LAST_TEST_S = 120.0
-"""However little is left of the budget, races and last tests may be so slow before they count as hanging."""
 MAX_PROOFS = 6
 """So many settings may fail the last test before the plain baseline is taken."""
 
@@ -78,6 +71,7 @@ class _Search:
     def __init__(self, task: Task, observer: Observer, trials: Trials) -> None:
         self.task, self.observer, self.trials, self.history = task, observer, trials, trials.history
         self.standings = Standings(task, self.history)
+        self.races = Races(task, observer, trials, self.standings)
         self.winners: dict[Aim, tuple[Trial, Proof | None]] = {}
         self.proofs: dict[int, Proof] = {}
         """Last tests by the trial's number."""
@@ -89,77 +83,13 @@ class _Search:
     def run(self) -> None:
         """Trials, race, what each knob brings, last test."""
         self.observer.on_space(self.task.space)
-        self.trials.run(reserved_s=self._reserved_s)
-        self._run_race(self.history.finalists())
+        self.trials.run(reserved_s=self.races.reserved_s)
+        self.races.run(self.races.finalists())
         self._take_knobs_back()
         for aim in self.task.sought:
             if (winner := self._winner(aim)) is not None:
                 self.winners[aim] = winner
         self._start_cold()
-
-    # The race
-
-    def _reserved_s(self) -> float:
-        step_s = self.history.reference_step_s
-        if step_s is None:
-            return 0.0
-        return finals.shortest_s(step_s, self.history.finalists()) + proof.needed_s(step_s)
-
-    def _run_race(self, finalists: list[Trial]) -> None:
-        """The finalists and the baseline, which is the first entrant."""
-        task, reference = self.task, self.history.reference
-        step_s = self.history.reference_step_s
-        entrants = [trial for trial in finalists if trial is not reference]
-        if not entrants or step_s is None:
-            return
-        share_s, left_s = min(FINALS_S, self.trials.elapsed_s()), self._left_s()
-        if task.settings.budget_s is not None:
-            share_s = FINALS_SHARE * task.settings.budget_s
-        if self.explained and task.settings.explains:
-            left_s = share_s  # asked for, whatever it takes
-        if finals.shortest_s(step_s, entrants) > left_s + share_s:
-            return
-        while entrants and not self._fits_together([reference, *entrants]):
-            entrants.remove(max(entrants, key=_peak_bytes))
-        if not entrants:
-            return
-        race, earlier = self._race_of([reference, *entrants]), self.standings.race
-        self.standings.race = race
-        self.observer.on_race(0, len(entrants) + 1)
-        try:
-            race.run(
-                enough_s=min(share_s, left_s), on_round=lambda done: self.observer.on_race(done, len(entrants) + 1)
-            )
-        finally:
-            if race.num_rounds < MIN_RACED and earlier is not None:  # interrupted
-                self.standings.race = earlier
-        for number, end in race.failures.items():
-            self.history.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
-        if race.failures:
-            self.trials.reconsider()
-
-    def _left_s(self) -> float:
-        """Of the budget, but for the last test."""
-        budget_s, step_s = self.task.settings.budget_s, self.history.reference_step_s or 0.0
-        return math.inf if budget_s is None else budget_s - self.trials.elapsed_s() - proof.needed_s(step_s)
-
-    def _race_of(self, trials: list[Trial]) -> Race:
-        return Race(
-            [
-                Entrant(
-                    trial=trial,
-                    job=self.task.job(trial.strategy),
-                    silence_s=self.trials.silence_s(trial.strategy),
-                    compiles=self.task.compiles(trial.strategy),
-                )
-                for trial in trials
-            ],
-            timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(trials[-1].strategy)),
-            memory_limit_bytes=self.task.machine_limit_bytes,
-        )
-
-    def _fits_together(self, trials: list[Trial]) -> bool:
-        return sum(map(_peak_bytes, trials)) + len(trials) * self.task.context_bytes < self.task.machine_limit_bytes
 
     # What each knob brings
 
@@ -172,9 +102,9 @@ class _Search:
         shares = self.history.estimated_shares(best.strategy)
         warm_up_s = best.measurement.warm_up_s if self.task.compiles(best.strategy) else 0.0
         needed_s = explain.needed_s(best.measurement.step_ms / 1000, warm_up_s, shares)
-        if not shares or (explains is None and needed_s > self._left_s()):
+        if not shares or (explains is None and needed_s > self.races.left_s()):
             return None
-        return max(needed_s, EXPLAIN_S if explains else min(EXPLAIN_S, self._left_s()))
+        return max(needed_s, EXPLAIN_S if explains else min(EXPLAIN_S, self.races.left_s()))
 
     def _take_knobs_back(self) -> None:
         """Times the winner in turns with what it is without each of its knobs. Where some bring nothing, the winner
@@ -191,7 +121,7 @@ class _Search:
                 best,
                 group,
                 task.baseline,
-                race_of=self._race_of,
+                race_of=self.races.race_of,
                 enough_s=enough_s * len(group) / len(without),
                 on_round=self.observer.on_taking_back,
             )
@@ -202,7 +132,7 @@ class _Search:
         simpler = explain.set_back(best.strategy, task.baseline, needless)
         self.explained = {best.strategy, simpler}
         step_s = self.history.reference_step_s or 0.0
-        if not task.settings.explains and best.wall_s + finals.shortest_s(step_s, [best, best]) > self._left_s():
+        if not task.settings.explains and best.wall_s + finals.shortest_s(step_s, [best, best]) > self.races.left_s():
             return
         is_refused = task.space.refusal(simpler) is not None or self.history.has_failed(simpler)
         if simpler in (best.strategy, task.baseline) or is_refused:
@@ -210,7 +140,12 @@ class _Search:
         tried = self.trials.try_late(simpler, "without what brings nothing")
         if tried is not None:
             others = [trial for trial in self.history.finalists() if trial.number not in (best.number, tried.number)]
-            self._run_race([best, tried, *(others if len(task.sought) > 1 else ())])
+            self._race_again([best, tried, *(others if len(task.sought) > 1 else ())])
+
+    def _race_again(self, finalists: list[Trial]) -> None:
+        """Whatever it takes, where shares were asked for: they are of no use to a winner that is not sure."""
+        is_wanted = bool(self.task.settings.explains and self.explained)
+        self.races.run(list({one.number: one for one in finalists}.values()), in_any_case=is_wanted)
 
     # The last test
 
@@ -233,7 +168,7 @@ class _Search:
             best = self.history.best(aim)
             if best is not None and best.number not in self.standings.finals():
                 settled = [winner for winner, _ in self.winners.values()]
-                self._run_race(list({one.number: one for one in [*self.history.finalists(), *settled]}.values()))
+                self._race_again([*self.history.finalists(), *settled])
         reference = self.history.reference
         fits = reference.measurement is not None and self.task.fits(reference.measurement)
         return (reference, None) if fits else None
@@ -270,7 +205,7 @@ class _Search:
     def _start_cold(self) -> None:
         """How long the best takes to compile, where that was done before its trial: by another trial, or else, where
         the budget has the time, by starting it once more. Where neither is known the profile says so."""
-        best, left_s = next((trial for trial, _ in self.winners.values()), None), self._left_s()
+        best, left_s = next((trial for trial, _ in self.winners.values()), None), self.races.left_s()
         if best is None or best.measurement is None or not best.measurement.is_from_cache:
             return
         warm_up_s = cold.known_warm_up_s(self.history.all, best.strategy)
@@ -357,7 +292,3 @@ class _Search:
         if failure is None:
             return trial
         return msgspec.structs.replace(trial, outcome=failure.outcome, reason=failure.reason)
-
-
-def _peak_bytes(trial: Trial) -> int:
-    return trial.measurement.peak_memory_bytes if trial.measurement else 0

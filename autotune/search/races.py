@@ -1,0 +1,127 @@
+"""Which settings race against which, for how long: a heat of the contenders, then the finalists and the baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from autotune.measurement import Trial
+from autotune.search import finals, proof
+from autotune.search.finals import Entrant, Race, ranked
+from autotune.search.history import NUM_FINALISTS, History
+from autotune.search.proof import Proof
+from autotune.search.settings import Observer
+from autotune.search.standings import MIN_RACED, Standings
+from autotune.search.task import Task
+from autotune.search.trials import Trials
+
+FIELD, NUM_THROUGH = 6, 2
+"""So many enter the heat at most, and so many of them the race."""
+FINALS_SHARE = 0.3
+"""At most this share of the budget goes to heat and race."""
+FINALS_S = 60.0
+"""So long are they at most where there is no budget, and no longer than the trials took."""
+MIN_LAST_TEST_S = 120.0
+"""However little is left of the budget, races and last tests may be so slow before they count as hanging."""
+
+
+class Races:
+    """The races of a search. What they show is in its standings."""
+
+    def __init__(self, task: Task, observer: Observer, trials: Trials, standings: Standings) -> None:
+        self._task, self._observer, self._trials, self._standings = task, observer, trials, standings
+        self._history: History = trials.history
+
+    def left_s(self) -> float:
+        """Of the budget, but for the last test."""
+        budget_s = self._task.settings.budget_s
+        return math.inf if budget_s is None else budget_s - self._trials.elapsed_s() - proof.needed_s(self._step_s)
+
+    def reserved_s(self) -> float:
+        """What the trials have to leave of the budget."""
+        if self._history.reference_step_s is None:
+            return 0.0
+        return finals.shortest_s(self._step_s, self._history.finalists()) + proof.needed_s(self._step_s)
+
+    def finalists(self) -> list[Trial]:
+        """Who enters the race. Where time and memory allow, they come out of a heat: a larger field, raced for a few
+        rounds without the plain baseline, which would take most of the time."""
+        field = self._history.finalists(FIELD) if len(self._task.sought) == 1 else []
+        share_s = min(self._share_s(), self.left_s())
+        while field and not self._fit_together(field):
+            field.remove(max(field, key=_peak_bytes))
+        while len(field) > NUM_FINALISTS and self._heat_s(field) > share_s:
+            field.pop()
+        if len(field) <= NUM_FINALISTS or self._history.reference in field:
+            return self._history.finalists()
+        heat = self.race_of(field)
+        spare_s = share_s - self._heat_s(field)
+        self._run(heat, finals.shortest_s(0.0, field) + spare_s / 2, f"heat: the best {len(field)} in turns")
+        rivals = [final for final in heat.finals() if self._history.may_win(final.trial, final.measurement)]
+        return [final.trial for final in ranked(rivals, lambda final: self._standings.loss(final))][:NUM_THROUGH]
+
+    def run(self, finalists: Sequence[Trial], *, in_any_case: bool = False) -> None:
+        """The finalists against the baseline, which is the first entrant; not where the time is up, unless it is
+        wanted in any case."""
+        reference = self._history.reference
+        entrants = [trial for trial in finalists if trial is not reference]
+        share_s = self._share_s()
+        left_s = share_s if in_any_case else self.left_s()
+        if self._history.reference_step_s is None or finals.shortest_s(self._step_s, entrants) > left_s + share_s:
+            return
+        while entrants and not self._fit_together([reference, *entrants]):
+            entrants.remove(max(entrants, key=_peak_bytes))
+        if not entrants:
+            return
+        race, earlier = self.race_of([reference, *entrants]), self._standings.race
+        self._standings.race = race
+        try:
+            self._run(race, min(share_s, left_s), f"final: the best {len(entrants)} and the baseline in turns")
+        finally:
+            if race.num_rounds < MIN_RACED and earlier is not None:  # interrupted
+                self._standings.race = earlier
+
+    def race_of(self, trials: Sequence[Trial]) -> Race:
+        """A race of these that nothing has been run of."""
+        return Race(
+            [
+                Entrant(
+                    trial=trial,
+                    job=self._task.job(trial.strategy),
+                    silence_s=self._trials.silence_s(trial.strategy),
+                    compiles=self._task.compiles(trial.strategy),
+                )
+                for trial in trials
+            ],
+            timeout_s=max(MIN_LAST_TEST_S, self._trials.timeout_s(trials[-1].strategy)),
+            memory_limit_bytes=self._task.machine_limit_bytes,
+        )
+
+    def _run(self, race: Race, enough_s: float, name: str) -> None:
+        """Those that fail in it are not to win."""
+        self._observer.on_race(name, 0)
+        race.run(enough_s=enough_s, on_round=lambda done: self._observer.on_race(name, done))
+        for number, end in race.failures.items():
+            self._history.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
+        if race.failures:
+            self._trials.reconsider()
+
+    @property
+    def _step_s(self) -> float:
+        return self._history.reference_step_s or 0.0
+
+    def _share_s(self) -> float:
+        """Of heat and race together, however much is left."""
+        budget_s = self._task.settings.budget_s
+        return min(FINALS_S, self._trials.elapsed_s()) if budget_s is None else FINALS_SHARE * budget_s
+
+    def _heat_s(self, field: Sequence[Trial]) -> float:
+        """The shortest heat, and the shortest race after it."""
+        return finals.shortest_s(0.0, field) + finals.shortest_s(self._step_s, field[:NUM_THROUGH])
+
+    def _fit_together(self, trials: Sequence[Trial]) -> bool:
+        return sum(map(_peak_bytes, trials)) + len(trials) * self._task.context_bytes < self._task.machine_limit_bytes
+
+
+def _peak_bytes(trial: Trial) -> int:
+    return trial.measurement.peak_memory_bytes if trial.measurement else 0

@@ -257,7 +257,7 @@ def test_what_is_unlikely_to_fit_is_not_tried() -> None:
         for trial in trials:
             model.learn(trial)
         values = {"micro_batch": (4, 8, 16, 32), "padding": ("max", "longest", "buckets")}
-        return Fit(model, values, trials, 1000 * 2**20).chance(strategy)
+        return Fit(model, values, trials, 1000 * 2**20).chances([strategy])[0]
 
     plain, small = tried(32, 4000), tried(16, None).strategy
     assert chance(small) == 1.0

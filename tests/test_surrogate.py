@@ -140,7 +140,7 @@ def test_what_may_well_fail_has_to_promise_more_and_what_cannot_run_is_not_propo
             SPACE,
             optuna.create_study(),
             seed=0,
-            chance=lambda strategy: 1.0 if strategy.precision == "fp32" else chance,
+            chances=lambda strategies: [1.0 if one.precision == "fp32" else chance for one in strategies],
         )
         proposal = sampler.propose(known, lambda strategy, loss: 1.0)
         assert proposal is not None

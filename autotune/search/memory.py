@@ -26,6 +26,8 @@ BENT = 0.1
 """How far from the straight line through the nearest two a third is: a relative standard deviation."""
 BEYOND, VAGUE = 1.25, 0.25
 """What ran out of memory would have taken more than the limit by about so much, give or take."""
+AT_ONCE = 4096
+"""So many predictions fit the memory at once."""
 UNLIKELY, SURE = 0.05, 0.9
 """What fits with less chance is not tried; nor what fits with less than the second, once two of its kind were tried."""
 
@@ -91,23 +93,25 @@ class Fit:
             if trial.outcome == "oom" and not trial.measurement
         ]
         self._surrogate = Surrogate(values, known, USUAL_OF_MEMORY) if known else None
-        self._chances: dict[Strategy, float] = {}
 
-    def chance(self, strategy: Strategy) -> float:
-        """0 where it is not worth a trial."""
-        if strategy not in self._chances:
-            self._chances[strategy] = self._chance(strategy)
-        return self._chances[strategy]
+    def chances(self, strategies: Sequence[Strategy]) -> list[float]:
+        """Of each; 0 where it is not worth a trial."""
+        if self._surrogate is None:
+            return [1.0] * len(strategies)
+        found: list[float] = []
+        for start in range(0, len(strategies), AT_ONCE):
+            some = strategies[start : start + AT_ONCE]
+            mean, deviation = self._surrogate.predict(some)
+            found += map(self._chance, some, mean.tolist(), deviation.tolist())
+        return found
 
-    def _chance(self, strategy: Strategy) -> float:
+    def _chance(self, strategy: Strategy, mean: float, deviation: float) -> float:
+        """By the line through the nearest two of its kind, where there are two; else by what all trials say: mean and
+        standard deviation of the peak's logarithm."""
         if self._model.is_over(strategy, self._limit_bytes):
             return 0.0
         if (predicted := self._model.predict(strategy)) is not None:
             mean, deviation = math.log(predicted), BENT
-        elif self._surrogate is not None:
-            mean, deviation = (float(found[0]) for found in self._surrogate.predict([strategy]))
-        else:
-            return 1.0
         chance = 0.5 * math.erfc((mean - math.log(self._limit_bytes)) / deviation / math.sqrt(2))
         return chance if chance >= (SURE if self._num_tried[_kind(strategy)] >= 2 else UNLIKELY) else 0.0
 

@@ -17,8 +17,8 @@ from autotune.search.trials import Trials
 
 FIELD, NUM_THROUGH = 6, 2
 """So many enter the heat at most, and so many of them the race."""
-FINALS_SHARE = 0.3
-"""At most this share of the budget goes to heat and race."""
+FINALS_SHARE, LEAST_SHARE = 0.3, 0.15
+"""At most this share of the budget goes to heat and race, and at least so much is left for them."""
 FINALS_S = 60.0
 """So long are they at most where there is no budget, and no longer than the trials took."""
 MIN_LAST_TEST_S = 120.0
@@ -41,24 +41,24 @@ class Races:
         """What the trials have to leave of the budget."""
         if self._history.reference_step_s is None:
             return 0.0
-        return finals.shortest_s(self._step_s, self._history.finalists()) + proof.needed_s(self._step_s)
+        field = self._field(self._share_s())
+        shortest_s = self._heat_s(field) if field else finals.shortest_s(self._step_s, self._history.finalists())
+        least_s = LEAST_SHARE * (self._task.settings.budget_s or 0.0)
+        return max(shortest_s, least_s) + proof.needed_s(self._step_s)
 
     def finalists(self) -> list[Trial]:
         """Who enters the race. Where time and memory allow, they come out of a heat: a larger field, raced for a few
         rounds without the plain baseline, which would take most of the time."""
-        field = self._history.finalists(FIELD) if len(self._task.sought) == 1 else []
         share_s = min(self._share_s(), self.left_s())
-        while field and not self._fit_together(field):
-            field.remove(max(field, key=_peak_bytes))
-        while len(field) > NUM_FINALISTS and self._heat_s(field) > share_s:
-            field.pop()
-        if len(field) <= NUM_FINALISTS or self._history.reference in field:
+        field = self._field(share_s)
+        if not field:
             return self._history.finalists()
         heat = self.race_of(field)
         spare_s = share_s - self._heat_s(field)
         self._run(heat, finals.shortest_s(0.0, field) + spare_s / 2, f"heat: the best {len(field)} in turns")
         rivals = [final for final in heat.finals() if self._history.may_win(final.trial, final.measurement)]
-        return [final.trial for final in ranked(rivals, lambda final: self._standings.loss(final))][:NUM_THROUGH]
+        through = [final.trial for final in ranked(rivals, self._standings.loss)][:NUM_THROUGH]
+        return through or self._history.finalists()
 
     def run(self, finalists: Sequence[Trial], *, in_any_case: bool = False) -> None:
         """The finalists against the baseline, which is the first entrant; not where the time is up, unless it is
@@ -114,6 +114,15 @@ class Races:
         """Of heat and race together, however much is left."""
         budget_s = self._task.settings.budget_s
         return min(FINALS_S, self._trials.elapsed_s()) if budget_s is None else FINALS_SHARE * budget_s
+
+    def _field(self, share_s: float) -> list[Trial]:
+        """Who enters a heat that leaves time for the race; nobody where the race itself could hold as many."""
+        field = self._history.finalists(FIELD) if len(self._task.sought) == 1 else []
+        while field and not self._fit_together(field):
+            field.remove(max(field, key=_peak_bytes))
+        while len(field) > NUM_FINALISTS and self._heat_s(field) > share_s:
+            field.pop()
+        return field if len(field) > NUM_FINALISTS and self._history.reference not in field else []
 
     def _heat_s(self, field: Sequence[Trial]) -> float:
         """The shortest heat, and the shortest race after it."""

@@ -46,9 +46,9 @@ class Sampler:
         *,
         seed: int,
         seen: Iterable[Strategy] = (),
-        chance: Callable[[Strategy], float] = lambda _: 1.0,
+        chances: Callable[[Sequence[Strategy]], Sequence[float]] = lambda strategies: [1.0] * len(strategies),
     ) -> None:
-        """``seen`` was tried before. ``chance`` says how likely a strategy is to run at all; one that has none is not
+        """``seen`` was tried before. ``chances`` says how likely strategies are to run at all; one that has none is not
         proposed, but where it is enqueued."""
         import optuna
 
@@ -59,7 +59,7 @@ class Sampler:
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             knob: optuna.distributions.CategoricalDistribution(values) for knob, values in space.values.items()
         }
-        self._chance = chance
+        self._chances = chances
         self._queue: list[Strategy] = []
         self._asked: optuna.trial.Trial | None = None
 
@@ -97,16 +97,17 @@ class Sampler:
             strategy = self._queue.pop(0)
             if strategy not in self._seen:
                 return Proposal(strategy)
-        candidates = self._candidates(known)
-        if not candidates:
+        likely = self._candidates(known)
+        if not likely:
             untried = self._untried()
             return Proposal(self._random.choice(untried)) if untried else None
+        candidates = list(likely)
         if not known:
             return Proposal(candidates[-1])
         surrogate = Surrogate(self._space.values, known, usual)
         best_log = float(surrogate.predict([one.strategy for one in _contenders(known)])[0].min())
         mean, deviation = surrogate.predict(candidates)
-        gains = expected_gain(best_log, mean, deviation) * [self._chance(strategy) for strategy in candidates]
+        gains = expected_gain(best_log, mean, deviation) * np.array([*likely.values()])
         costs_s = [cost_s(strategy, loss) for strategy, loss in zip(candidates, np.exp(mean).tolist(), strict=True)]
         chosen = int(np.argmax(gains / np.asarray(costs_s)))
         return Proposal(candidates[chosen], float(gains[chosen]), costs_s[chosen])
@@ -121,7 +122,8 @@ class Sampler:
             self._study.tell(self.asked, loss)
         self._asked = None
 
-    def _candidates(self, known: Sequence[Known]) -> list[Strategy]:
+    def _candidates(self, known: Sequence[Known]) -> dict[Strategy, float]:
+        """Each with its chance to run."""
         best = [one.strategy for one in sorted(_contenders(known), key=lambda one: one.loss)[:_NUM_NEAR]]
         near = [neighbour for strategy in best for neighbour in self._space.neighbours(strategy)]
         around = self._space.neighbours(best[0]) if best else []
@@ -132,11 +134,8 @@ class Sampler:
         ]
         found = dict.fromkeys([*near, *further, *(one for one in drawn if not self._space.refusal(one))])
         reach = {knob: self._reach(knob, known) for knob in ORDERED}
-        return [
-            strategy
-            for strategy in found
-            if self._may_try(strategy) and all(getattr(strategy, knob) in reach[knob] for knob in ORDERED)
-        ]
+        near_known = [one for one in found if all(getattr(one, knob) in reach[knob] for knob in ORDERED)]
+        return self._likely(near_known)
 
     def _reach(self, knob: str, known: Sequence[Known]) -> set[Any]:
         """The values of an ordered knob that are known, and the next ones: no leaps into the dark."""
@@ -155,10 +154,13 @@ class Sampler:
         knobs, values = zip(*self._space.values.items(), strict=True)
         combinations = itertools.product(*values)
         everything = (self._space.strategy(dict(zip(knobs, chosen, strict=True))) for chosen in combinations)
-        return [strategy for strategy in everything if self._may_try(strategy) and not self._space.refusal(strategy)]
+        return list(self._likely([strategy for strategy in everything if not self._space.refusal(strategy)]))
 
-    def _may_try(self, strategy: Strategy) -> bool:
-        return strategy not in self._seen and self._chance(strategy) > 0
+    def _likely(self, strategies: Sequence[Strategy]) -> dict[Strategy, float]:
+        """Those not seen that have a chance."""
+        untried = [strategy for strategy in strategies if strategy not in self._seen]
+        found = zip(untried, self._chances(untried), strict=True)
+        return {strategy: chance for strategy, chance in found if chance > 0}
 
 
 def _contenders(known: Sequence[Known]) -> Sequence[Known]:

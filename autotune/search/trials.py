@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -59,7 +59,7 @@ class Trials:
             journal.study,
             seed=task.settings.seed,
             seen=[trial.strategy for trial in self.history.all],
-            chance=self._chance,
+            chances=self._chances,
         )
         self._doubts: dict[tuple[str, Any], float] = {}
         self._fit: Fit | None = None
@@ -224,13 +224,20 @@ class Trials:
         loss = self.history.loss(best, FASTEST)
         return loss is None or proposal.gain * loss > proposal.cost_s
 
-    def _chance(self, strategy: Strategy) -> float:
-        """How likely it is to run, were nothing known but what failed; 0 where it need not be tried."""
-        fits = self._fit.chance(strategy) if self._fit else 1.0
-        if not fits or (strategy.workers > 0 and self.history.loader_keeps_up()):
-            return 0.0
+    def _chances(self, strategies: Sequence[Strategy]) -> list[float]:
+        """How likely each is to run, were nothing known but what failed and what memory is left; 0 where it need not
+        be tried."""
+        fits = self._fit.chances(strategies) if self._fit else [1.0] * len(strategies)
+        keeps_up = self.history.loader_keeps_up()
+        return [
+            0.0 if strategy.workers > 0 and keeps_up else fit * self._trust(strategy)
+            for strategy, fit in zip(strategies, fits, strict=True)
+        ]
+
+    def _trust(self, strategy: Strategy) -> float:
+        """1 where none of its values was in failed trials alone."""
         doubts = (doubt for (knob, value), doubt in self._doubts.items() if getattr(strategy, knob) == value)
-        return fits * 0.5 ** sum(doubts)
+        return float(0.5 ** sum(doubts))
 
     def _stop_pulse(self) -> None:
         self._pulse.close()

@@ -64,6 +64,20 @@ def test_the_best_of_the_space_is_found(prepared: Prepared, scripted_device: pyt
     assert result.speedup.ratio == pytest.approx(best.samples_per_s / base.samples_per_s)
 
 
+def test_the_guess_has_as_long_as_the_baseline_took_however_short_the_budget(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    limits_s: list[float] = []
+
+    def slow(number: int, job: Job, timeout_s: float, **_: Any) -> Trial:
+        limits_s.append(timeout_s)
+        return msgspec.structs.replace(run_scripted(number, job), wall_s=50.0)
+
+    scripted_device.setattr(trials, "run_trial", slow)
+    searched(prepared, budget_s=60.0, max_trials=3)
+    assert limits_s[:2] == [600.0, 50.0]
+
+
 def test_the_nearest_profiles_setting_is_tried_third(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

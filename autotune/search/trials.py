@@ -140,11 +140,13 @@ class Trials:
         return tried if tried in self.history.usable() else None
 
     def timeout_s(self, strategy: Strategy) -> float:
-        """A trial's limit: a third of the budget, and no more than is left of it."""
-        budget_s = self._task.settings.budget_s
+        """A trial's limit: a third of the budget, and no more than is left of it. The first after the baseline, which
+        may be the only one, has as long as that took."""
+        budget_s, history = self._task.settings.budget_s, self.history
         if budget_s is None or strategy == self._task.baseline:
             return 600.0
-        return max(MIN_TIMEOUT_S, min(budget_s / 3, budget_s - self.elapsed_s()))
+        least_s = max(MIN_TIMEOUT_S, history.reference.wall_s) if len(history.all) == 1 else MIN_TIMEOUT_S
+        return max(least_s, min(budget_s / 3, budget_s - self.elapsed_s()))
 
     def silence_s(self, strategy: Strategy) -> float:
         """How long its process may say nothing: several of the baseline's steps; compilers say nothing for minutes."""

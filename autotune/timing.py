@@ -58,7 +58,7 @@ class Timer:
         self._order = list(_low_discrepancy(len(self._plan)))
         first = int(start * len(self._order))
         self._order = self._order[first:] + self._order[:first]
-        self._visited = self._visit()
+        self._visited = cycle(self._order)
         self._batches = run.loader.over([self._plan[index] for index in islice(cycle(self._order), _MAX_STREAM)])
         self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
         self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None
@@ -66,6 +66,7 @@ class Timer:
         self._eval_work = Work(0, 0, 0)
         self._fitted: tuple[int, Cost] = (0, BY_TOKENS)
         self._num_steps = 0
+        self._longest_tokens = 0
         self.laps: list[Lap] = []
 
     def lap(self) -> Lap:
@@ -89,7 +90,7 @@ class Timer:
                 losses.append(run.step(batch))
                 if run.step.grad_norm is not None:
                     norms.append(run.step.grad_norm)
-                planned.append(next(self._visited))
+                planned.append(self._next_planned())
                 num_samples += sum(micro.num_samples for micro in batch)
                 num_tokens += sum(micro.num_tokens for micro in batch)
                 now = time.perf_counter()
@@ -119,12 +120,13 @@ class Timer:
         long again, by chance, as threads wake and caches fill."""
         if self.laps and self.laps[-1].num_steps > 1:
             self._run.step(next(self._batches))
-            next(self._visited)
+            self._next_planned()
             self._num_steps += 1
 
     def longest(self) -> None:
-        """Trains on the longest batch, untimed, so that the peak memory is the worst case."""
-        if self._plan[0].padded_tokens == self._plan[-1].padded_tokens:
+        """Trains on the longest batch, untimed, so that the peak memory is the worst case; not where a lap had one as
+        long."""
+        if self._longest_tokens >= self._plan[-1].padded_tokens:
             return
         for batch in self._run.loader.over([self._plan[-1]]):
             self._run.step(batch)
@@ -155,17 +157,18 @@ class Timer:
         return num_steps
 
     def evaluate(self, max_batches: int, enough_s: float) -> None:
-        """Times an evaluation of some batches that cover the test set's lengths, fewer where they take long.
+        """Times an evaluation of some batches that cover the test set's lengths, until all calls have timed enough.
 
         One loader serves all calls, as one serves an epoch's evaluation; the very first batch is not timed.
         """
+        if self._eval_seconds >= enough_s:
+            return
         if self._eval_batches is None:
             plan = [self._eval_plan[index] for index in _low_discrepancy(len(self._eval_plan))]
             stream = list(islice(cycle(plan), _MAX_STREAM))
             self._eval_batches = zip(stream, self._run.evaluation_batches(stream), strict=True)
             self._run.evaluate([next(self._eval_batches)[1]])
         synchronize = self._run.backend.synchronize
-        first_s = self._eval_seconds
         for _ in range(max_batches):
             synchronize()
             start = time.perf_counter()
@@ -174,7 +177,7 @@ class Timer:
             synchronize()
             self._eval_seconds += time.perf_counter() - start
             self._eval_work += _work(planned)
-            if self._eval_seconds - first_s >= enough_s:
+            if self._eval_seconds >= enough_s:
                 return
 
     @functools.cached_property
@@ -250,8 +253,10 @@ class Timer:
                 raise FloatingPointError(f"gradient norm {norm} at step {step}")
         return found
 
-    def _visit(self) -> Iterator[PlannedBatch]:
-        return (self._plan[index] for index in cycle(self._order))
+    def _next_planned(self) -> PlannedBatch:
+        planned = self._plan[next(self._visited)]
+        self._longest_tokens = max(self._longest_tokens, planned.padded_tokens)
+        return planned
 
 
 def epoch_seconds(rounds: Sequence[Sequence[Lap]], epoch: Work) -> list[float]:

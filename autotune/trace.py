@@ -38,10 +38,15 @@ for other orders of summing. Settings that train alike stay far below: on imdb 3
 fp32 (2-core CPU, docs/LOG.md 2026-11-21)."""
 
 
-def losses(run: Run, num_steps: int = NUM_STEPS, on_step: Callable[[], None] = lambda: None) -> tuple[float, ...]:
+def losses(
+    run: Run,
+    num_steps: int = NUM_STEPS,
+    num_samples: int | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[float, ...]:
     """Trains a fresh run for some steps; the loss of each. Its schedule is taken from it: the rate stays at its peak.
 
-    ``on_step`` is called before each step.
+    ``num_samples`` of each batch are taken, or all. ``on_step`` is called before each step.
     """
     import numpy as np
     import torch
@@ -51,7 +56,7 @@ def losses(run: Run, num_steps: int = NUM_STEPS, on_step: Callable[[], None] = l
     wanted = NUM_BATCHES * global_batch
     short = np.argsort(lengths, kind="stable")[: max(wanted, len(lengths) // 4)]
     samples = np.resize(np.random.default_rng(0).permutation(short), wanted)
-    batches = np.split(samples, NUM_BATCHES)
+    batches = [batch[:num_samples] for batch in np.split(samples, NUM_BATCHES)]
     if run.step.scheduler is not None:
         for group, rate in zip(run.optimizer.param_groups, run.step.scheduler.base_lrs, strict=True):
             group["lr"] = group.get("max_lr", rate)

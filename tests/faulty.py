@@ -34,6 +34,9 @@ BASELINE, BEST, FAULTY = 8, 4, 2
 LONGEST = 16
 SLEEP_S = {8: 0.006, 4: 0.001, 2: 0.002, 1: 0.008}
 """Per sample, by micro batch. So far apart that no hiccup of a loaded machine turns them round."""
+DROWSY = 4
+"""So much longer all sleep where the faulty setting is to be the fastest: it has the most forwards, each of which takes
+a loaded machine some milliseconds beside its sleep."""
 RECIPE = Recipe(learning_rate=1e-2, weight_decay=0.0, warmup_steps=1, clip_norm=1.0, global_batch=BASELINE, epochs=1)
 NAME = "tests.faulty:WORKLOAD"
 
@@ -96,8 +99,9 @@ class Model(nn.Module):
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         size, self.width = ids_BT.shape
-        is_fastest = size == FAULTY and self.fault in (leaks, learns_nothing)
-        time.sleep(size * (SLEEP_S[BEST] / 2 if is_fastest else SLEEP_S[size]))
+        wins_trials = self.fault in (leaks, learns_nothing)
+        sleep_s = SLEEP_S[BEST] / 2 if wins_trials and size == FAULTY else SLEEP_S[size]
+        time.sleep(size * sleep_s * (DROWSY if wins_trials else 1))
         embedded_BTC = self.embedding(ids_BT) * mask_BT[..., None]
         output = self.head(embedded_BTC.sum(1) / mask_BT.sum(1, keepdim=True))
         if self.training and size == FAULTY and self.fault is not None:

@@ -158,6 +158,10 @@ class History:
         """Samples a second, at the speed that the device usually had in this search."""
         return (trial.samples_per_s or 0.0) * slowdown(trial.pulse_s, self._usual_pulse_s)
 
+    def slowdown_now(self) -> float:
+        """How many times slower than usual in this search the device was in the last trial."""
+        return slowdown(self.all[-1].pulse_s, self._usual_pulse_s)
+
     # What the sampler is told
 
     def known(self, aim: Aim) -> list[Known]:
@@ -175,7 +179,7 @@ class History:
             return memory.NOISE
         drift = drift_doubt(trial.pulse_s, self._usual_pulse_s)
         laps = trial.measurement.epoch_s if trial.measurement else ()
-        error = statistics.stdev(laps) / statistics.mean(laps) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf
+        error = float(np.std(laps, ddof=1) / np.mean(laps)) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf
         return math.hypot(min(max(error, NOISE), NOISE_PRUNED), drift)
 
     def cost(self, aim: Aim) -> Callable[[Strategy, float], float]:

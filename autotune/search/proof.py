@@ -11,9 +11,11 @@ from autotune import trace
 from autotune.measurement import Outcome
 from autotune.strategy import Padding
 from autotune.trial.runner import Session, TrialEndedError
-from autotune.trial.worker import Job, Progress, Soak
+from autotune.trial.worker import Job, Progress, Soak, Trace
 
 SOAK = Soak(enough_steps=50, enough_s=30.0)
+NUM_PADDED = 4
+"""Samples that tell whether a model masks its padding."""
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,19 +45,18 @@ def reference_losses(
     """The plain baseline's losses on the batches that settings are compared on. Raises TrialEndedError.
 
     A model that masks its padding gives the same losses where a batch is padded to its longest sample only, and sooner:
-    that is done where the first loss bears it out.
+    that is done where the loss of a few samples bears it out.
     """
 
-    def losses(padding: Padding, num_steps: int) -> tuple[float, ...]:
+    def losses(padding: Padding, command: Trace) -> tuple[float, ...]:
         strategy = msgspec.structs.replace(job.strategy, padding=padding)
         padded = msgspec.structs.replace(job, strategy=strategy)
         with Session(padded, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s) as session:
-            return session.trace(num_steps, timeout_s=timeout_s)
+            return session.trace(command, timeout_s=timeout_s)
 
-    found = losses("longest", trace.NUM_STEPS)
-    if trace.deviation(losses(job.strategy.padding, 1), found[:1]) <= trace.TOLERANCE["fp32"]:
-        return found
-    return losses(job.strategy.padding, trace.NUM_STEPS)
+    plain, few = job.strategy.padding, Trace(num_steps=1, num_samples=NUM_PADDED)
+    is_masked = trace.deviation(losses(plain, few), losses("longest", few)) <= trace.TOLERANCE["fp32"]
+    return losses("longest" if is_masked else plain, Trace(num_steps=trace.NUM_STEPS))
 
 
 def prove(
@@ -77,7 +78,7 @@ def prove(
             if isinstance(reference, TrialEndedError):
                 not_compared = f"{reference.outcome}: {reference.reason}"
             else:
-                losses = session.trace(trace.NUM_STEPS, timeout_s=timeout_s, on_progress=on_progress)
+                losses = session.trace(Trace(num_steps=trace.NUM_STEPS), timeout_s=timeout_s, on_progress=on_progress)
                 deviation = trace.deviation(reference, losses)
                 if (reason := trace.difference(job.strategy, reference, losses)) is not None:
                     return Proof(outcome="diverged", reason=reason, loss_deviation=deviation)

@@ -42,7 +42,7 @@ class Races:
         if self._history.reference_step_s is None:
             return 0.0
         field = self._field(self._share_s())
-        shortest_s = self._heat_s(field) if field else finals.shortest_s(self._step_s, self._history.finalists())
+        shortest_s = self._heat_s(field) if field else self._shortest_s(self._history.finalists())
         least_s = LEAST_SHARE * (self._task.settings.budget_s or 0.0)
         return max(shortest_s, least_s) + proof.needed_s(self._step_s)
 
@@ -55,7 +55,8 @@ class Races:
             return self._history.finalists()
         heat = self.race_of(field)
         spare_s = share_s - self._heat_s(field)
-        self._run(heat, finals.shortest_s(0.0, field) + spare_s / 2, f"heat: the best {len(field)} in turns")
+        enough_s = self._shortest_s(field, with_baseline=False) + spare_s / 2
+        self._run(heat, enough_s, f"heat: the best {len(field)} in turns")
         rivals = [final for final in heat.finals() if self._history.may_win(final.trial, final.measurement)]
         through = [final.trial for final in ranked(rivals, self._standings.loss)][:NUM_THROUGH]
         return through or self._history.finalists()
@@ -67,7 +68,7 @@ class Races:
         entrants = [trial for trial in finalists if trial is not reference]
         share_s = self._share_s()
         left_s = share_s if in_any_case else self.left_s()
-        if self._history.reference_step_s is None or finals.shortest_s(self._step_s, entrants) > left_s + share_s:
+        if self._history.reference_step_s is None or self._shortest_s(entrants) > left_s + share_s:
             return
         while entrants and not self._fit_together([reference, *entrants]):
             entrants.remove(max(entrants, key=_peak_bytes))
@@ -108,7 +109,13 @@ class Races:
 
     @property
     def _step_s(self) -> float:
-        return self._history.reference_step_s or 0.0
+        """Seconds of the plain baseline's step now."""
+        return (self._history.reference_step_s or 0.0) * self._history.slowdown_now()
+
+    def _shortest_s(self, field: Sequence[Trial], *, with_baseline: bool = True) -> float:
+        """Of their race, at the speed that the device has now."""
+        step_s = (self._history.reference_step_s or 0.0) if with_baseline else 0.0
+        return finals.shortest_s(step_s, field) * self._history.slowdown_now()
 
     def _share_s(self) -> float:
         """Of heat and race together, however much is left."""
@@ -126,7 +133,7 @@ class Races:
 
     def _heat_s(self, field: Sequence[Trial]) -> float:
         """The shortest heat, and the shortest race after it."""
-        return finals.shortest_s(0.0, field) + finals.shortest_s(self._step_s, field[:NUM_THROUGH])
+        return self._shortest_s(field, with_baseline=False) + self._shortest_s(field[:NUM_THROUGH])
 
     def _fit_together(self, trials: Sequence[Trial]) -> bool:
         return sum(map(_peak_bytes, trials)) + len(trials) * self._task.context_bytes < self._task.machine_limit_bytes

@@ -23,7 +23,7 @@ from autotune.search.surrogate import usual_of
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
-from autotune.trial.runner import run_trial
+from autotune.trial.runner import ONCE, ORDINARY, run_trial
 from autotune.trial.worker import Progress
 
 MIN_TIMEOUT_S = 20.0
@@ -180,6 +180,7 @@ class Trials:
             timeout_s=self.timeout_s(strategy),
             silence_s=self.silence_s(strategy),
             memory_limit_bytes=task.memory_limit_bytes if number else task.machine_limit_bytes,
+            command=ORDINARY if number else ONCE,  # the race times the baseline again
             hopeless=give_up,
             on_progress=self._observer.on_progress,
         )

@@ -28,6 +28,8 @@ FAMILY_POLL_S = 1.0
 ORDINARY = Command(min_laps=5, min_s=1.0, enough_s=10.0, narrow=NARROW, longest=True, eval_batches=8)
 """How an ordinary trial is timed: laps that cover the lengths until their mean is known, for ten seconds at most
 but where a single step takes seconds."""
+ONCE = msgspec.structs.replace(ORDINARY, min_laps=1)
+"""Where a step takes as long as that, it is timed once."""
 
 
 class TrialEndedError(Exception):
@@ -83,9 +85,9 @@ class Session:
             raise TrialEndedError("oom", over_budget(peak_bytes, self._memory_limit_bytes))
         return msgspec.structs.replace(soaked, peak_memory_bytes=peak_bytes)
 
-    def trace(self, num_steps: int, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> tuple[float, ...]:
+    def trace(self, command: Trace, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> tuple[float, ...]:
         """The losses of the first few steps; the session must be a fresh one."""
-        traced: Traced = self._ask(Trace(num_steps=num_steps), timeout_s, on_progress)
+        traced: Traced = self._ask(command, timeout_s, on_progress)
         return traced.losses
 
     def train(self, command: Train, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Trained:
@@ -165,6 +167,7 @@ def run_trial(
     *,
     timeout_s: float,
     memory_limit_bytes: int,
+    command: Command = ORDINARY,
     silence_s: float = math.inf,
     hopeless: Callable[[Progress], str | None] = lambda _: None,
     on_progress: OnProgress = lambda _: None,
@@ -213,7 +216,7 @@ def run_trial(
     busy_cores: float | None = None
     try:
         with Session(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s) as session:
-            done = session.time(ORDINARY, timeout_s=timeout_s, on_progress=listen)
+            done = session.time(command, timeout_s=timeout_s, on_progress=listen)
             busy_cores = others_cores()
     except TrialEndedError as end:
         return ended(end.outcome, end.reason)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from autotune.timing import Epoch
 
 EVAL_ENOUGH_S = 1.0
-"""Seconds of evaluation after which no further batch is timed."""
+"""Seconds of evaluation in a process after which no further batch is timed."""
 _SAY_EVERY_S = 0.1
 
 
@@ -72,6 +72,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Train the first few steps on the batches that all strategies are compared on."""
 
     num_steps: int
+    num_samples: int | None = None
+    """Of each batch, where not all of them are wanted."""
 
 
 class Train(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,7 +181,8 @@ def _serve(connection: Connection, job: Job) -> None:
             return trained
         if isinstance(command, Trace):
             comparing = Progress(stage="comparing losses")
-            return Traced(losses=trace.losses(run, command.num_steps, on_step=lambda: connection.send(comparing)))
+            on_step = functools.partial(connection.send, comparing)
+            return Traced(losses=trace.losses(run, command.num_steps, command.num_samples, on_step=on_step))
         if isinstance(command, Soak):
             num_steps = timer().soak(
                 enough_steps=command.enough_steps,

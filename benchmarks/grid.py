@@ -19,7 +19,7 @@ from autotune.measurement import Trial
 from autotune.probe import Hardware
 from autotune.search.objective import PlannedRun
 from autotune.search.space import Space
-from autotune.strategy import Strategy
+from autotune.strategy import Padding, Strategy
 
 FOLDER = Path(__file__).parent / "grids"
 
@@ -73,6 +73,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Hardware
     planned: PlannedRun
     seed: int
+    tokens: dict[Padding, dict[int, float]] = {}
+    """That a sample takes on average, by padding and micro batch: what a search knows without a trial."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

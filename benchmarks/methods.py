@@ -21,7 +21,7 @@ from autotune.search.settings import Observer, Settings
 from autotune.search.space import Space, expert_guess
 from autotune.search.task import Task
 from autotune.search.trials import Trials
-from autotune.strategy import Strategy, baseline
+from autotune.strategy import Padding, Strategy, baseline
 from autotune.trial.pulse import Pulse
 from autotune.trial.worker import Progress
 from autotune.workloads.base import Workload, WorkloadRef
@@ -46,6 +46,12 @@ class Replayed(Task):
     def planned(self) -> PlannedRun:
         """The training that it was recorded for."""
         return self.recorded.grid.header.planned
+
+    @functools.cached_property
+    def tokens(self) -> Callable[[Padding, int], float]:
+        """As the grid's own search knew them."""
+        found = self.recorded.grid.header.tokens
+        return lambda padding, micro_batch: found[padding][micro_batch] if found else 1.0
 
     @property
     def baseline(self) -> Strategy:

@@ -131,6 +131,10 @@ def header_of(task: Task) -> Header:
         hardware=task.hardware,
         planned=task.planned,
         seed=task.settings.seed,
+        tokens={
+            padding: {size: round(task.tokens(padding, size), 2) for size in task.space.values["micro_batch"]}
+            for padding in task.space.values["padding"]
+        },
     )
 
 

@@ -28,6 +28,7 @@ from autotune.search.settings import Settings
 from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.strategy import Strategy
+from autotune.trial import runner
 from tests import factories
 from tests.faulty import BASELINE, BEST, FAULTY, WORKLOAD
 from tests.observing import Silent, SilentPulse
@@ -139,8 +140,8 @@ def search_with(fault: str, folder: Path) -> Seen:
 def quick() -> Iterator[None]:
     """Hangs are found sooner, trials and races are shorter than a user would want; and the search knows what is so
     here, that only the micro batch tells."""
-    short = msgspec.structs.replace(trials.ORDINARY, min_s=0.3, narrow=float("inf"))
-    once = msgspec.structs.replace(trials.ONCE, min_s=0.3, narrow=float("inf"))
+    short = msgspec.structs.replace(runner.ORDINARY, min_s=0.3, narrow=float("inf"))
+    once = msgspec.structs.replace(runner.ONCE, min_s=0.3, narrow=float("inf"))
     with (
         mock.patch.object(trials, "SILENCE_S", 3.0),
         mock.patch.object(finals, "MAX_ROUNDS", 3),

@@ -15,6 +15,7 @@ import torch
 from autotune.errors import AutotuneError
 from autotune.measurement import Outcome, Trial
 from autotune.search import study, trials
+from autotune.search.objective import FASTEST
 from autotune.search.settings import Settings
 from autotune.search.space import build_space
 from autotune.search.study import search
@@ -49,6 +50,18 @@ def test_micro_batch_times_accumulation_is_the_global_batch_always(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
     assert {trial.strategy.global_batch for trial in searched(prepared).trials} == {32}
+
+
+def test_the_tokens_that_a_setting_computes_are_known_without_a_trial(prepared: Prepared) -> None:
+    ref, workload = prepared
+    task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
+    found = {padding: task.tokens(padding, 4) for padding in ("max", "longest", "buckets", "packed")}
+    assert found["max"] == workload.max_tokens
+    assert found["max"] > found["longest"] > found["buckets"] >= workload.train.lengths.mean()
+    assert task.tokens("longest", 1) < found["longest"] < task.tokens("longest", 32)
+    bucketed = msgspec.structs.replace(task.baseline, padding="buckets", micro_batch=4)
+    prior = task.prior(FASTEST)
+    assert prior.work(task.baseline) / prior.work(bucketed) == pytest.approx(found["max"] / found["buckets"])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import optuna
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from autotune.search.explain import estimated
 from autotune.search.sampling import Sampler
 from autotune.search.space import Space
-from autotune.search.surrogate import Known, Surrogate, expected_gain
+from autotune.search.surrogate import Known, Prior, Surrogate, expected_gain
 from autotune.strategy import Strategy
 
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -68,6 +69,22 @@ def test_what_knobs_do_apart_predicts_what_they_do_together() -> None:
     assert abs(math.log(seconds(together)) - mean[0]) < 2 * deviation[0]
     assert math.exp(mean[1]) == pytest.approx(1000, rel=0.02)
     assert deviation[1] < 0.02 < deviation[0]
+
+
+def test_what_is_known_without_a_trial_is_expected_before_one() -> None:
+    tokens = {"max": 512.0, "longest": 400.0, "buckets": 280.0, "packed": 276.0}
+    prior = Prior(work=lambda strategy: tokens[strategy.padding])
+    bucketed = msgspec.structs.replace(BASELINE, padding="buckets")
+    known = [Known(BASELINE, 1000.0, 0.01)]
+    mean, deviation = Surrogate(VALUES, known, prior).predict([BASELINE, bucketed])
+    assert np.exp(mean) == pytest.approx([1000, 1000 * 280 / 512], rel=0.02)
+    assert deviation == pytest.approx(Surrogate(VALUES, known).predict([BASELINE, bucketed])[1])
+    log_ratio, _ = Surrogate(VALUES, known, prior).log_ratio(BASELINE, bucketed)
+    assert math.exp(log_ratio) == pytest.approx(512 / 280, rel=0.02)
+    sampler = Sampler(SPACE, optuna.create_study(), seed=0)
+    proposal = sampler.propose(known, lambda strategy, loss: 1.0, prior)
+    assert proposal is not None
+    assert proposal.strategy.padding in ("buckets", "packed")
 
 
 def test_what_each_knob_brings_is_told_with_how_sure_it_is() -> None:

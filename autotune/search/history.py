@@ -19,7 +19,7 @@ from autotune.search.explain import Share, estimated
 from autotune.search.finals import num_changed
 from autotune.search.objective import FASTEST, Aim, drift_doubt, held_to_speed, loss_of, slowdown
 from autotune.search.proof import Proof
-from autotune.search.surrogate import USUAL_OF_MEMORY, Known, Surrogate, usual_of
+from autotune.search.surrogate import PRIOR_OF_MEMORY, Known, Surrogate
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 
@@ -69,17 +69,13 @@ class History:
         known = self.known(FASTEST)
         if len(known) < 2 or self._task.aims[0] != FASTEST:
             return ()
-        surrogate = Surrogate(self._task.space.values, known)
+        surrogate = Surrogate(self._task.space.values, known, self._task.prior(FASTEST))
         return estimated(surrogate, best, self._task.baseline, self._task.space)
 
     def likely_peaks_bytes(self, strategies: Sequence[Strategy]) -> list[int]:
         """What the process of each takes at its peak, by all trials; most take less."""
-        known = [
-            Known(trial.strategy, trial.measurement.peak_memory_bytes, memory.NOISE)
-            for trial in self.all
-            if trial.measurement
-        ]
-        mean, deviation = Surrogate(self._task.space.values, known, USUAL_OF_MEMORY).predict(strategies)
+        surrogate = Surrogate(self._task.space.values, memory.peaks(self.all), PRIOR_OF_MEMORY)
+        mean, deviation = surrogate.predict(strategies)
         return [int(peak) + self._task.context_bytes for peak in np.exp(mean + deviation)]
 
     def finalists(self, num_finalists: int = NUM_FINALISTS) -> list[Trial]:
@@ -107,7 +103,7 @@ class History:
         contenders = [trial for trial in usable if self.rate(trial) >= bar] or usable
         if not contenders:
             return []
-        surrogate = Surrogate(self._task.space.values, self.known(aim), usual_of(aim.memory))
+        surrogate = Surrogate(self._task.space.values, self.known(aim), self._task.prior(aim))
         expected, _ = surrogate.predict([trial.strategy for trial in contenders])
         ranked = zip(expected.tolist(), contenders, strict=True)
         order = sorted(ranked, key=lambda pair: (round(pair[0] / AS_GOOD), num_changed(pair[1].strategy)))

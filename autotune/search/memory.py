@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from autotune.measurement import Outcome, Trial
-from autotune.search.surrogate import USUAL_OF_MEMORY, Known, Surrogate
+from autotune.search.surrogate import PRIOR_OF_MEMORY, Known, Surrogate
 from autotune.strategy import Strategy
 
 NOISE = 0.03
@@ -84,15 +84,13 @@ class Fit:
     ) -> None:
         self._model, self._limit_bytes = model, limit_bytes
         self._num_tried = Counter(_kind(trial.strategy) for trial in trials)
-        known = [
-            Known(trial.strategy, trial.measurement.peak_memory_bytes, NOISE) for trial in trials if trial.measurement
-        ]
+        known = peaks(trials)
         known += [
             Known(trial.strategy, BEYOND * limit_bytes, VAGUE)
             for trial in trials
             if trial.outcome == "oom" and not trial.measurement
         ]
-        self._surrogate = Surrogate(values, known, USUAL_OF_MEMORY) if known else None
+        self._surrogate = Surrogate(values, known, PRIOR_OF_MEMORY) if known else None
 
     def chances(self, strategies: Sequence[Strategy]) -> list[float]:
         """Of each; 0 where it is not worth a trial."""
@@ -114,6 +112,11 @@ class Fit:
             mean, deviation = math.log(predicted), BENT
         chance = 0.5 * math.erfc((mean - math.log(self._limit_bytes)) / deviation / math.sqrt(2))
         return chance if chance >= (SURE if self._num_tried[_kind(strategy)] >= 2 else UNLIKELY) else 0.0
+
+
+def peaks(trials: Sequence[Trial]) -> list[Known]:
+    """What those that were measured to the end took."""
+    return [Known(trial.strategy, trial.measurement.peak_memory_bytes, NOISE) for trial in trials if trial.measurement]
 
 
 def _kind(strategy: Strategy) -> Strategy:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from autotune.search.space import Space
-from autotune.search.surrogate import ORDERED, USUAL, Known, Surrogate, expected_gain
+from autotune.search.surrogate import ORDERED, PRIOR_OF_TIME, Known, Prior, Surrogate, expected_gain
 from autotune.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -86,12 +86,11 @@ class Sampler:
         self,
         known: Sequence[Known],
         cost_s: Callable[[Strategy, float], float],
-        usual: Mapping[str, float] = USUAL,
+        prior: Prior = PRIOR_OF_TIME,
     ) -> Proposal | None:
         """A strategy not taken before; None when all there are have been.
 
-        What is queued comes first. ``cost_s`` says what trying a strategy of an expected loss takes, ``usual`` what
-        knobs usually do to the loss.
+        What is queued comes first. ``cost_s`` says what trying a strategy of an expected loss takes.
         """
         while self._queue:
             strategy = self._queue.pop(0)
@@ -104,7 +103,7 @@ class Sampler:
         candidates = list(likely)
         if not known:
             return Proposal(candidates[-1])
-        surrogate = Surrogate(self._space.values, known, usual)
+        surrogate = Surrogate(self._space.values, known, prior)
         best_log = float(surrogate.predict([one.strategy for one in _contenders(known)])[0].min())
         mean, deviation = surrogate.predict(candidates)
         gains = expected_gain(best_log, mean, deviation) * np.array([*likely.values()])

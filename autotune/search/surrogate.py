@@ -2,13 +2,14 @@
 
 The logarithm of a run's seconds is nearly a sum of what each knob's value does, and what two of them do together is
 smaller: an additive kernel (Duvenaud, Nickisch and Rasmussen 2011, orders one and two). Its sizes are not fitted, two
-dozen trials would not bear that: they say by how much a knob usually moves a run (docs/LOG.md 2026-11-22).
+dozen trials would not bear that: they say by how much a knob usually moves a run (docs/LOG.md 2026-11-22). What is
+known without a trial is divided out first: how many tokens, padding included, a setting's batches compute.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,9 +44,21 @@ USUAL_OF_MEMORY: dict[str, float] = {
 """The same of peak memory."""
 
 
-def usual_of(memory: float) -> dict[str, float]:
+class Prior(NamedTuple):
+    """What is expected of settings before any is tried."""
+
+    usual: Mapping[str, float] = USUAL
+    work: Callable[[Strategy], float] = lambda strategy: 1.0
+    """What a setting's loss is in proportion to, all else alike."""
+
+
+PRIOR_OF_TIME, PRIOR_OF_MEMORY = Prior(), Prior(USUAL_OF_MEMORY)
+
+
+def prior_of(memory: float, tokens: Callable[[Strategy], float]) -> Prior:
     """The same of seconds to the power of ``1 - memory`` times bytes to the power of ``memory``."""
-    return {knob: math.hypot((1 - memory) * of_time, memory * USUAL_OF_MEMORY[knob]) for knob, of_time in USUAL.items()}
+    usual = {knob: math.hypot((1 - memory) * found, memory * USUAL_OF_MEMORY[knob]) for knob, found in USUAL.items()}
+    return Prior(usual, lambda strategy: tokens(strategy) ** (1 - memory))
 
 
 _OTHER = 0.1
@@ -71,17 +84,18 @@ class Known(NamedTuple):
 
 
 class Surrogate:
-    """Fitted to what is known of some settings, whose knobs take the given values and usually do so much."""
+    """Fitted to what is known of some settings, whose knobs take the given values."""
 
     def __init__(
-        self, values: Mapping[str, Sequence[Any]], known: Sequence[Known], usual: Mapping[str, float] = USUAL
+        self, values: Mapping[str, Sequence[Any]], known: Sequence[Known], prior: Prior = PRIOR_OF_TIME
     ) -> None:
+        self._work = prior.work
         self._knobs = [knob for knob in values if len(values[knob]) > 1]
         self._places = {knob: {value: place for place, value in enumerate(values[knob])} for knob in self._knobs}
-        self._variances = np.square([usual.get(knob, _OTHER) for knob in self._knobs])
+        self._variances = np.square([prior.usual.get(knob, _OTHER) for knob in self._knobs])
         self._is_ordered = np.array([knob in ORDERED for knob in self._knobs])
         self._known = self._encoded([one.strategy for one in known])
-        logs = np.log([one.loss for one in known])
+        logs = np.log([one.loss / self._work(one.strategy) for one in known])
         self._mean = float(logs.mean())
         covariance = self._covariance(self._known, self._known) + np.diag(np.square([one.noise for one in known]))
         self._root = np.linalg.cholesky(covariance)
@@ -93,7 +107,8 @@ class Surrogate:
         across = self._covariance(wanted, self._known)
         reduced = np.linalg.solve(self._root, across.T)
         variance = self._variance() - np.square(reduced).sum(0)
-        return self._mean + across @ self._weights, np.sqrt(np.maximum(variance, 1e-12))
+        work = np.log([*map(self._work, settings)])
+        return self._mean + work + across @ self._weights, np.sqrt(np.maximum(variance, 1e-12))
 
     def log_ratio(self, one: Strategy, other: Strategy) -> tuple[float, float]:
         """Mean and standard deviation of the logarithm of how many times longer one takes than the other."""
@@ -101,7 +116,7 @@ class Surrogate:
         across = self._covariance(wanted, self._known)
         reduced = np.linalg.solve(self._root, across.T)
         joint = self._covariance(wanted, wanted) - reduced.T @ reduced
-        mean = across @ self._weights
+        mean = np.log([self._work(one), self._work(other)]) + across @ self._weights
         variance = joint[0, 0] + joint[1, 1] - 2 * joint[0, 1]
         return float(mean[0] - mean[1]), math.sqrt(max(float(variance), 0.0))
 

@@ -19,7 +19,6 @@ from autotune.search.objective import FASTEST, Aim, drift_doubt, hopeless, slowd
 from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
 from autotune.search.space import expert_guess
-from autotune.search.surrogate import usual_of
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
@@ -98,7 +97,7 @@ class Trials:
             self._doubts = history.doubtful()
             self._fit = Fit(self._memory, task.space.values, history.all, task.memory_limit_bytes)
             aim = self._aim
-            proposal = self._sampler.propose(history.known(aim), history.cost(aim), usual_of(aim.memory))
+            proposal = self._sampler.propose(history.known(aim), history.cost(aim), task.prior(aim))
             if proposal is None:
                 break
             if not self._pays(proposal):

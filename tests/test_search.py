@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -20,7 +21,7 @@ from autotune.search.settings import Settings
 from autotune.search.space import build_space
 from autotune.search.study import search
 from autotune.search.task import Task
-from autotune.strategy import Attention, Strategy, baseline
+from autotune.strategy import Attention, Checkpoint, Strategy, baseline
 from autotune.trial.worker import Job, Progress
 from tests import factories
 from tests.observing import Silent, SilentPulse
@@ -62,6 +63,11 @@ def test_the_tokens_that_a_setting_computes_are_known_without_a_trial(prepared: 
     bucketed = msgspec.structs.replace(task.baseline, padding="buckets", micro_batch=4)
     prior = task.prior(FASTEST)
     assert prior.work(task.baseline) / prior.work(bucketed) == pytest.approx(found["max"] / found["buckets"])
+    work = {name: prior.work(msgspec.structs.replace(task.baseline, checkpoint=name)) for name in get_args(Checkpoint)}
+    assert work["every_block"] == pytest.approx(work["none"] * 4 / 3)
+    assert work["every_block"] > work["every_2nd"] > work["every_4th"] > work["none"] == work["memory_budget"]
+    single = msgspec.structs.replace(task.baseline, threads=1)
+    assert prior.work(single) == pytest.approx(work["none"] * math.sqrt(task.hardware.device.num_cores))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -117,7 +117,7 @@ class Race:
         patient_until, patience = 0, 1
         max_rounds = MAX_ROUNDS if max_rounds is None else max_rounds
         with contextlib.ExitStack() as stack:
-            self._open(stack, longest=True)
+            self._open(stack)
             opening_s = time.monotonic() - start
             while len(self._running) > 1 or self.num_rounds == 0:
                 began = time.monotonic()
@@ -140,7 +140,7 @@ class Race:
                         self._life_s = max(shortest_life_s, min(enough_s / PROCESSES, LIFE_S))
                 if self.num_rounds % 2 == 0 and now - born >= self._life_s:
                     born = now
-                    self._open(stack, longest=False)
+                    self._open(stack)
 
     @property
     def num_rounds(self) -> int:
@@ -163,7 +163,7 @@ class Race:
             epoch_s = tuple(epoch_seconds([found.laps[number] for found in counted], self._epochs[number].work))
             final = Final(
                 trial=entrant.trial,
-                measurement=_middle(self._measurements[number]),
+                measurement=_middle(self._measurements[number], entrant.trial.measurement),
                 epoch_s=epoch_s,
                 lives=lives,
             )
@@ -171,8 +171,8 @@ class Race:
             finals.append(_at_rate(final, self._epochs[number], seconds or statistics.median(epoch_s)))
         return finals
 
-    def _open(self, stack: contextlib.ExitStack, *, longest: bool) -> None:
-        """Fresh processes for all, warmed up. With ``longest``, their peak memory is that of the longest batch."""
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """Fresh processes for all, warmed up; the first of those that had no trial with their longest batch."""
         start = GOLDEN * self._num_lives % 1
         self._num_lives += 1
         for entrant in list(self._running):
@@ -188,6 +188,7 @@ class Race:
                 continue
             # compiled settings get more laps, to meet more shapes before the clock runs
             laps = 3 if entrant.compiles else 0
+            longest = entrant.trial.measurement is None and not self._measurements[number]
             if (done := self._turn(entrant, Command(min_laps=laps, longest=longest))) is not None:
                 self._measurements[number].append(done.measurement)
                 self._epochs[number] = done.epoch
@@ -253,15 +254,15 @@ class Race:
         return all(found.high / found.ratio - 1 <= NARROW and 1 - found.low / found.ratio <= NARROW for found in ratios)
 
 
-def _middle(measurements: Sequence[Measurement]) -> Measurement:
-    """The process's figures that are in the middle by speed, with the largest peak and evaluation of those that had
-    one."""
+def _middle(measurements: Sequence[Measurement], trial: Measurement | None) -> Measurement:
+    """The process's figures that are in the middle by speed, with the largest peak, its trial's included, and the
+    middle evaluation of those that had one."""
     order = sorted(measurements, key=lambda found: found.samples_per_s)
     middle = order[len(order) // 2]
     evaluated = [found.eval_samples_per_s for found in measurements if math.isfinite(found.eval_samples_per_s)]
     return msgspec.structs.replace(
         middle,
-        peak_memory_bytes=max(found.peak_memory_bytes for found in measurements),
+        peak_memory_bytes=max(found.peak_memory_bytes for found in (*measurements, *([trial] if trial else []))),
         eval_samples_per_s=statistics.median(evaluated) if evaluated else middle.eval_samples_per_s,
     )
 
@@ -279,14 +280,14 @@ def _at_rate(final: Final, epoch: Epoch, epoch_s: float) -> Final:
 
 
 def shortest_s(baseline_step_s: float, finalists: Sequence[Trial]) -> float:
-    """Seconds that the shortest race of these and the baseline takes: starting, warming up and evaluating, then the
-    rounds."""
+    """Seconds that the shortest race of these and the baseline takes: starting, a step and an evaluation each, then
+    the rounds."""
     if not finalists:
         return 0.0
     measured = [trial.measurement for trial in finalists if trial.measurement]
     steps_s = sum(measurement.step_ms for measurement in measured) / 1000
     warm_up_s = sum(measurement.warm_up_s for measurement in measured)
-    start_s = 2 * baseline_step_s + warm_up_s + 3 * steps_s + 1
+    start_s = 2 * (baseline_step_s + steps_s) + warm_up_s + 1
     return start_s + MIN_ROUNDS * (baseline_step_s + MAX_LAPS * steps_s)
 
 

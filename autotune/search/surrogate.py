@@ -3,7 +3,7 @@
 The logarithm of a run's seconds is nearly a sum of what each knob's value does, and what two of them do together is
 smaller: an additive kernel (Duvenaud, Nickisch and Rasmussen 2011, orders one and two). Its sizes are not fitted, two
 dozen trials would not bear that: they say by how much a knob usually moves a run (docs/LOG.md 2026-11-22). What is
-known without a trial is divided out first: how many tokens, padding included, a setting's batches compute.
+known without a trial is divided out first: the setting's work.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ class Prior(NamedTuple):
 
     usual: Mapping[str, float] = USUAL
     work: Callable[[Strategy], float] = lambda strategy: 1.0
-    """What a setting's loss is in proportion to, all else alike."""
+    """What a setting's loss is in proportion to, but for what trials tell."""
 
 
 PRIOR_OF_TIME, PRIOR_OF_MEMORY = Prior(), Prior(USUAL_OF_MEMORY)
 
 
-def prior_of(memory: float, tokens: Callable[[Strategy], float]) -> Prior:
+def prior_of(memory: float, work: Callable[[Strategy], float]) -> Prior:
     """The same of seconds to the power of ``1 - memory`` times bytes to the power of ``memory``."""
     usual = {knob: math.hypot((1 - memory) * found, memory * USUAL_OF_MEMORY[knob]) for knob, found in USUAL.items()}
-    return Prior(usual, lambda strategy: tokens(strategy) ** (1 - memory))
+    return Prior(usual, lambda strategy: work(strategy) ** (1 - memory))
 
 
 _OTHER = 0.1

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import msgspec
-import numpy as np
 
 from autotune import __version__
 from autotune.backends.base import Backend
-from autotune.data.batching import plan_epoch
 from autotune.flops import Flops, flops_of, matmul_capability
 from autotune.measurement import Measurement
 from autotune.probe import Hardware
@@ -20,6 +18,7 @@ from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
 from autotune.search.settings import Settings
 from autotune.search.space import Space, build_space
 from autotune.search.surrogate import Prior, prior_of
+from autotune.search.work import tokens_of, work_of
 from autotune.strategy import SPARSE, Padding, Precision, Strategy
 from autotune.trial.worker import Job
 from autotune.workloads.base import Workload, WorkloadRef
@@ -29,8 +28,6 @@ LONG_RUN_SHARE = 0.9
 than in the minute of a trial and a soak (docs/LOG.md 2026-11-22)."""
 CONTEXT_BYTES = 600 * 2**20
 """An accelerator's context, which no allocator counts: some 500 MB on CUDA."""
-NUM_PLANNED = 100
-"""Batches that say how many tokens a setting computes: twice as many as buckets are drawn from."""
 FREE_MEMORY_SHARE = 0.9
 """Without a budget of the user's, trials may take this much of the memory that is free when the search starts."""
 
@@ -110,25 +107,19 @@ class Task:
     @functools.cached_property
     def tokens(self) -> Callable[[Padding, int], float]:
         """Tokens that a sample takes on average under a padding and a micro batch, the padding's own included."""
-        workload, global_batch = self.workload, self.workload.recipe.global_batch
-        some = np.random.default_rng(0).permutation(workload.train.lengths)[: NUM_PLANNED * global_batch]
-
-        def planned(padding: Padding, micro_batch: int) -> float:
-            plan = plan_epoch(
-                some,
-                global_batch=global_batch,
-                micro_batch=micro_batch,
-                padding=padding,
-                max_tokens=workload.max_tokens,
-                seed=0,
-            )
-            return sum(batch.padded_tokens for batch in plan) / len(some)
-
-        return functools.cache(planned)
+        workload = self.workload
+        return functools.cache(
+            tokens_of(workload.train.lengths, workload.recipe.global_batch, max_tokens=workload.max_tokens)
+        )
 
     def prior(self, aim: Aim) -> Prior:
-        """What is expected of settings before any is tried: that time goes by the tokens that they compute."""
-        return prior_of(aim.memory, lambda strategy: self.tokens(strategy.padding, strategy.micro_batch))
+        """What is expected of settings before any is tried: that their time goes by their work."""
+
+        def work(strategy: Strategy) -> float:
+            tokens = self.tokens(strategy.padding, strategy.micro_batch)
+            return work_of(strategy, tokens, self.hardware.device.num_cores)
+
+        return prior_of(aim.memory, work)
 
     @property
     def context_bytes(self) -> int:

@@ -1,0 +1,51 @@
+"""What a setting has to do beside others, as far as that is known without a trial. Only ratios mean something.
+
+The surrogate divides by it: a trial tells how far a setting is from what its work makes it take. The probe's times of
+single kernels are not in it: replayed, they misled (docs/LOG.md 2026-11-23).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from autotune.data.batching import Indices, plan_epoch
+from autotune.strategy import Checkpoint, Padding, Strategy
+
+NUM_PLANNED = 100
+"""Batches that say how many tokens a setting computes: twice as many as buckets are drawn from."""
+FORWARD_SHARE = 1 / 3
+"""Of a step: the backward pass has twice the forward's products (Kaplan et al. 2020, section 2.1)."""
+RECOMPUTED: dict[Checkpoint, float] = {
+    "none": 0.0,
+    "memory_budget": 0.0,
+    "selective": 0.5,
+    "every_4th": 1 / 4,
+    "every_2nd": 1 / 2,
+    "every_block": 1.0,
+}
+"""Share of the forward pass that is done twice; of what ``selective`` does not keep, a guess."""
+THREADS_POWER = 0.5
+"""A step's rate goes by this power of the threads: not all of it is done by several."""
+
+
+def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[[Padding, int], float]:
+    """Gives the tokens that a sample takes on average under a padding and a micro batch, the padding's own included."""
+    some = np.random.default_rng(0).permutation(lengths)[: NUM_PLANNED * global_batch]
+
+    def tokens(padding: Padding, micro_batch: int) -> float:
+        plan = plan_epoch(
+            some, global_batch=global_batch, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens, seed=0
+        )
+        return sum(batch.padded_tokens for batch in plan) / len(some)
+
+    return tokens
+
+
+def work_of(strategy: Strategy, tokens: float, num_cores: int) -> float:
+    """Of a sample that takes so many tokens, on so many cores where the device is the CPU."""
+    threads = strategy.threads or num_cores
+    recomputed = 1 + FORWARD_SHARE * RECOMPUTED[strategy.checkpoint]
+    return tokens * recomputed * math.pow(num_cores / threads, THREADS_POWER)

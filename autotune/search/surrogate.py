@@ -66,6 +66,8 @@ _TOGETHER = 0.4
 """What two knobs do beyond their sum has this times the product of their own standard deviations."""
 _LEVEL = 3.0
 """Nothing is known beforehand of how long a run takes."""
+_POWER = 0.4
+"""It goes by its work to the power of 1, give or take this: a device that waits for launches heeds the work less."""
 ORDERED = ("micro_batch", "workers", "threads", "prefetch")
 """Knobs whose values are alike where they are neighbours."""
 _REACH = 2.0
@@ -90,12 +92,13 @@ class Surrogate:
         self, values: Mapping[str, Sequence[Any]], known: Sequence[Known], prior: Prior = PRIOR_OF_TIME
     ) -> None:
         self._work = prior.work
+        self._usual_work = math.exp(np.mean([math.log(prior.work(one.strategy)) for one in known]))
         self._knobs = [knob for knob in values if len(values[knob]) > 1]
         self._places = {knob: {value: place for place, value in enumerate(values[knob])} for knob in self._knobs}
         self._variances = np.square([prior.usual.get(knob, _OTHER) for knob in self._knobs])
         self._is_ordered = np.array([knob in ORDERED for knob in self._knobs])
         self._known = self._encoded([one.strategy for one in known])
-        logs = np.log([one.loss / self._work(one.strategy) for one in known])
+        logs = np.log([one.loss for one in known]) - self._known[:, -1]
         self._mean = float(logs.mean())
         covariance = self._covariance(self._known, self._known) + np.diag(np.square([one.noise for one in known]))
         self._root = np.linalg.cholesky(covariance)
@@ -106,9 +109,8 @@ class Surrogate:
         wanted = self._encoded(settings)
         across = self._covariance(wanted, self._known)
         reduced = np.linalg.solve(self._root, across.T)
-        variance = self._variance() - np.square(reduced).sum(0)
-        work = np.log([*map(self._work, settings)])
-        return self._mean + work + across @ self._weights, np.sqrt(np.maximum(variance, 1e-12))
+        variance = self._variance(wanted) - np.square(reduced).sum(0)
+        return self._mean + wanted[:, -1] + across @ self._weights, np.sqrt(np.maximum(variance, 1e-12))
 
     def log_ratio(self, one: Strategy, other: Strategy) -> tuple[float, float]:
         """Mean and standard deviation of the logarithm of how many times longer one takes than the other."""
@@ -116,26 +118,35 @@ class Surrogate:
         across = self._covariance(wanted, self._known)
         reduced = np.linalg.solve(self._root, across.T)
         joint = self._covariance(wanted, wanted) - reduced.T @ reduced
-        mean = np.log([self._work(one), self._work(other)]) + across @ self._weights
+        mean = wanted[:, -1] + across @ self._weights
         variance = joint[0, 0] + joint[1, 1] - 2 * joint[0, 1]
         return float(mean[0] - mean[1]), math.sqrt(max(float(variance), 0.0))
 
     def _encoded(self, settings: Sequence[Strategy]) -> Matrix:
-        rows = [[self._places[knob][getattr(setting, knob)] for knob in self._knobs] for setting in settings]
-        return np.asarray(rows, dtype=float).reshape(len(settings), len(self._knobs))
+        """A row for each: the places of its knobs' values, and the logarithm of its work beside the usual."""
+        rows = [
+            [
+                *(self._places[knob][getattr(one, knob)] for knob in self._knobs),
+                math.log(self._work(one) / self._usual_work),
+            ]
+            for one in settings
+        ]
+        return np.asarray(rows, dtype=float).reshape(len(settings), len(self._knobs) + 1)
 
-    def _variance(self) -> float:
-        return float(self._summed(np.ones((1, 1, len(self._knobs))))[0, 0])
+    def _variance(self, rows: Matrix) -> Matrix:
+        return self._summed(np.ones(len(self._knobs)), np.square(rows[:, -1]))
 
     def _covariance(self, rows: Matrix, columns: Matrix) -> Matrix:
-        distance = np.abs(rows[:, None] - columns[None])
-        return self._summed(np.where(self._is_ordered, np.exp(-distance / _REACH), distance == 0))
+        distance = np.abs(rows[:, None, :-1] - columns[None, :, :-1])
+        alike = np.where(self._is_ordered, np.exp(-distance / _REACH), distance == 0)
+        return self._summed(alike, np.outer(rows[:, -1], columns[:, -1]))
 
-    def _summed(self, alike: Matrix) -> Matrix:
-        """Level, what each knob does, and what each pair does, from how alike two settings are in every knob."""
+    def _summed(self, alike: Matrix, work: Matrix) -> Matrix:
+        """Level, what each knob does, what each pair does, and how the work counts, from how alike two settings are in
+        every knob and the product of their works' logarithms."""
         single = alike * self._variances
         pairs = (np.square(single.sum(-1)) - np.square(single).sum(-1)) / 2
-        summed: Matrix = _LEVEL**2 + single.sum(-1) + _TOGETHER**2 * pairs
+        summed: Matrix = _LEVEL**2 + single.sum(-1) + _TOGETHER**2 * pairs + _POWER**2 * work
         return summed
 
 

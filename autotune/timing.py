@@ -33,6 +33,8 @@ NARROW = 0.03
 """Half a 95 % interval, relative: the mean of a trial's laps is known well enough to compare it with others."""
 MIN_LOSS_SCALE = 1.0
 """An fp16 run whose loss scale has fallen below this from 65536 has overflowed at sixteen steps more than it should."""
+MIN_EVAL_BATCHES = 2
+"""However long they take."""
 SOAK_EVAL_BATCHES = 4
 _MAX_STREAM = 200_000
 
@@ -63,6 +65,7 @@ class Timer:
         self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
         self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None
         self._eval_seconds = 0.0
+        self._num_evaluated = 0
         self._eval_work = Work(0, 0, 0)
         self._fitted: tuple[int, Cost] = (0, BY_TOKENS)
         self._num_steps = 0
@@ -161,7 +164,7 @@ class Timer:
 
         One loader serves all calls, as one serves an epoch's evaluation; the very first batch is not timed.
         """
-        if self._eval_seconds >= enough_s:
+        if self._is_evaluated(enough_s):
             return
         if self._eval_batches is None:
             plan = [self._eval_plan[index] for index in _low_discrepancy(len(self._eval_plan))]
@@ -177,8 +180,12 @@ class Timer:
             synchronize()
             self._eval_seconds += time.perf_counter() - start
             self._eval_work += _work(planned)
-            if self._eval_seconds >= enough_s:
+            self._num_evaluated += 1
+            if self._is_evaluated(enough_s):
                 return
+
+    def _is_evaluated(self, enough_s: float) -> bool:
+        return self._num_evaluated >= MIN_EVAL_BATCHES and self._eval_seconds >= enough_s
 
     @functools.cached_property
     def epoch(self) -> Epoch:
@@ -343,11 +350,18 @@ def _low_discrepancy(count: int) -> Iterator[int]:
 
 
 def time_until(
-    timer: Timer, *, min_laps: int, min_s: float, enough_s: float, narrow: float, on_lap: Callable[[Lap], None]
+    timer: Timer,
+    *,
+    min_laps: int,
+    min_s: float,
+    enough_s: float,
+    narrow: float,
+    least_laps: int = 3,
+    on_lap: Callable[[Lap], None],
 ) -> None:
     """Times until there are ``min_laps`` laps that cover ``min_s`` and whose mean is known to ``narrow`` (half its 95 %
-    interval, relative), or until ``min_laps``, three at most, cover ``enough_s``; where a lap takes so long that fewer
-    cover three times that, until they do.
+    interval, relative), or until ``min_laps``, ``least_laps`` at most, cover ``enough_s``; where a lap takes so long
+    that fewer cover three times that, until they do.
 
     The warm-up of a timer's first laps does not count.
     """
@@ -359,5 +373,5 @@ def time_until(
             timed = timer.steady()[1] if len(timed) > 1 else []
         seconds = sum(lap.seconds for lap in timed)
         is_known = len(timed) >= min_laps and seconds >= min_s and (math.isinf(narrow) or timer.margin(timed) <= narrow)
-        if is_known or (len(timed) >= min(3, min_laps) and seconds >= enough_s) or seconds >= 3 * enough_s:
+        if is_known or (len(timed) >= min(least_laps, min_laps) and seconds >= enough_s) or seconds >= 3 * enough_s:
             return

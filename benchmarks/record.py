@@ -68,6 +68,7 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
             versions(header),
         ):
             raise click.ClickException(f"{path} was recorded with other data or versions; move it away to start anew")
+        grid.header = msgspec.structs.replace(grid.header, tokens=header.tokens)
         settings = settings_of(task.space, PRODUCTS[model, backend.name])
         random.Random(SEED).shuffle(settings)
         settings.sort(key=lambda strategy: strategy != task.baseline)  # what every search begins with

@@ -1,12 +1,13 @@
 """Search methods on a recorded grid, without its hardware: python -m benchmarks.replay [GRID.jsonl.xz] [--seeds 100]
 
-A trial costs the seconds that it took when it was recorded. Its figures are drawn by the seed around the setting's
-true ones, as far as records of one setting differ; what is true is smoothed from all records (benchmarks/recorded.py),
-by the same model of knobs that our search steers by. Every method is judged by the true loss of what it holds for the
-best at any time; ours, too, by its trials alone, without the race that it ends with. Rivals
-learn what was measured before at no cost, and what cannot run; they measure whole trials, where ours gives up what is
-far behind, and starts from the expert's guess (``helped`` ones do both). Ours and ``one knob at a time`` pay for the
-plain baseline. What our surrogate expects of knobs was set by hand after searches on the CPU whose grid this is.
+A trial costs the seconds that it took when it was recorded. Its figures are drawn by the seed around the setting's true
+ones, as far as records of one setting differ; what is true is smoothed from all records (benchmarks/recorded.py), by
+the model of knobs that our search steers by, but for what that knows of a setting's work. Every method is judged by the
+true loss of what it holds for the best at any time; ours, too, by its trials alone, without the race that it ends with.
+Rivals learn what was measured before at no cost, and what cannot run; they measure whole trials, where ours gives up
+what is far behind, and starts from the expert's guess (``helped`` ones do both). Ours and ``one knob at a time`` pay
+for the plain baseline. What our surrogate expects of knobs was set by hand after searches on the CPU whose grid this
+is.
 
 Then the same search under a memory budget that half of the settings stay below: how often it runs out of memory where
 it could have known, beyond the first two trials that differ in their micro batch alone.

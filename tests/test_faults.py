@@ -138,8 +138,8 @@ def search_with(fault: str, folder: Path) -> Seen:
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-    """Hangs are found sooner, trials and races are shorter than a user would want; and the search knows what is so
-    here, that only the micro batch tells."""
+    """Hangs are found sooner, trials and races are shorter than a user would want; and the search expects what is so
+    here, that the micro batch tells."""
     short = msgspec.structs.replace(runner.ORDINARY, min_s=0.3, narrow=float("inf"))
     once = msgspec.structs.replace(runner.ONCE, min_s=0.3, narrow=float("inf"))
     with (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from autotune import stats
 from autotune.contention import Load
 from autotune.cost import Work
+from autotune.measurement import Measurement
 from autotune.search import finals
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.strategy import Padding, Strategy
@@ -46,6 +47,7 @@ class Scripted:
     def __init__(self, job: Job, *, memory_limit_bytes: int, silence_s: float) -> None:
         self.padding, self.start = job.strategy.padding, job.start
         self.turns = 0
+        self.longest = False
         self.is_closed = False
 
     def __enter__(self) -> Scripted:
@@ -61,6 +63,7 @@ class Scripted:
 
     def time(self, command: Command, *, timeout_s: float) -> Done:
         self.turns += 1
+        self.longest = self.longest or command.longest
         seconds = type(self).lap_s(self)
         time.sleep(0.002)
         # ten steps are an epoch
@@ -72,7 +75,10 @@ class Scripted:
 
 
 def scripted_race(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Scripted], float]
+    prepared: Prepared,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: Callable[[Scripted], float],
+    measurements: Sequence[Measurement | None] = (factories.measurement(),) * 3,
 ) -> tuple[Race, list[Scripted]]:
     """A race of the three paddings, and its sessions as they are made."""
     made: list[Scripted] = []
@@ -87,12 +93,29 @@ def scripted_race(
     monkeypatch.setattr(finals, "Session", Session)
     entrants = [
         Entrant(
-            trial=factories.trial(number, strategy),
+            trial=factories.trial(number, strategy, measurement=measurements[number]),
             job=Job(workload=prepared[0], strategy=strategy, backend="cpu", memory_limit_bytes=None, seed=0),
         )
         for number, strategy in enumerate(Strategy(micro_batch=32, padding=p) for p in PADDINGS)
     ]
     return Race(entrants, timeout_s=1, memory_limit_bytes=1), made
+
+
+def test_a_trials_peak_serves_where_every_entrant_has_one(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, usual = factories.measurement(peak_memory_bytes=2**31), factories.measurement()
+    race, sessions = scripted_race(prepared, monkeypatch, lambda _: 1.0, (large, usual, usual))
+    race.run(enough_s=60, max_rounds=3)
+    assert [final.measurement.peak_memory_bytes for final in race.finals()] == [2**31, 2**30, 2**30]
+    assert not any(session.longest for session in sessions)
+
+
+def test_all_train_on_their_longest_batch_where_one_had_no_trial(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = factories.measurement()
+    race, sessions = scripted_race(prepared, monkeypatch, lambda _: 1.0, (usual, None, usual))
+    race.run(enough_s=60, max_rounds=3)
+    assert [session.longest for session in sessions[:3]] == [True] * 3
 
 
 class Cores(Load):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -16,13 +15,16 @@ import torch
 from autotune.errors import AutotuneError
 from autotune.measurement import Outcome, Trial
 from autotune.search import study, trials
-from autotune.search.objective import FASTEST
+from autotune.search.finals import shortest_s
+from autotune.search.history import History
+from autotune.search.objective import FASTEST, slowdown
 from autotune.search.settings import Settings
 from autotune.search.space import build_space
 from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.strategy import Attention, Checkpoint, Strategy, baseline
-from autotune.trial.worker import Job, Progress
+from autotune.trial.runner import ONCE, ORDINARY
+from autotune.trial.worker import Command, Job, Progress
 from tests import factories
 from tests.observing import Silent, SilentPulse
 from tests.scripted import (
@@ -66,8 +68,44 @@ def test_the_tokens_that_a_setting_computes_are_known_without_a_trial(prepared: 
     work = {name: prior.work(msgspec.structs.replace(task.baseline, checkpoint=name)) for name in get_args(Checkpoint)}
     assert work["every_block"] == pytest.approx(work["none"] * 4 / 3)
     assert work["every_block"] > work["every_2nd"] > work["every_4th"] > work["none"] == work["memory_budget"]
-    single = msgspec.structs.replace(task.baseline, threads=1)
-    assert prior.work(single) == pytest.approx(work["none"] * math.sqrt(task.hardware.device.num_cores))
+
+
+def test_the_baseline_alone_is_timed_once(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
+    commands: list[Command] = []
+
+    def run(number: int, job: Job, *, command: Command, **_: Any) -> Trial:
+        commands.append(command)
+        return run_scripted(number, job)
+
+    scripted_device.setattr(trials, "run_trial", run)
+    searched(prepared, max_trials=3)
+    assert commands == [ONCE, ORDINARY, ORDINARY]
+
+
+def test_a_device_that_does_not_heed_the_work_is_searched_to_its_best(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    def wayward(number: int, job: Job, **_: Any) -> Trial:
+        rate = {"max": 10.0, "longest": 8.0, "buckets": 6.0, "packed": 6.0}[job.strategy.padding]
+        rate *= 1.2 if job.strategy.checkpoint == "every_2nd" else 1.0
+        return factories.trial(number, job.strategy, measurement=factories.measurement(rate))
+
+    scripted_device.setattr(trials, "run_trial", wayward)
+    found = [trial.strategy for trial in searched(prepared).trials if trial.samples_per_s == 12.0]
+    assert found, "the best was tried"
+
+
+def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(prepared: Prepared) -> None:
+    ref, workload = prepared
+    task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
+    pulses = (1.0, 2.0, 2.0)
+    found = History(task, [factories.trial(n, task.baseline, pulse_s=pulse) for n, pulse in enumerate(pulses)])
+    assert found.slowdown_since(found.all[0]) == slowdown(2.0, 1.0) > 1.2
+    assert found.slowdown_since(found.all[1]) == 1.0
+    measured = [factories.trial(1, task.baseline, measurement=factories.measurement(step_ms=1000.0, warm_up_s=0.0))]
+    compiled = msgspec.structs.replace(measured[0], strategy=Strategy(micro_batch=32, compile="default"))
+    assert shortest_s(0.0, measured, lambda _: 2.0) - 1 == pytest.approx(2 * (shortest_s(0.0, measured) - 1))
+    assert shortest_s(0.0, [compiled]) == pytest.approx(shortest_s(0.0, measured) + 3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -94,7 +132,8 @@ def test_the_guess_has_as_long_as_the_baseline_took_however_short_the_budget(
 
     scripted_device.setattr(trials, "run_trial", slow)
     searched(prepared, budget_s=60.0, max_trials=3)
-    assert limits_s[:2] == [600.0, 50.0]
+    step_s = scripted(baseline(32)).step_ms / 1000
+    assert limits_s[:2] == [600.0, pytest.approx(50.0 + 2 * step_s)], "and two laps more than the baseline's one"
 
 
 def test_the_nearest_profiles_setting_is_tried_third(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -13,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune import backends, workloads
-from autotune.apply import apply
+from autotune.apply import Run, apply
 from autotune.measurement import Lap
 from autotune.models.encoder import EncoderClassifier
+from autotune.stats import relative_margin
 from autotune.strategy import Padding, Strategy
 from autotune.timing import Timer, _low_discrepancy, steady, time_until
+from autotune.trial.runner import ONCE, ORDINARY
+from autotune.trial.worker import Command
 from tests.factories import lap
 
 
@@ -105,5 +109,77 @@ def test_the_longest_batch_is_trained_on_for_the_peak_memory(tiny_reviews: Path)
     run.model.register_forward_pre_hook(
         lambda module, args, inputs: widths.append(inputs["ids_BT"].shape[1]), with_kwargs=True
     )
-    Timer(run).longest()
-    assert widths == [max(width for batch in run.loader.plan(0) for width in batch.widths)]
+    timer = Timer(run)
+    timer.longest()
+    longest = max(width for batch in run.loader.plan(0) for width in batch.widths)
+    assert widths == [longest]
+    while longest not in widths[1:]:
+        timer.lap()
+    num_trained = len(widths)
+    timer.longest()
+    assert len(widths) == num_trained, "a lap had one as long"
+
+
+class Ticking:
+    """A timer whose laps take the given seconds, the first of them the warm-up."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = seconds
+        self.laps: list[Lap] = []
+
+    def lap(self) -> Lap:
+        found = lap(self.seconds[len(self.laps)])
+        self.laps.append(found)
+        return found
+
+    def steady(self) -> tuple[list[Lap], list[Lap]]:
+        return steady(self.laps)
+
+    def margin(self, laps: list[Lap]) -> float:
+        return relative_margin([found.seconds for found in laps])
+
+
+@pytest.mark.parametrize(
+    ("command", "seconds", "num_laps"),
+    [
+        (ORDINARY, 12.0, 4),
+        (ONCE, 12.0, 2),
+        (ORDINARY, 40.0, 2),
+        (ORDINARY, 4.0, 4),
+        (ONCE, 4.0, 4),
+        (ONCE, 1.0, 6),
+    ],
+    ids=str,
+)
+def test_a_lap_that_takes_as_long_as_all_should_is_timed_once_where_that_is_enough(
+    command: Command, seconds: float, num_laps: int
+) -> None:
+    timer = Ticking([seconds * (1 + 0.001 * (number % 2)) for number in range(20)])
+    time_until(
+        cast("Timer", timer),
+        min_laps=command.min_laps,
+        min_s=command.min_s,
+        enough_s=command.enough_s,
+        narrow=command.narrow,
+        least_laps=command.least_laps,
+        on_lap=lambda _: None,
+    )
+    assert len(timer.laps) == num_laps
+
+
+def test_an_evaluation_is_not_timed_again_once_there_is_enough(
+    tiny_reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = workloads.get("imdb")
+    workload = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    model = EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1)
+    run = apply(Strategy(micro_batch=4, accumulation=8), workload, backends.get("cpu"), model=model)
+    calls: list[int] = []
+    monkeypatch.setattr(Run, "evaluate", lambda *_: calls.append(1))
+    timer = Timer(run)
+    timer.evaluate(8, 0.0)
+    assert len(calls) == 1 + 2, "the first is not timed, two are however long they take"
+    timer.evaluate(8, 0.0)
+    assert len(calls) == 1 + 2
+    timer.evaluate(4, 60.0)
+    assert len(calls) == 1 + 2 + 4

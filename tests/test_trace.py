@@ -57,6 +57,13 @@ def test_settings_that_train_alike_are_within_tolerance(
     assert len(found) == trace.NUM_STEPS
 
 
+def test_a_few_samples_tell_whether_padding_is_masked(workload: Workload) -> None:
+    found = [trace.losses(run(workload, Strategy(micro_batch=32, padding=p)), 1, 4) for p in ("max", "longest")]
+    assert trace.deviation(*found) <= trace.TOLERANCE["fp32"]
+    whole = trace.losses(run(workload, Strategy(micro_batch=32)), 1)
+    assert trace.deviation(whole, found[0]) > trace.TOLERANCE["fp32"], "four samples are others than 32"
+
+
 def test_the_second_pass_has_learnt_from_the_first(reference: tuple[float, ...]) -> None:
     first, second = reference[: trace.NUM_BATCHES], reference[trace.NUM_BATCHES :]
     assert sum(second) < 0.99 * sum(first)

@@ -2,7 +2,8 @@
 
 Measured where there is time, the best and all that differ from it by one knob in turns; else estimated by the
 surrogate from all trials and from what it expects of knobs beforehand, which costs nothing: where few trials tell of a
-knob its interval is wide, and the estimate leans towards 1. What is measured to bring nothing is set back.
+knob its interval is wide, and the estimate leans towards what the knob's work makes of it. What is measured to bring
+nothing is set back.
 """
 
 from __future__ import annotations

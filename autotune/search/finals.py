@@ -31,6 +31,8 @@ MIN_QUIET = 5
 """With so many quiet rounds the disturbed ones do not count. Which they are is told by the cores, not by the times."""
 MAX_LAPS = 2
 """Laps of one turn at most: consecutive ones cover the lengths. The slowest entrant takes one."""
+COMPILED_LAPS = 3
+"""So many more steps do compiled settings take before the clock runs, to meet more shapes."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 PROCESSES, LIFE_S = 12, 2.0
 """Where processes are replaced, each entrant gets about so many in a race, or more where they would live longer than
@@ -97,6 +99,7 @@ class Race:
         """The latest of each of an entrant's processes."""
         self._epochs: dict[int, Epoch] = {}
         self._rounds: list[Round] = []
+        self._asks_peaks = any(entrant.trial.measurement is None for entrant in entrants)
         self._num_cores = usable_cores()
         self._num_lives = 0
         self._life_s = math.inf
@@ -172,7 +175,7 @@ class Race:
         return finals
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        """Fresh processes for all, warmed up; the first of those that had no trial with their longest batch."""
+        """Fresh processes for all, warmed up; the first ones with their longest batch, where some had no trial."""
         start = GOLDEN * self._num_lives % 1
         self._num_lives += 1
         for entrant in list(self._running):
@@ -186,9 +189,8 @@ class Race:
             except TrialEndedError as end:
                 self._leave(entrant, end)
                 continue
-            # compiled settings get more laps, to meet more shapes before the clock runs
-            laps = 3 if entrant.compiles else 0
-            longest = entrant.trial.measurement is None and not self._measurements[number]
+            laps = COMPILED_LAPS if entrant.compiles else 0
+            longest = self._asks_peaks and not self._measurements[number]
             if (done := self._turn(entrant, Command(min_laps=laps, longest=longest))) is not None:
                 self._measurements[number].append(done.measurement)
                 self._epochs[number] = done.epoch
@@ -279,14 +281,21 @@ def _at_rate(final: Final, epoch: Epoch, epoch_s: float) -> Final:
     return msgspec.structs.replace(final, measurement=measurement)
 
 
-def shortest_s(baseline_step_s: float, finalists: Sequence[Trial]) -> float:
-    """Seconds that the shortest race of these and the baseline takes: starting, a step and an evaluation each, then
-    the rounds."""
+def shortest_s(
+    baseline_step_s: float, finalists: Sequence[Trial], slowdown_since: Callable[[Trial], float] = lambda _: 1.0
+) -> float:
+    """Seconds that the shortest race of these and the baseline takes: starting, a step and an evaluation each, or more
+    steps where they compile, then the rounds. ``slowdown_since`` says how much slower each is now than in its trial."""
     if not finalists:
         return 0.0
-    measured = [trial.measurement for trial in finalists if trial.measurement]
-    steps_s = sum(measurement.step_ms for measurement in measured) / 1000
-    warm_up_s = sum(measurement.warm_up_s for measurement in measured)
+    steps_s = warm_up_s = 0.0
+    for trial in finalists:
+        if trial.measurement is not None:
+            slowdown = slowdown_since(trial)
+            step_s = slowdown * trial.measurement.step_ms / 1000
+            steps_s += step_s
+            is_compiled = trial.strategy.compile != "none"
+            warm_up_s += slowdown * trial.measurement.warm_up_s + (COMPILED_LAPS * step_s if is_compiled else 0.0)
     start_s = 2 * (baseline_step_s + steps_s) + warm_up_s + 1
     return start_s + MIN_ROUNDS * (baseline_step_s + MAX_LAPS * steps_s)
 

@@ -154,9 +154,9 @@ class History:
         """Samples a second, at the speed that the device usually had in this search."""
         return (trial.samples_per_s or 0.0) * slowdown(trial.pulse_s, self._usual_pulse_s)
 
-    def slowdown_now(self) -> float:
-        """How many times slower than usual in this search the device was in the last trial."""
-        return slowdown(self.all[-1].pulse_s, self._usual_pulse_s)
+    def slowdown_since(self, trial: Trial) -> float:
+        """How many times slower than in that trial the device was in the last."""
+        return slowdown(self.all[-1].pulse_s, trial.pulse_s)
 
     # What the sampler is told
 

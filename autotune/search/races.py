@@ -42,7 +42,7 @@ class Races:
         if self._history.reference_step_s is None:
             return 0.0
         field = self._field(self._share_s())
-        shortest_s = self._heat_s(field) if field else self._shortest_s(self._history.finalists())
+        shortest_s = self._heat_s(field) if field else self.shortest_s(self._history.finalists())
         least_s = LEAST_SHARE * (self._task.settings.budget_s or 0.0)
         return max(shortest_s, least_s) + proof.needed_s(self._step_s)
 
@@ -55,7 +55,7 @@ class Races:
             return self._history.finalists()
         heat = self.race_of(field)
         spare_s = share_s - self._heat_s(field)
-        enough_s = self._shortest_s(field, with_baseline=False) + spare_s / 2
+        enough_s = self.shortest_s(field, with_baseline=False) + spare_s / 2
         self._run(heat, enough_s, f"heat: the best {len(field)} in turns")
         rivals = [final for final in heat.finals() if self._history.may_win(final.trial, final.measurement)]
         through = [final.trial for final in ranked(rivals, self._standings.loss)][:NUM_THROUGH]
@@ -68,7 +68,7 @@ class Races:
         entrants = [trial for trial in finalists if trial is not reference]
         share_s = self._share_s()
         left_s = share_s if in_any_case else self.left_s()
-        if self._history.reference_step_s is None or self._shortest_s(entrants) > left_s + share_s:
+        if self._history.reference_step_s is None or self.shortest_s(entrants) > left_s + share_s:
             return
         while entrants and not self._fit_together([reference, *entrants]):
             entrants.remove(max(entrants, key=_peak_bytes))
@@ -81,6 +81,10 @@ class Races:
         finally:
             if race.num_rounds < MIN_RACED and earlier is not None:  # interrupted
                 self._standings.race = earlier
+
+    def shortest_s(self, field: Sequence[Trial], *, with_baseline: bool = True) -> float:
+        """Of their race, at the speed that the device has now."""
+        return finals.shortest_s(self._step_s if with_baseline else 0.0, field, self._history.slowdown_since)
 
     def race_of(self, trials: Sequence[Trial]) -> Race:
         """A race of these that nothing has been run of."""
@@ -110,12 +114,8 @@ class Races:
     @property
     def _step_s(self) -> float:
         """Seconds of the plain baseline's step now."""
-        return (self._history.reference_step_s or 0.0) * self._history.slowdown_now()
-
-    def _shortest_s(self, field: Sequence[Trial], *, with_baseline: bool = True) -> float:
-        """Of their race, at the speed that the device has now."""
-        step_s = (self._history.reference_step_s or 0.0) if with_baseline else 0.0
-        return finals.shortest_s(step_s, field) * self._history.slowdown_now()
+        history = self._history
+        return (history.reference_step_s or 0.0) * history.slowdown_since(history.reference)
 
     def _share_s(self) -> float:
         """Of heat and race together, however much is left."""
@@ -133,7 +133,7 @@ class Races:
 
     def _heat_s(self, field: Sequence[Trial]) -> float:
         """The shortest heat, and the shortest race after it."""
-        return self._shortest_s(field, with_baseline=False) + self._shortest_s(field[:NUM_THROUGH])
+        return self.shortest_s(field, with_baseline=False) + self.shortest_s(field[:NUM_THROUGH])
 
     def _fit_together(self, trials: Sequence[Trial]) -> bool:
         return sum(map(_peak_bytes, trials)) + len(trials) * self._task.context_bytes < self._task.machine_limit_bytes

@@ -11,7 +11,7 @@ import msgspec
 
 from autotune.errors import AutotuneError, InterruptedSearchError
 from autotune.measurement import Trial
-from autotune.search import cold, explain, finals
+from autotune.search import cold, explain
 from autotune.search.explain import Share
 from autotune.search.journal import open_journal
 from autotune.search.objective import Aim
@@ -131,8 +131,8 @@ class _Search:
         needless = [share.knob for share in self.shares if share.brings_nothing]
         simpler = explain.set_back(best.strategy, task.baseline, needless)
         self.explained = {best.strategy, simpler}
-        step_s = self.history.reference_step_s or 0.0
-        if not task.settings.explains and best.wall_s + finals.shortest_s(step_s, [best, best]) > self.races.left_s():
+        needed_s = best.wall_s + self.races.shortest_s([best, best])
+        if not task.settings.explains and needed_s > self.races.left_s():
             return
         is_refused = task.space.refusal(simpler) is not None or self.history.has_failed(simpler)
         if simpler in (best.strategy, task.baseline) or is_refused:

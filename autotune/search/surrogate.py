@@ -32,7 +32,8 @@ USUAL: dict[str, float] = {
     "optimizer": 0.05,
     "prefetch": 0.03,
 }
-"""Standard deviation of what a knob's values do to the logarithm of the seconds."""
+"""Standard deviation of what a knob's values do to the logarithm of the seconds, where nothing is known of their work;
+where it is, narrower ones did not serve better (docs/LOG.md 2026-11-23)."""
 USUAL_OF_MEMORY: dict[str, float] = {
     **dict.fromkeys(USUAL, 0.1),
     "micro_batch": 1.0,
@@ -53,10 +54,12 @@ class Prior(NamedTuple):
 
 
 PRIOR_OF_TIME, PRIOR_OF_MEMORY = Prior(), Prior(USUAL_OF_MEMORY)
+"""Where nothing is known of the work."""
 
 
 def prior_of(memory: float, work: Callable[[Strategy], float]) -> Prior:
-    """The same of seconds to the power of ``1 - memory`` times bytes to the power of ``memory``."""
+    """For a loss that is seconds to the power of ``1 - memory`` times bytes to the power of ``memory``, where the
+    seconds go by the work."""
     usual = {knob: math.hypot((1 - memory) * found, memory * USUAL_OF_MEMORY[knob]) for knob, found in USUAL.items()}
     return Prior(usual, lambda strategy: work(strategy) ** (1 - memory))
 

@@ -113,13 +113,10 @@ class Task:
         )
 
     def prior(self, aim: Aim) -> Prior:
-        """What is expected of settings before any is tried: that their time goes by their work."""
-
-        def work(strategy: Strategy) -> float:
-            tokens = self.tokens(strategy.padding, strategy.micro_batch)
-            return work_of(strategy, tokens, self.hardware.device.num_cores)
-
-        return prior_of(aim.memory, work)
+        """What is expected of settings before any is tried: that their time, or energy, goes by their work."""
+        return prior_of(
+            aim.memory, lambda strategy: work_of(strategy, self.tokens(strategy.padding, strategy.micro_batch))
+        )
 
     @property
     def context_bytes(self) -> int:

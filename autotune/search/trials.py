@@ -140,11 +140,14 @@ class Trials:
 
     def timeout_s(self, strategy: Strategy) -> float:
         """A trial's limit: a third of the budget, and no more than is left of it. The first after the baseline, which
-        may be the only one, has as long as that took."""
+        may be the only one, has as long as that would have taken with as many laps."""
         budget_s, history = self._task.settings.budget_s, self.history
         if budget_s is None or strategy == self._task.baseline:
             return 600.0
-        least_s = max(MIN_TIMEOUT_S, history.reference.wall_s) if len(history.all) == 1 else MIN_TIMEOUT_S
+        least_s = MIN_TIMEOUT_S
+        if len(history.all) == 1:
+            more_s = (ORDINARY.least_laps - ONCE.least_laps) * (history.reference_step_s or 0.0)
+            least_s = max(least_s, history.reference.wall_s + more_s)
         return max(least_s, min(budget_s / 3, budget_s - self.elapsed_s()))
 
     def silence_s(self, strategy: Strategy) -> float:
@@ -179,7 +182,7 @@ class Trials:
             timeout_s=self.timeout_s(strategy),
             silence_s=self.silence_s(strategy),
             memory_limit_bytes=task.memory_limit_bytes if number else task.machine_limit_bytes,
-            command=ORDINARY if number else ONCE,  # the race times the baseline again
+            command=ORDINARY if number else ONCE,  # a race times the baseline again
             hopeless=give_up,
             on_progress=self._observer.on_progress,
         )

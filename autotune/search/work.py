@@ -6,7 +6,6 @@ single kernels are not in it: replayed, they misled (docs/LOG.md 2026-11-23).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -27,8 +26,6 @@ RECOMPUTED: dict[Checkpoint, float] = {
     "every_block": 1.0,
 }
 """Share of the forward pass that is done twice; of what ``selective`` does not keep, a guess."""
-THREADS_POWER = 0.5
-"""A step's rate goes by this power of the threads: not all of it is done by several."""
 
 
 def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[[Padding, int], float]:
@@ -44,8 +41,6 @@ def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[
     return tokens
 
 
-def work_of(strategy: Strategy, tokens: float, num_cores: int) -> float:
-    """Of a sample that takes so many tokens, on so many cores where the device is the CPU."""
-    threads = strategy.threads or num_cores
-    recomputed = 1 + FORWARD_SHARE * RECOMPUTED[strategy.checkpoint]
-    return tokens * recomputed * math.pow(num_cores / threads, THREADS_POWER)
+def work_of(strategy: Strategy, tokens: float) -> float:
+    """Of a sample that takes so many tokens."""
+    return tokens * (1 + FORWARD_SHARE * RECOMPUTED[strategy.checkpoint])

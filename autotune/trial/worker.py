@@ -53,6 +53,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     min_laps: int
     min_s: float = 0.0
     enough_s: float = float("inf")
+    least_laps: int = 3
+    """However many seconds are spent, unless a lap takes as long as all of these should."""
     narrow: float = float("inf")
     """Half the 95 % interval of the mean, relative, at which timing may end."""
     longest: bool = False
@@ -197,6 +199,7 @@ def _serve(connection: Connection, job: Job) -> None:
             min_laps=command.min_laps,
             min_s=command.min_s,
             enough_s=command.enough_s,
+            least_laps=command.least_laps,
             narrow=command.narrow,
             on_lap=report,
         )

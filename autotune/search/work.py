@@ -36,7 +36,7 @@ def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[
         plan = plan_epoch(
             some, global_batch=global_batch, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens, seed=0
         )
-        return sum(batch.padded_tokens for batch in plan) / len(some)
+        return max(1, sum(batch.padded_tokens for batch in plan)) / len(some)
 
     return tokens
 

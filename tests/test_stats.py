@@ -19,6 +19,14 @@ def test_unpaired_means_feel_the_drift() -> None:
     assert interval.low < 2.6 < interval.ratio < 3.4 < interval.high
 
 
+def test_two_figures_that_happen_to_agree_do_not_make_it_sure() -> None:
+    interval = ratio_of_means([4.0, 4.1], [1.0, 1.02, 0.98, 1.0])
+    assert interval.low < 3.6 < interval.ratio < 4.5 < interval.high
+    generator = np.random.default_rng(0)
+    found = [ratio_of_means(*generator.normal(1, 0.05, (2, 3)).tolist()) for _ in range(400)]
+    assert np.mean([one.low <= 1 <= one.high for one in found]) > 0.93
+
+
 @given(st.lists(st.floats(0.5, 2.0), min_size=2, max_size=15), st.integers(0, 9))
 def test_the_interval_holds_the_ratio(times: list[float], seed: int) -> None:
     others = np.random.default_rng(seed).uniform(0.5, 2, len(times)).tolist()

@@ -44,6 +44,8 @@ BUDGET = 0.15
 """Of the grid's total cost, what every method may spend."""
 WITHIN = (0.05, 0.02, 0.01)
 AT = (0.05, 0.10)
+MIN_SETTINGS = 20
+"""Fewer are no grid to search."""
 
 
 def replayed(path: Path, name: str, seed: int) -> list[tuple[float, float]]:
@@ -126,6 +128,9 @@ def show(path: Path, seeds: int, methods: Sequence[str], processes: int) -> None
     hardware, best = recorded.grid.header.hardware, min(recorded.truth, key=recorded.truth.__getitem__)
     console = stdout()
     console.print(f"{path.name}: {hardware.device.name}, torch {hardware.device.versions['torch']}")
+    if len(recorded.truth) < MIN_SETTINGS:
+        console.print(f"{len(recorded.truth)} settings ran, {MIN_SETTINGS} are wanted: go on with benchmarks.record")
+        return
     console.print(
         f"{len(recorded.by_strategy)} settings, {len(recorded.grid.records)} trials, {recorded.total_s / 60:.0f} min; "
         f"records of one setting differ by {recorded.deviation:.1%} (standard deviation), the truth is known to "

@@ -37,7 +37,7 @@ def scripted(strategy: Strategy) -> Measurement:
     rate *= {"max": 1, "longest": 1.2, "buckets": 1.8, "packed": 1.7}[strategy.padding]
     rate *= {1: 0.5, 2: 0.8, 4: 1.1, 8: 1.3, 16: 1.2, 32: 1}[strategy.micro_batch]
     rate *= {"none": 1, "every_4th": 0.95, "every_2nd": 0.9}.get(strategy.checkpoint, 0.8)
-    rate *= 1 - 0.05 * (strategy.workers + (strategy.threads > 0) + (strategy.compile != "none"))
+    rate *= 1 - 0.05 * strategy.workers
     rate *= {"default": 1, "retain": 1.1}[strategy.allocator]
     memory = strategy.micro_batch * 60 * 2**20
     return factories.measurement(rate, peak_memory_bytes=memory)

@@ -16,7 +16,7 @@ import numpy as np
 from autotune.measurement import Measurement, Outcome, Trial
 from autotune.search import memory
 from autotune.search.explain import Share, estimated
-from autotune.search.finals import num_changed
+from autotune.search.finals import TIE, num_changed
 from autotune.search.objective import FASTEST, Aim, drift_doubt, held_to_speed, loss_of, slowdown
 from autotune.search.proof import Proof
 from autotune.search.surrogate import PRIOR_OF_MEMORY, Known, Surrogate
@@ -32,8 +32,6 @@ START_S, COMPILE_S = 1.0, 40.0
 """What a trial takes beyond its steps before one was tried, and what a compiled one does."""
 NOISE, NOISE_PRUNED = 0.05, 0.15
 """Relative standard deviation of a trial's seconds at best, and of one that was given up after two laps."""
-AS_GOOD = 0.01
-"""Losses that differ by less are alike."""
 TOO_DOUBTFUL = 0.1
 """The best is measured again where the device's drift since makes its figure so uncertain."""
 NO_WAIT = 0.01
@@ -106,7 +104,7 @@ class History:
         surrogate = Surrogate(self._task.space.values, self.known(aim), self._task.prior(aim))
         expected, _ = surrogate.predict([trial.strategy for trial in contenders])
         ranked = zip(expected.tolist(), contenders, strict=True)
-        order = sorted(ranked, key=lambda pair: (round(pair[0] / AS_GOOD), num_changed(pair[1].strategy)))
+        order = sorted(ranked, key=lambda pair: (round(pair[0] / TIE), num_changed(pair[1].strategy)))
         return [(math.exp(log), trial) for log, trial in order]
 
     def may_win(self, trial: Trial, measurement: Measurement) -> bool:

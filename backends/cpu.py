@@ -188,6 +188,11 @@ def usable_cores() -> int:
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
+def thread_counts(cores: int) -> tuple[int, ...]:
+    """All of so many cores, half of them, a quarter, ... down to one."""
+    return (cores, *thread_counts(cores // 2)) if cores else ()
+
+
 class CgroupMemory(NamedTuple):
     """What the cgroups over this process allow."""
 

@@ -37,6 +37,7 @@ def hardware(**refused: str) -> Hardware:
         "compile.default",
         "compile.max-autotune",
         "allocator.retain",
+        "threads.1",
     ]
     names += [
         f"attention.{a}.{p}" for a in ("eager", "sdpa", "sdpa_math", "sdpa_flash") for p in ("fp32", "bf16", "fp16")
@@ -49,6 +50,8 @@ def hardware(**refused: str) -> Hardware:
             return {"gflop_per_s": rate[name]}
         if name.startswith("attention."):
             return {"forward_ms": slow[name.split(".")[1]], "backward_ms": 1.0}
+        if name == "threads.1":
+            return {"speed_ratio": 0.5}
         return {}
 
     return Hardware(

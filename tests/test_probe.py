@@ -280,6 +280,18 @@ def test_the_standard_checks_cover_every_compile_mode_and_end_with_them() -> Non
     assert len(names) == len(set(names))
 
 
+def test_fewer_threads_are_timed_against_torchs_own_choice_which_stays() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert compute.threads(CPU, 1)["speed_ratio"] > 0
+        with pytest.raises(RefusalError, match="torch takes 2 by itself"):
+            compute.threads(CPU, 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_attention_that_is_off_from_fp32_is_refused() -> None:
     def without_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         return (q @ k.transpose(-2, -1)).softmax(-1) @ v

@@ -68,6 +68,8 @@ def test_the_tokens_that_a_setting_computes_are_known_without_a_trial(prepared: 
     work = {name: prior.work(msgspec.structs.replace(task.baseline, checkpoint=name)) for name in get_args(Checkpoint)}
     assert work["every_block"] == pytest.approx(work["none"] * 4 / 3)
     assert work["every_block"] > work["every_2nd"] > work["every_4th"] > work["none"] == work["memory_budget"]
+    halved = msgspec.structs.replace(task.baseline, threads=1)
+    assert prior.work(halved) == 2 * prior.work(task.baseline), "the probe found one thread half as fast as all"
 
 
 def test_the_baseline_alone_is_timed_once(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:

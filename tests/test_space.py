@@ -159,6 +159,8 @@ def test_every_value_that_is_not_searched_has_its_reason(prepared: Prepared) -> 
         for value in values:
             assert value in space.values[knob] or space.left_out[f"{knob}={value}"], f"{knob}={value}"
     assert space.left_out["compile_scope=blocks"] == "the model repeats no block"
+    assert space.values["threads"] == (0, 1)
+    assert space.left_out["threads=2"] == "unknown: not probed"
     assert space.left_out["workers=8"] == f"there are {factories.hardware().device.num_cores} cores"
 
 

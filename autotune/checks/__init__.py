@@ -13,6 +13,7 @@ from typing import get_args
 import msgspec
 
 from autotune.backends.base import Backend
+from autotune.backends.cpu import thread_counts, usable_cores
 from autotune.checks.compute import (
     allocator,
     autocast,
@@ -22,6 +23,7 @@ from autotune.checks.compute import (
     matmul,
     memory_copy,
     optimizer,
+    threads,
 )
 from autotune.checks.kernels import ATTENTION_PRECISIONS, attention
 from autotune.checks.tools import Figures, RefusalError, first_line
@@ -56,6 +58,9 @@ def standard(backend: Backend) -> tuple[Check, ...]:
         Check(name="channels_last", run=channels_last),
         Check(name="memory_copy", run=memory_copy),
     ]
+    if backend.device_type == "cpu":
+        counts = thread_counts(usable_cores())
+        checks += [Check(name=f"threads.{count}", run=functools.partial(threads, count=count)) for count in counts]
     checks += [
         Check(
             name=f"attention.{kernel}.{p}",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 _MATMUL_S = 0.25
+_THREADS_SIDE = 1024
+THREADS_SPEED = "speed_ratio"
 _COPY_BYTES = 128 * 2**20
 _FRESH_BYTES = 64 * 2**20
 
@@ -147,6 +149,29 @@ def memory_copy(backend: Backend) -> Figures:
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=torch_device(backend))
     target = torch.empty_like(source)
     return {"gib_per_s": _COPY_BYTES / 2**30 / best_s_of(backend, lambda: target.copy_(source), 0.2)}
+
+
+def threads(backend: Backend, count: int) -> Figures:
+    """How fast a matmul is on so many threads, as a ratio to torch's own choice, the two timed in turns.
+
+    As many as torch takes by itself, or more, are refused. Of its own it takes the machine's physical cores, whatever a
+    cgroup allows.
+    """
+    import torch
+
+    own = torch.get_num_threads()
+    if count >= own:
+        raise RefusalError(f"torch takes {own} by itself")
+    a_NN, b_NN = (random_tensor(backend, (_THREADS_SIDE, _THREADS_SIDE), seed) for seed in (1, 2))
+    bests_s = {own: float("inf"), count: float("inf")}
+    try:
+        for num_threads in (own, count) * 3:
+            torch.set_num_threads(num_threads)
+            run_s = best_s_of(backend, functools.partial(torch.matmul, a_NN, b_NN), _MATMUL_S / 10)
+            bests_s[num_threads] = min(bests_s[num_threads], run_s)
+    finally:
+        torch.set_num_threads(own)
+    return {THREADS_SPEED: bests_s[own] / bests_s[count]}
 
 
 def allocator(backend: Backend, setting: Allocator) -> Figures:

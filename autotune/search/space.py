@@ -9,6 +9,7 @@ from typing import Any, get_args
 import msgspec
 
 from autotune.backends.base import Backend
+from autotune.backends.cpu import thread_counts
 from autotune.checks.kernels import UNMASKED_MS
 from autotune.models.attention import SDPA_KERNELS
 from autotune.probe import Hardware
@@ -221,6 +222,8 @@ def build_space(
         reason = "the model repeats no block" if workload.num_blocks < 2 else "nothing compiles here"
         left_out["compile_scope=blocks"] = reason
         scopes = scopes[:1]
+    counts = thread_counts(hardware.device.num_cores) if backend.device_type == "cpu" else ()
+    threads = (0, *(count for count in counts if allowed("threads", str(count), f"threads.{count}")))
     workers = tuple(count for count in WORKERS if count <= hardware.device.num_cores)
     for count in WORKERS[len(workers) :]:
         left_out[f"workers={count}"] = f"there are {hardware.device.num_cores} cores"
@@ -245,7 +248,7 @@ def build_space(
             "precision": tuple(precisions),
             "padding": paddings,
             "optimizer": tuple(optimizers),
-            "threads": (0, *_halves(hardware.device.num_cores)) if backend.device_type == "cpu" else (0,),
+            "threads": threads,
             "workers": workers,
             "checkpoint": tuple(checkpoints),
             "memory_format": tuple(formats),
@@ -304,14 +307,6 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
             "optimizer": min(space.values["optimizer"], key=optimizer_ms),
         }
     )
-
-
-def _halves(cores: int) -> list[int]:
-    """Half the cores, a quarter, ... down to one."""
-    found = []
-    while (cores := cores // 2) >= 1:
-        found.append(cores)
-    return found
 
 
 def _needs(precision: Precision) -> tuple[str, ...]:

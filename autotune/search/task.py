@@ -11,6 +11,7 @@ import msgspec
 
 from autotune import __version__
 from autotune.backends.base import Backend
+from autotune.checks.compute import THREADS_SPEED
 from autotune.flops import Flops, flops_of, matmul_capability
 from autotune.measurement import Measurement
 from autotune.probe import Hardware
@@ -114,9 +115,13 @@ class Task:
 
     def prior(self, aim: Aim) -> Prior:
         """What is expected of settings before any is tried: that their time, or energy, goes by their work."""
-        return prior_of(
-            aim.memory, lambda strategy: work_of(strategy, self.tokens(strategy.padding, strategy.micro_batch))
-        )
+
+        def work(strategy: Strategy) -> float:
+            measured = self.hardware.capability(f"threads.{strategy.threads}").measured
+            tokens = self.tokens(strategy.padding, strategy.micro_batch)
+            return work_of(strategy, tokens, measured.get(THREADS_SPEED, 1.0))
+
+        return prior_of(aim.memory, work)
 
     @property
     def context_bytes(self) -> int:

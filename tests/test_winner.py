@@ -17,7 +17,7 @@ from autotune.search.proof import Proof
 from autotune.search.result import profile_of
 from autotune.strategy import Strategy, baseline
 from autotune.trial.runner import TrialEndedError
-from autotune.trial.worker import Job
+from autotune.trial.worker import Job, Soak
 from tests import factories
 from tests.observing import Silent
 from tests.scripted import (
@@ -228,6 +228,21 @@ def test_a_winner_that_does_not_train_as_the_baseline_does_is_passed_over(
     failed = [trial for trial in result.trials if trial.outcome == "diverged"]
     assert failed
     assert all(trial.reason == "in the last test: scripted" for trial in failed)
+
+
+@pytest.mark.parametrize(("budget_s", "soak_s"), [(60.0, 6.0), (300.0, 30.0), (3600.0, 30.0), (None, 30.0)])
+def test_the_winner_soaks_for_a_tenth_of_the_budget_or_half_a_minute(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, budget_s: float | None, soak_s: float
+) -> None:
+    soaks: list[Soak] = []
+
+    def proved(job: Job, reference: object, *, soak: Soak, **_: Any) -> Proof:
+        soaks.append(soak)
+        return prove_scripted(job, reference)
+
+    scripted_device.setattr(study, "prove", proved)
+    searched(prepared, max_trials=3, budget_s=budget_s)
+    assert [soak.enough_s for soak in soaks] == [soak_s]
 
 
 def test_what_was_given_up_against_a_setting_that_fails_is_tried_again(

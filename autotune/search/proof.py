@@ -13,7 +13,9 @@ from autotune.strategy import Padding
 from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Job, Progress, Soak, Trace
 
-SOAK = Soak(enough_steps=50, enough_s=30.0)
+LONGEST_SOAK = Soak(enough_steps=50, enough_s=30.0)
+SOAK_SHARE = 0.1
+"""Of a search's budget: a search of a minute that soaked for half of another would not be one."""
 NUM_PADDED = 4
 """Samples that tell whether a model masks its padding."""
 
@@ -34,9 +36,15 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """Of those steps and an evaluation among them."""
 
 
-def needed_s(baseline_step_s: float) -> float:
+def soak_of(budget_s: float | None) -> Soak:
+    """How long a search of so many seconds soaks its winner."""
+    share_s = math.inf if budget_s is None else SOAK_SHARE * budget_s
+    return msgspec.structs.replace(LONGEST_SOAK, enough_s=min(LONGEST_SOAK.enough_s, share_s))
+
+
+def needed_s(baseline_step_s: float, soak: Soak) -> float:
     """Seconds that the last test of one setting takes, with the reference's losses."""
-    return min(SOAK.enough_s, 2 * SOAK.enough_steps * baseline_step_s) + 3 * baseline_step_s + 1
+    return min(soak.enough_s, 2 * soak.enough_steps * baseline_step_s) + 3 * baseline_step_s + 1
 
 
 def reference_losses(
@@ -69,6 +77,7 @@ def prove(
     job: Job,
     reference: tuple[float, ...] | TrialEndedError,
     *,
+    soak: Soak = LONGEST_SOAK,
     timeout_s: float,
     silence_s: float = math.inf,
     memory_limit_bytes: int,
@@ -88,7 +97,7 @@ def prove(
                 deviation = trace.deviation(reference, losses)
                 if (reason := trace.difference(job.strategy, reference, losses)) is not None:
                     return Proof(outcome="diverged", reason=reason, loss_deviation=deviation)
-            soaked = session.soak(SOAK, timeout_s=timeout_s + SOAK.enough_s, on_progress=on_progress)
+            soaked = session.soak(soak, timeout_s=timeout_s + soak.enough_s, on_progress=on_progress)
     except TrialEndedError as end:
         return Proof(outcome=end.outcome, reason=end.reason, loss_deviation=deviation)
     return Proof(

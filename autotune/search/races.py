@@ -35,7 +35,7 @@ class Races:
     def left_s(self) -> float:
         """Of the budget, but for the last test."""
         budget_s = self._task.settings.budget_s
-        return math.inf if budget_s is None else budget_s - self._trials.elapsed_s() - proof.needed_s(self._step_s)
+        return math.inf if budget_s is None else budget_s - self._trials.elapsed_s() - self._last_test_s()
 
     def reserved_s(self) -> float:
         """What the trials have to leave of the budget."""
@@ -44,7 +44,7 @@ class Races:
         field = self._field(self._share_s())
         shortest_s = self._heat_s(field) if field else self.shortest_s(self._history.finalists())
         least_s = LEAST_SHARE * (self._task.settings.budget_s or 0.0)
-        return max(shortest_s, least_s) + proof.needed_s(self._step_s)
+        return max(shortest_s, least_s) + self._last_test_s()
 
     def finalists(self) -> list[Trial]:
         """Who enters the race. Where time and memory allow, they come out of a heat: a larger field, raced for a few
@@ -110,6 +110,9 @@ class Races:
             self._history.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
         if race.failures:
             self._trials.reconsider()
+
+    def _last_test_s(self) -> float:
+        return proof.needed_s(self._step_s, proof.soak_of(self._task.settings.budget_s))
 
     @property
     def _step_s(self) -> float:

@@ -8,9 +8,11 @@ size, and so change the training; ours keeps the recipe's global batch. Nothing 
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,14 +66,18 @@ class Timed(NamedTuple):
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(list(PEERS)), help="Default: all.")
 @click.option("--budget", multiple=True, default=("1m", "5m"), show_default=True, help="Of our own searches.")
+@click.option("--resume", is_flag=True, help="Take over the choices that a run which was cut off has kept.")
 @click.option("--seconds", default=120.0, show_default=True, help="Of each race.")
-def main(only: tuple[str, ...], budget: tuple[str, ...], seconds: float) -> None:
+def main(only: tuple[str, ...], budget: tuple[str, ...], resume: bool, seconds: float) -> None:
     folder = ROOT / "build" / "peers"
+    if not resume:
+        for path in folder.glob("*.json"):
+            path.unlink()
     module = workloads.get("imdb")
     ref = module.prepare(None, limit=None, on_progress=print)
     workload = module.open_workload(ref)
-    ours = [ours_in(text, folder) for text in budget]
-    theirs = [theirs_in(name, folder, workload) for name in only or PEERS]
+    ours = [kept(f"autotune, {text}", folder, functools.partial(ours_in, text, folder)) for text in budget]
+    theirs = [kept(name, folder, functools.partial(theirs_in, name, folder, workload)) for name in only or PEERS]
     best = ours[-1]
     assert best.strategy is not None
     timed: dict[Strategy, Timed | str] = {}
@@ -90,10 +96,7 @@ def ours_in(budget: str, folder: Path) -> Choice:
     found = json.loads(done.stdout)
     knobs = {knob: found["best"]["strategy"][knob] for knob in Strategy.__struct_fields__}
     strategy = msgspec.convert(knobs, Strategy)
-    return kept(
-        Choice(tool=f"autotune, {budget}", words=describe(strategy), strategy=strategy, search_s=found["search_s"]),
-        folder,
-    )
+    return Choice(tool=f"autotune, {budget}", words=describe(strategy), strategy=strategy, search_s=found["search_s"])
 
 
 def theirs_in(name: str, folder: Path, workload: Workload) -> Choice:
@@ -111,19 +114,21 @@ def theirs_in(name: str, folder: Path, workload: Workload) -> Choice:
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=PEER_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return kept(Choice(tool=name, words="not done in time", strategy=None, search_s=float(PEER_TIMEOUT_S)), folder)
+        return Choice(tool=name, words="not done in time", strategy=None, search_s=float(PEER_TIMEOUT_S))
     if done.returncode:
-        return kept(Choice(tool=name, words=f"failed, status {done.returncode}", strategy=None, search_s=0.0), folder)
+        return Choice(tool=name, words=f"failed, status {done.returncode}", strategy=None, search_s=0.0)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     plain = msgspec.to_builtins(workload.baseline)
     strategy = msgspec.convert({**plain, **found["strategy"]}, Strategy)
-    return kept(Choice(tool=name, words=found["words"], strategy=strategy, search_s=found["search_s"]), folder)
+    return Choice(tool=name, words=found["words"], strategy=strategy, search_s=found["search_s"])
 
 
-def kept(choice: Choice, folder: Path) -> Choice:
-    """The choice, on disk at once."""
-    replace_file(folder / f"{choice.tool.replace(', ', '-')}.json", msgspec.json.encode(choice))
-    return choice
+def kept(tool: str, folder: Path, choose: Callable[[], Choice]) -> Choice:
+    """What a tool chooses, on disk at once; what is there is not chosen again."""
+    path = folder / f"{tool.replace(', ', '-')}.json"
+    if not path.is_file():
+        replace_file(path, msgspec.json.encode(choose()))
+    return msgspec.json.decode(path.read_bytes(), type=Choice)
 
 
 def in_turns(ours: Strategy, theirs: Strategy, ref: WorkloadRef, seconds: float) -> Timed | str:

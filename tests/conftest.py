@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,12 +48,18 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def probed() -> None:
-    """This machine's real probe, in the cache. The tests beside these keep it busy, so that the command itself would
-    not keep what it measures, and would probe each time."""
-    with pytest.MonkeyPatch.context() as patch:
+def probed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """This machine's real probe, in the cache; the first of the suite's workers to ask has it measured. The tests
+    beside these keep the machine busy, so that the command would not keep what it measures, and would probe each time.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "probe"
+    shared.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         patch.setattr("autotune.contention.Load.busy_cores", lambda self, num_cores, children_s: 0.0)
-        probe(backends.get("cpu"), cache_dir=store.cache_dir() / "probe")
+        probe(backends.get("cpu"), cache_dir=shared)
+        shutil.copytree(shared, store.cache_dir() / "probe", dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")

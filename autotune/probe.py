@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import itertools
+import os
 import tempfile
 import time
 import warnings
@@ -279,8 +280,9 @@ def cached_probe(fingerprint: str, cache_dir: Path) -> Hardware | None:
 
 
 def _cache_name(device: Device, wanted: Sequence[Check]) -> str:
-    """One file for a device, its software and what is asked of it."""
-    software = [PROBE_VERSION, sorted(device.versions.items()), [check.name for check in wanted]]
+    """One file for a device, its software, what the environment tells it and what is asked of it."""
+    told = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
+    software = [PROBE_VERSION, sorted(device.versions.items()), told, [check.name for check in wanted]]
     return f"hardware-{device.fingerprint}-{hashlib.sha256(msgspec.json.encode(software)).hexdigest()[:12]}.json"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from autotune import backends, store, workloads
@@ -54,9 +54,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> None:
     """
     own = tmp_path_factory.getbasetemp()
     shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "probe"
-    shared.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch, (shared / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.MonkeyPatch.context() as patch, FileLock(shared.with_suffix(".lock")):
         patch.setattr("autotune.contention.Load.busy_cores", lambda self, num_cores, children_s: 0.0)
         probe(backends.get("cpu"), cache_dir=shared)
         shutil.copytree(shared, store.cache_dir() / "probe", dirs_exist_ok=True)

@@ -1,4 +1,5 @@
-"""The command as a person runs it: real processes, real files, exit status and what is printed where."""
+"""The command as a person runs it: real files, exit status and what is printed where; in processes of their own but for
+most refusals."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from tests.faulty import NAME
 
 pytestmark = [pytest.mark.xdist_group("interrupted"), pytest.mark.usefixtures("probed")]
 
-SEARCH = ("search", "--model", NAME, "--trials", "5", "--budget", "1m", "--no-explain", "--epochs", "1000")
+SEARCH = ("search", "--model", NAME, "--trials", "5", "--epochs", "1000")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from autotune import backends, checks
 from autotune.backends.base import Backend, Capability
+from autotune.backends.cpu import thread_counts
 from autotune.checks import Check, Figures, RefusalError, compute, kernels
 from autotune.contention import Load
 from autotune.errors import AutotuneError
@@ -280,16 +281,37 @@ def test_the_standard_checks_cover_every_compile_mode_and_end_with_them() -> Non
     assert len(names) == len(set(names))
 
 
-def test_fewer_threads_are_timed_against_torchs_own_choice_which_stays() -> None:
+def test_other_threads_are_timed_against_torchs_own_choice_which_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert compute.threads(CPU, 1)["speed_ratio"] > 0
-        with pytest.raises(RefusalError, match="torch takes 2 by itself"):
+        with monkeypatch.context() as patch:
+            patch.setattr(compute, "mean_s_of", lambda *_: 6.0 / torch.get_num_threads())
+            assert compute.threads(CPU, 1) == {"speed_ratio": 0.5}
+            assert compute.threads(CPU, 3) == {"speed_ratio": 1.5}
+        assert 0.1 < compute.threads(CPU, 1)["speed_ratio"] < 10, "really timed"
+        with pytest.raises(RefusalError, match="torch's own choice"):
             compute.threads(CPU, 2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_are_halved_down_to_one_and_are_a_cpus() -> None:
+    assert [thread_counts(cores) for cores in (1, 2, 6)] == [(1,), (2, 1), (6, 3, 1)]
+    assert any(check.name == "threads.1" for check in checks.standard(CPU))
+    assert not any(check.name.startswith("threads.") for check in checks.standard(backends.get("cuda")))
+
+
+def test_a_probe_is_kept_for_the_threads_that_the_environment_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for told in ("1", "2", "1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+        found.append(probe(CPU, cache_dir=tmp_path, only=[Check(name="works", run=works)]))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert found[0].probe_s == found[2].probe_s
 
 
 def test_attention_that_is_off_from_fp32_is_refused() -> None:

@@ -230,9 +230,18 @@ def test_a_winner_that_does_not_train_as_the_baseline_does_is_passed_over(
     assert all(trial.reason == "in the last test: scripted" for trial in failed)
 
 
-@pytest.mark.parametrize(("budget_s", "soak_s"), [(60.0, 6.0), (300.0, 30.0), (3600.0, 30.0), (None, 30.0)])
+@pytest.mark.parametrize(
+    ("settings", "soak_s"),
+    [
+        ({"budget_s": 60.0}, 6.0),
+        ({"budget_s": 300.0}, 30.0),
+        ({"budget_s": 3600.0}, 30.0),
+        ({"budget_s": None}, 30.0),
+        ({"budget_s": 60.0, "memory_budget_bytes": 8 * GIB}, 30.0),
+    ],
+)
 def test_the_winner_soaks_for_a_tenth_of_the_budget_or_half_a_minute(
-    prepared: Prepared, scripted_device: pytest.MonkeyPatch, budget_s: float | None, soak_s: float
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, settings: dict[str, Any], soak_s: float
 ) -> None:
     soaks: list[Soak] = []
 
@@ -241,7 +250,7 @@ def test_the_winner_soaks_for_a_tenth_of_the_budget_or_half_a_minute(
         return prove_scripted(job, reference)
 
     scripted_device.setattr(study, "prove", proved)
-    searched(prepared, max_trials=3, budget_s=budget_s)
+    searched(prepared, max_trials=3, **settings)
     assert [soak.enough_s for soak in soaks] == [soak_s]
 
 

@@ -17,6 +17,7 @@ from autotune.checks.tools import (
     RefusalError,
     best_s_of,
     dtype_of,
+    mean_s_of,
     precision_set,
     random_tensor,
     require_finite,
@@ -152,23 +153,23 @@ def memory_copy(backend: Backend) -> Figures:
 
 
 def threads(backend: Backend, count: int) -> Figures:
-    """How fast a matmul is on so many threads, as a ratio to torch's own choice, the two timed in turns.
+    """How many times as fast as with torch's own choice a matmul is on so many threads, the two timed in turns.
 
-    As many as torch takes by itself, or more, are refused. Of its own it takes the machine's physical cores, whatever a
-    cgroup allows.
+    That choice itself is refused. A run's seconds are the mean of several periods of the kernel's scheduler: under a
+    cgroup's quota the shortest run is one that began a period, before its threads were stopped.
     """
     import torch
 
     own = torch.get_num_threads()
-    if count >= own:
-        raise RefusalError(f"torch takes {own} by itself")
+    if count == own:
+        raise RefusalError("torch's own choice")
     a_NN, b_NN = (random_tensor(backend, (_THREADS_SIDE, _THREADS_SIDE), seed) for seed in (1, 2))
+    multiply = functools.partial(torch.matmul, a_NN, b_NN)
     bests_s = {own: float("inf"), count: float("inf")}
     try:
-        for num_threads in (own, count) * 3:
+        for num_threads in (own, count) * 2:
             torch.set_num_threads(num_threads)
-            run_s = best_s_of(backend, functools.partial(torch.matmul, a_NN, b_NN), _MATMUL_S / 10)
-            bests_s[num_threads] = min(bests_s[num_threads], run_s)
+            bests_s[num_threads] = min(bests_s[num_threads], mean_s_of(backend, multiply, _MATMUL_S))
     finally:
         torch.set_num_threads(own)
     return {THREADS_SPEED: bests_s[own] / bests_s[count]}

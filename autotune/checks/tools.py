@@ -72,6 +72,18 @@ def require_finite(*tensors: torch.Tensor | None) -> None:
             raise RefusalError("the result is not finite, or all zero")
 
 
+def mean_s_of(backend: Backend, call: Callable[[], object], budget_s: float) -> float:
+    """The mean of all runs that the budget takes, after one to warm up. Seconds."""
+    call()
+    backend.synchronize()
+    start_s, num_runs = time.perf_counter(), 0
+    while num_runs == 0 or time.perf_counter() - start_s < budget_s:
+        call()
+        backend.synchronize()
+        num_runs += 1
+    return (time.perf_counter() - start_s) / num_runs
+
+
 def best_s_of(backend: Backend, call: Callable[[], object], budget_s: float) -> float:
     """The shortest of at least two runs, after one to warm up, repeated until the budget is spent. Seconds."""
     call()

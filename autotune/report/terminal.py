@@ -38,7 +38,7 @@ _UNITS = {
     "backward_ms": "backward {:.2f} ms",
     "step_ms": "step {:.2f} ms",
     "first_call_s": "first call {:.1f} s",
-    "speed_ratio": "{:.2f}x as fast as all",
+    "speed_ratio": "{:.2f}x as fast as torch's choice",
 }
 
 

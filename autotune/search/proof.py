@@ -14,8 +14,6 @@ from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Job, Progress, Soak, Trace
 
 LONGEST_SOAK = Soak(enough_steps=50, enough_s=30.0)
-SOAK_SHARE = 0.1
-"""Of a search's budget: a search of a minute that soaked for half of another would not be one."""
 NUM_PADDED = 4
 """Samples that tell whether a model masks its padding."""
 
@@ -34,12 +32,6 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """Steps taken, on the longest samples in a row and then as an epoch has them."""
     peak_memory_bytes: int = 0
     """Of those steps and an evaluation among them."""
-
-
-def soak_of(budget_s: float | None) -> Soak:
-    """How long a search of so many seconds soaks its winner."""
-    share_s = math.inf if budget_s is None else SOAK_SHARE * budget_s
-    return msgspec.structs.replace(LONGEST_SOAK, enough_s=min(LONGEST_SOAK.enough_s, share_s))
 
 
 def needed_s(baseline_step_s: float, soak: Soak) -> float:
@@ -77,7 +69,7 @@ def prove(
     job: Job,
     reference: tuple[float, ...] | TrialEndedError,
     *,
-    soak: Soak = LONGEST_SOAK,
+    soak: Soak,
     timeout_s: float,
     silence_s: float = math.inf,
     memory_limit_bytes: int,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
+
 from autotune.measurement import Trial
 from autotune.search import finals, proof
 from autotune.search.finals import Entrant, Race, ranked
@@ -14,6 +16,7 @@ from autotune.search.settings import Observer
 from autotune.search.standings import MIN_RACED, Standings
 from autotune.search.task import Task
 from autotune.search.trials import Trials
+from autotune.trial.worker import Soak
 
 FIELD, NUM_THROUGH = 6, 2
 """So many enter the heat at most, and so many of them the race."""
@@ -21,6 +24,8 @@ FINALS_SHARE, LEAST_SHARE = 0.3, 0.15
 """At most this share of the budget goes to heat and race, and at least so much is left for them."""
 FINALS_S = 60.0
 """So long are they at most where there is no budget, and no longer than the trials took."""
+SOAK_SHARE = 0.1
+"""At most this share of the budget goes to the soak: a search of a minute would else soak for half of another."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""
 
@@ -112,7 +117,16 @@ class Races:
             self._trials.reconsider()
 
     def _last_test_s(self) -> float:
-        return proof.needed_s(self._step_s, proof.soak_of(self._task.settings.budget_s))
+        return proof.needed_s(self._step_s, self.soak)
+
+    @property
+    def soak(self) -> Soak:
+        """Of the winner: in full where a memory budget is to be held, as memory grows with the steps."""
+        settings = self._task.settings
+        if settings.budget_s is None or settings.memory_budget_bytes is not None:
+            return proof.LONGEST_SOAK
+        enough_s = min(proof.LONGEST_SOAK.enough_s, SOAK_SHARE * settings.budget_s)
+        return msgspec.structs.replace(proof.LONGEST_SOAK, enough_s=enough_s)
 
     @property
     def _step_s(self) -> float:

@@ -15,7 +15,7 @@ from autotune.search import cold, explain
 from autotune.search.explain import Share
 from autotune.search.journal import open_journal
 from autotune.search.objective import Aim
-from autotune.search.proof import Proof, prove, reference_losses, soak_of
+from autotune.search.proof import Proof, prove, reference_losses
 from autotune.search.races import MIN_LAST_TEST_S, Races
 from autotune.search.result import Choice, Result
 from autotune.search.settings import Observer
@@ -179,7 +179,7 @@ class _Search:
         found = prove(
             self.task.job(trial.strategy),
             self._reference_losses,
-            soak=soak_of(self.task.settings.budget_s),
+            soak=self.races.soak,
             timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(trial.strategy) + warm_up_s),
             silence_s=self.trials.silence_s(trial.strategy),
             memory_limit_bytes=self.task.memory_limit_bytes,

@@ -1,8 +1,8 @@
 """What a setting has to do beside others, as far as that is known without a trial. Only ratios mean something.
 
-The surrogate divides by it: a trial tells how far a setting is from what its work makes it take. How many times as fast
-as all threads fewer are is the probe's; its times of single kernels are not in it: replayed, they misled (docs/LOG.md
-2026-11-23).
+The surrogate divides by it: a trial tells how far a setting is from what its work makes it take. What a
+number of threads is worth is the probe's; its times of single kernels are not in it: replayed, they misled
+(docs/LOG.md 2026-11-23).
 """
 
 from __future__ import annotations
@@ -42,6 +42,6 @@ def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[
     return tokens
 
 
-def work_of(strategy: Strategy, tokens: float, threads_speed: float = 1.0) -> float:
-    """Of a sample that takes so many tokens, on threads whose matmuls are so many times as fast as on all."""
+def work_of(strategy: Strategy, tokens: float, threads_speed: float) -> float:
+    """Of a sample that takes so many tokens, on threads that are so many times as fast as torch's own choice."""
     return tokens * (1 + FORWARD_SHARE * RECOMPUTED[strategy.checkpoint]) / threads_speed

@@ -70,14 +70,12 @@ class Timed(NamedTuple):
 @click.option("--seconds", default=120.0, show_default=True, help="Of each race.")
 def main(only: tuple[str, ...], budget: tuple[str, ...], resume: bool, seconds: float) -> None:
     folder = ROOT / "build" / "peers"
-    if not resume:
-        for path in folder.glob("*.json"):
-            path.unlink()
+    chosen = functools.partial(kept, folder=folder, resume=resume)
     module = workloads.get("imdb")
     ref = module.prepare(None, limit=None, on_progress=print)
     workload = module.open_workload(ref)
-    ours = [kept(f"autotune, {text}", folder, functools.partial(ours_in, text, folder)) for text in budget]
-    theirs = [kept(name, folder, functools.partial(theirs_in, name, folder, workload)) for name in only or PEERS]
+    ours = [chosen(f"autotune, {text}", functools.partial(ours_in, text, folder)) for text in budget]
+    theirs = [chosen(name, functools.partial(theirs_in, name, folder, workload)) for name in only or PEERS]
     best = ours[-1]
     assert best.strategy is not None
     timed: dict[Strategy, Timed | str] = {}
@@ -123,12 +121,16 @@ def theirs_in(name: str, folder: Path, workload: Workload) -> Choice:
     return Choice(tool=name, words=found["words"], strategy=strategy, search_s=found["search_s"])
 
 
-def kept(tool: str, folder: Path, choose: Callable[[], Choice]) -> Choice:
-    """What a tool chooses, on disk at once; what is there is not chosen again."""
+def kept(tool: str, choose: Callable[[], Choice], *, folder: Path, resume: bool) -> Choice:
+    """What a tool chooses, on disk at once. With ``resume`` what it chose before, where that is something."""
     path = folder / f"{tool.replace(', ', '-')}.json"
-    if not path.is_file():
-        replace_file(path, msgspec.json.encode(choose()))
-    return msgspec.json.decode(path.read_bytes(), type=Choice)
+    if resume and path.is_file():
+        before = msgspec.json.decode(path.read_bytes(), type=Choice)
+        if before.strategy is not None:
+            return before
+    choice = choose()
+    replace_file(path, msgspec.json.encode(choice))
+    return choice
 
 
 def in_turns(ours: Strategy, theirs: Strategy, ref: WorkloadRef, seconds: float) -> Timed | str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import subprocess
 import sys
@@ -29,30 +27,12 @@ def called(*arguments: str | Path) -> int:
     return run([*map(str, arguments)])
 
 
-def autotune_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """``called``, with what it prints."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        status = called(*arguments)
-    return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
-
-
-def refused(status: int, *arguments: str | Path) -> str:
-    """The one line that a refused call prints, in a process of its own."""
-    done = autotune(*arguments)
-    return _only_line(status, done.returncode, done.stdout, done.stderr)
-
-
-def refused_here(status: int, *arguments: str | Path) -> str:
-    """The one line that a refused call prints, in this process."""
-    done = autotune_here(*arguments)
-    return _only_line(status, done.returncode, done.stdout, done.stderr)
-
-
-def _only_line(status: int, returned: int, stdout: str, stderr: str) -> str:
-    assert returned == status, stderr
-    assert "Traceback" not in stderr
-    assert stdout == ""
-    lines = stderr.strip().splitlines()
-    assert len(lines) == 1, stderr
+def refused(status: int, *arguments: str | Path, **environment: str) -> str:
+    """The one line that a refused call prints."""
+    done = autotune(*arguments, **environment)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
     return lines[0]

@@ -1,5 +1,4 @@
-"""The command as a person runs it: real files, exit status and what is printed where; in processes of their own but for
-most refusals."""
+"""The command as a person runs it: real processes, real files, exit status and what is printed where."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ import pytest
 from autotune import backends, store
 from autotune.profile import write_profile
 from tests import factories
-from tests.commands import autotune, autotune_here, refused, refused_here
+from tests.commands import autotune, refused
 
 # One worker runs all of these, so that they share one search.
 pytestmark = [pytest.mark.xdist_group("cli"), pytest.mark.usefixtures("probed")]
@@ -59,24 +58,24 @@ def test_an_unknown_verb_is_refused_with_the_nearest_name() -> None:
 
 
 def test_a_missing_model_is_a_usage_error() -> None:
-    assert "--model" in refused_here(2, "search")
+    assert "--model" in refused(2, "search")
 
 
 def test_a_bad_memory_budget_is_refused_with_an_example() -> None:
-    assert "6GiB" in refused_here(2, "search", "--model", "imdb", "--memory-budget", "six")
+    assert "6GiB" in refused(2, "search", "--model", "imdb", "--memory-budget", "six")
 
 
 def test_a_bad_budget_is_refused_with_an_example() -> None:
-    assert "90s" in refused_here(2, "search", "--model", "imdb", "--budget", "soon")
+    assert "90s" in refused(2, "search", "--model", "imdb", "--budget", "soon")
 
 
 def test_what_goes_together_is_said_where_it_does_not() -> None:
-    assert "--objective memory" in refused_here(2, "search", "--model", "imdb", "--min-speed", "0.8")
-    assert "--profile none" in refused_here(2, "train", "--model", "imdb", "--profile", "none", "--pick", "leanest")
+    assert "--objective memory" in refused(2, "search", "--model", "imdb", "--min-speed", "0.8")
+    assert "--profile none" in refused(2, "train", "--model", "imdb", "--profile", "none", "--pick", "leanest")
 
 
 def test_an_unknown_device_is_refused() -> None:
-    assert "cpu" in refused_here(2, "search", "--model", "imdb", "--device", "cpuu")
+    assert "cpu" in refused(2, "search", "--model", "imdb", "--device", "cpuu")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_bad_data_is_refused_before_anything_is_measured(tmp_path: Path, content
     path = tmp_path / "reviews.jsonl"
     if content is not None:
         path.write_text(content)
-    done = autotune_here("search", "--model", "imdb", "--data", path, "--profiles", tmp_path / "profiles")
+    done = autotune("search", "--model", "imdb", "--data", path, "--profiles", tmp_path / "profiles")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -104,7 +103,7 @@ def test_bad_data_is_refused_before_anything_is_measured(tmp_path: Path, content
 
 def test_an_unwritable_profile_folder_is_found_before_the_search(tmp_path: Path) -> None:
     (tmp_path / "profiles").write_text("a file in the way")
-    line = refused_here(1, "search", "--model", "imdb", "--profiles", tmp_path / "profiles")
+    line = refused(1, "search", "--model", "imdb", "--profiles", tmp_path / "profiles")
     assert "--profiles" in line
 
 
@@ -115,7 +114,7 @@ def own_profile(folder: Path, **changes: Any) -> Path:
 
 
 def test_train_refuses_another_devices_profile(tmp_path: Path) -> None:
-    line = refused_here(1, "train", "--model", "imdb", "--profile", own_profile(tmp_path))
+    line = refused(1, "train", "--model", "imdb", "--profile", own_profile(tmp_path))
     assert "another device" in line
 
 
@@ -123,10 +122,10 @@ def test_train_refuses_a_newer_or_wrong_or_missing_profile(tmp_path: Path) -> No
     path = own_profile(tmp_path)
     text = path.read_text()
     path.write_text(text.replace("schema = 1", "schema = 2"))
-    assert "schema 2" in refused_here(1, "train", "--model", "imdb", "--profile", path)
+    assert "schema 2" in refused(1, "train", "--model", "imdb", "--profile", path)
     path.write_text(text.replace("micro_batch = 8", 'micro_batch = "8"'))
-    assert "strategy.micro_batch" in refused_here(1, "train", "--model", "imdb", "--profile", path)
-    assert "no profile" in refused_here(1, "train", "--model", "imdb", "--profile", tmp_path / "none.toml")
+    assert "strategy.micro_batch" in refused(1, "train", "--model", "imdb", "--profile", path)
+    assert "no profile" in refused(1, "train", "--model", "imdb", "--profile", tmp_path / "none.toml")
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +209,13 @@ def test_profile_none_trains_the_plain_baseline(found: Found, tiny_reviews: Path
 def test_profiles_are_listed_shown_verified_and_exported(found: Found) -> None:
     report, _, folder = found
     path = report["profile_path"]
-    listed = autotune_here("profiles", "list", "--profiles", folder)
+    listed = autotune("profiles", "list", "--profiles", folder)
     assert "imdb" in listed.stdout
-    assert "Speed-up" in autotune_here("profiles", "show", path).stdout
-    assert "ok, schema 1" in autotune_here("profiles", "verify", path).stdout
-    exported = json.loads(autotune_here("profiles", "export", path, "--json").stdout)
+    assert "Speed-up" in autotune("profiles", "show", path).stdout
+    assert "ok, schema 1" in autotune("profiles", "verify", path).stdout
+    exported = json.loads(autotune("profiles", "export", path, "--json").stdout)
     assert exported["strategy"] == report["best"]["strategy"]
-    assert autotune_here("profiles", "export", path).stdout == Path(path).read_text()
+    assert autotune("profiles", "export", path).stdout == Path(path).read_text()
 
 
 def test_a_loaded_profile_gives_a_run_that_trains(

@@ -19,7 +19,7 @@ from autotune.errors import AutotuneError
 from autotune.strategy import Attention, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
-from tests.commands import autotune, autotune_here
+from tests.commands import autotune
 
 SCRIPT = """
 import torch
@@ -126,7 +126,7 @@ def test_an_attention_that_the_model_has_not_is_refused(script: Path) -> None:
 def test_a_search_and_a_training_of_a_script_from_the_command_line(script: Path, probed: None) -> None:
     profiles = script.parent / "found"
     where = ("--model", f"{script}:workload", "--profiles", str(profiles))
-    done = autotune("search", *where, "--budget", "20s", "--trials", "3", "--epochs", "1", "--json")
+    done = autotune("search", *where, "--trials", "3", "--epochs", "1", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["workload"]["name"] == "my_train.py:workload"
@@ -160,7 +160,7 @@ def test_the_space_is_explained(script: Path, probed: None) -> None:
     ],
 )
 def test_what_is_no_workload_is_refused_in_a_line(script: Path, name: str, words: str) -> None:
-    done = autotune_here("search", "--model", name.format(script))
+    done = autotune("search", "--model", name.format(script))
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert words in done.stderr.strip().splitlines()[-1]

@@ -61,6 +61,7 @@ def _leave_a_guard(connection: Connection, stderr_path: str) -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != guard:
             os._exit(1)
+        os.setpgid(0, 0)  # what it starts can be paused with it, and the guard is not
         return
     connection.close()
     threading.Thread(target=_outlive_nobody, args=(worker, stderr_path), daemon=True).start()

@@ -16,7 +16,7 @@ class Lap(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     seconds: float
-    """Wall time, loading and transfer included."""
+    """Wall time, loading and transfer included, without the pauses for the device's pulse."""
     wait_s: float
     """The part of it that was spent waiting for the loader."""
     num_steps: int
@@ -33,6 +33,8 @@ class Lap(msgspec.Struct, frozen=True, kw_only=True):
     """What the device drew; None where it has no counter."""
     num_compiled: int = 0
     """Graphs that torch.compile compiled meanwhile."""
+    pulse_s: float | None = None
+    """Seconds that a fixed piece of work took meanwhile: the device's own speed then."""
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -76,6 +78,8 @@ class Measurement(Rates, frozen=True, kw_only=True):
     """Reasons for which the compiler had to leave a part of the model to Python."""
     graph_break: str = ""
     """The first of them."""
+    pulse_s: float | None = None
+    """The device's own speed that the rates are for: laps from slower and faster moments are moved to it."""
 
     @property
     def compiler_words(self) -> str:
@@ -115,7 +119,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     others_cores: float | None = None
     """Of the cores that it might use, those that other work took while a finished trial was timed."""
     pulse_s: float | None = None
-    """Seconds that a fixed piece of work took around the trial: the device's own speed then."""
+    """Seconds that a fixed piece of work took: the device's own speed then."""
+    has_beats: bool = False
+    """Whether that was taken again and again while it was timed, not before and after."""
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

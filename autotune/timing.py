@@ -22,6 +22,7 @@ from autotune.apply import Run
 from autotune.cost import BY_TOKENS, Cost, Work, fit, total
 from autotune.data.batching import MicroBatch, PlannedBatch
 from autotune.measurement import Lap, Measurement
+from autotune.pace import Beats, even, slowdown_within, usual_pulse_s
 from autotune.stats import relative_margin
 from autotune.strategy import Strategy
 
@@ -54,8 +55,8 @@ class Timer:
     apart do not all time the same few batches.
     """
 
-    def __init__(self, run: Run, start: float = 0.0) -> None:
-        self._run = run
+    def __init__(self, run: Run, start: float = 0.0, beats: Beats | None = None) -> None:
+        self._run, self._beats = run, beats or Beats()
         self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
         self._order = list(_low_discrepancy(len(self._plan)))
         first = int(start * len(self._order))
@@ -64,8 +65,8 @@ class Timer:
         self._batches = run.loader.over([self._plan[index] for index in islice(cycle(self._order), _MAX_STREAM)])
         self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
         self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None
-        self._eval_seconds = 0.0
-        self._num_evaluated = 0
+        self._eval_laps: list[tuple[float, float | None]] = []
+        """Seconds and pulses of the evaluated batches."""
         self._eval_work = Work(0, 0, 0)
         self._fitted: tuple[int, Cost] = (0, BY_TOKENS)
         self._num_steps = 0
@@ -98,14 +99,15 @@ class Timer:
                 num_tokens += sum(micro.num_tokens for micro in batch)
                 now = time.perf_counter()
             synchronize()
-            seconds = time.perf_counter() - start
+            end = time.perf_counter()
             after_j = run.backend.energy_j()
         finally:
             if gc_was_enabled:
                 gc.enable()
+        paused_s, pulse_s = self._beats.during(start, end)
         lap = Lap(
-            seconds=seconds,
-            wait_s=wait_s,
+            seconds=end - start - paused_s,
+            wait_s=wait_s * (1 - paused_s / (end - start)),
             num_steps=len(losses),
             num_samples=num_samples,
             num_tokens=num_tokens,
@@ -114,6 +116,7 @@ class Timer:
             losses=self._finite(losses, norms),
             joules=None if before_j is None or after_j is None else after_j - before_j,
             num_compiled=num_compiled() - compiled_before,
+            pulse_s=pulse_s,
         )
         self.laps.append(lap)
         return lap
@@ -178,14 +181,16 @@ class Timer:
             planned, batch = next(self._eval_batches)
             self._run.evaluate([batch])
             synchronize()
-            self._eval_seconds += time.perf_counter() - start
+            end = time.perf_counter()
+            paused_s, pulse_s = self._beats.during(start, end)
+            self._eval_laps.append((end - start - paused_s, pulse_s))
             self._eval_work += _work(planned)
-            self._num_evaluated += 1
             if self._is_evaluated(enough_s):
                 return
 
     def _is_evaluated(self, enough_s: float) -> bool:
-        return self._num_evaluated >= MIN_EVAL_BATCHES and self._eval_seconds >= enough_s
+        seconds = sum(seconds for seconds, _ in self._eval_laps)
+        return len(self._eval_laps) >= MIN_EVAL_BATCHES and seconds >= enough_s
 
     @functools.cached_property
     def epoch(self) -> Epoch:
@@ -197,6 +202,11 @@ class Timer:
         """Seconds of a whole training epoch at the rate of some laps."""
         return self._rate(laps) * self._cost().of(self.epoch.work)
 
+    @property
+    def pulse_s(self) -> float | None:
+        """The device's own speed that the rates are for, the mean of all laps'; None where it was not taken."""
+        return usual_pulse_s(self.laps)
+
     def samples_per_s(self) -> float:
         """Real samples per second by what has been timed so far."""
         return self.epoch.num_samples / self.epoch_s(self.steady()[1])
@@ -204,11 +214,11 @@ class Timer:
     def margin(self, laps: list[Lap]) -> float:
         """Half the 95 % interval of the rate that some laps give, relative."""
         cost = self._cost()
-        return relative_margin([lap.seconds / cost.of(_lap_work(lap)) for lap in laps])
+        return relative_margin([lap.seconds / cost.of(_lap_work(lap)) for lap in even(laps)])
 
     def steady(self) -> tuple[list[Lap], list[Lap]]:
-        """Warm-up laps and timed laps so far."""
-        return steady(self.laps, self._cost())
+        """Warm-up laps and timed laps so far, all at one speed of the device."""
+        return steady(even(self.laps), self._cost())
 
     def measurement(self) -> Measurement:
         """The figures of all laps so far. Needs at least one lap."""
@@ -216,8 +226,9 @@ class Timer:
         rate, cost = self._rate(timed), self._cost()
         power_w, eval_samples_per_s = _power_w(timed), math.inf
         num_breaks, graph_break = _graph_breaks()
-        if self._eval_seconds:
-            eval_s = self._eval_seconds / cost.of(self._eval_work) * cost.of(total(map(_work, self._eval_plan)))
+        if self._eval_laps:
+            seconds = sum(seconds / slowdown_within(pulse_s, self.pulse_s) for seconds, pulse_s in self._eval_laps)
+            eval_s = seconds / cost.of(self._eval_work) * cost.of(total(map(_work, self._eval_plan)))
             eval_samples_per_s = self._run.workload.num_test / eval_s
         return Measurement(
             samples_per_s=self.samples_per_s(),
@@ -234,6 +245,7 @@ class Timer:
             is_from_cache=_is_from_cache(),
             num_graph_breaks=num_breaks,
             graph_break=graph_break,
+            pulse_s=self.pulse_s,
         )
 
     def _rate(self, laps: list[Lap]) -> float:
@@ -241,7 +253,7 @@ class Timer:
 
     def _cost(self) -> Cost:
         if self._fitted[0] != len(self.laps):
-            laps = self.laps[1:]
+            laps = even(self.laps[1:])
             self._fitted = len(self.laps), fit([_lap_work(lap) for lap in laps], [lap.seconds for lap in laps])
         return self._fitted[1]
 

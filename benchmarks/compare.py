@@ -15,6 +15,7 @@ from autotune import backends, workloads
 from autotune.measurement import Trial
 from autotune.report.terminal import describe, interval_words
 from autotune.search.finals import Entrant, Race, ratio
+from autotune.trial.pulse import Pulse
 from autotune.trial.worker import Job
 from benchmarks import strategy_of
 
@@ -36,12 +37,14 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
         job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0)
         return Entrant(trial=Trial(number=number, strategy=strategy, outcome="ok"), job=job)
 
-    race = Race(
-        [entrant(number, name) for number, name in enumerate(settings)],
-        timeout_s=600,
-        memory_limit_bytes=int(0.9 * backend.device().memory_free_bytes),
-    )
-    race.run(enough_s=float("inf"), max_rounds=rounds)
+    with Pulse(backend.name) as pulse:
+        race = Race(
+            [entrant(number, name) for number, name in enumerate(settings)],
+            timeout_s=600,
+            memory_limit_bytes=int(0.9 * backend.device().memory_free_bytes),
+            pulse=pulse,
+        )
+        race.run(enough_s=float("inf"), max_rounds=rounds)
     for number, failure in race.failures.items():
         print(f"{settings[number]}: {failure.outcome}, {failure.reason}")
     finals = race.finals()

@@ -84,6 +84,9 @@ class _NoPulse(Pulse):
     def beat(self) -> None:
         return None
 
+    def file(self) -> None:
+        return None
+
 
 def ours(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
     """The search's own trials, until the budget is spent."""

@@ -28,6 +28,7 @@ from autotune.measurement import Interval, Trial
 from autotune.models.encoder import EncoderClassifier
 from autotune.search.finals import Entrant, Race, ratio
 from autotune.strategy import Strategy
+from autotune.trial.pulse import Pulse
 from autotune.trial.worker import Job
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 
@@ -122,8 +123,10 @@ def raced(share: float, seconds: float) -> tuple[Interval, str]:
         job = Job(workload=ref, strategy=STRATEGY, backend=backend.name, memory_limit_bytes=None, seed=0)
         return Entrant(trial=Trial(number=number, strategy=STRATEGY, outcome="ok"), job=job)
 
-    race = Race([entrant(0, "0"), entrant(1, str(share))], timeout_s=120, memory_limit_bytes=2**40)
-    race.run(enough_s=seconds)
+    with Pulse(backend.name) as pulse:
+        entrants = [entrant(0, "0"), entrant(1, str(share))]
+        race = Race(entrants, timeout_s=120, memory_limit_bytes=2**40, pulse=pulse)
+        race.run(enough_s=seconds)
     a, b = race.finals()
     return ratio(b, a), f"{race.num_rounds} rounds, {race.num_disturbed} disturbed"
 

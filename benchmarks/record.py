@@ -1,7 +1,7 @@
 """Measures a whole grid of settings: python -m benchmarks.record [--model imdb] [--minutes 60] [--repeats 2 --top 40]
 
 Every setting goes through the search's own trial runner, in random order, so that the device's drift falls on all knobs
-alike; a fixed piece of work is timed before and after each, as in a search. A trial that other work disturbed is
+alike; a fixed piece of work is timed beside each, as in a search. A trial that other work disturbed is
 measured again. The table under benchmarks/grids is saved after every trial: the same command goes on where it was. With
 ``--repeats`` the fastest settings are measured so often, which tells the best from the lucky, and some drawn at random,
 which tell by how much records of one setting differ: those of the fastest cannot, they were chosen by one of them.
@@ -75,11 +75,11 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
         print(f"{path.name}: {len(settings)} settings, {len(grid.records)} trials so far", flush=True)
         end = time.monotonic() + 60 * minutes
         with Pulse(backend.name) as pulse:
-            before_s = pulse.beat()
+            before_s = None if pulse.file() else pulse.beat()
             while (strategy := next_of(settings, grid, repeats, top, drawn)) is not None and time.monotonic() < end:
                 for _ in range(MAX_TRIES):
-                    trial, laps = measured(len(grid.records), task, strategy)
-                    after_s = pulse.beat()
+                    trial, laps = measured(len(grid.records), task, strategy, pulse)
+                    after_s = None if trial.has_beats else pulse.beat()
                     if trial.others_cores is None or trial.others_cores <= QUIET_SHARE * usable_cores():
                         break
                     print(f"others took {trial.others_cores:.2f} cores, again: {trial_line(trial)}", flush=True)
@@ -91,7 +91,9 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
                 print(f"{trial_line(trial)}, {format_duration(trial.wall_s)}", flush=True)
 
 
-def measured(number: int, task: Task, strategy: Strategy) -> tuple[Trial, tuple[tuple[float, float], ...]]:
+def measured(
+    number: int, task: Task, strategy: Strategy, pulse: Pulse
+) -> tuple[Trial, tuple[tuple[float, float], ...]]:
     """A trial as the search runs it, without its losses, which say nothing of speed; and what it said at each lap."""
     start, laps = time.monotonic(), []
 
@@ -100,7 +102,12 @@ def measured(number: int, task: Task, strategy: Strategy) -> tuple[Trial, tuple[
             laps.append((round(time.monotonic() - start, 3), round(progress.samples_per_s, 3)))
 
     trial = run_trial(
-        number, task.job(strategy), timeout_s=600, memory_limit_bytes=task.machine_limit_bytes, on_progress=on_progress
+        number,
+        task.job(strategy),
+        timeout_s=600,
+        memory_limit_bytes=task.machine_limit_bytes,
+        pulse=pulse,
+        on_progress=on_progress,
     )
     if trial.measurement is not None:
         trial = msgspec.structs.replace(trial, measurement=msgspec.structs.replace(trial.measurement, losses=()))

@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from autotune.measurement import Trial
-from autotune.search.objective import PlannedRun, slowdown
+from autotune.pace import slowdown
+from autotune.search.objective import PlannedRun
 from autotune.search.space import Space
 from autotune.search.surrogate import Known, Surrogate
 from autotune.strategy import Strategy, baseline
@@ -71,7 +72,7 @@ class Recorded:
         """Seconds of the planned run, at the speed that the device usually had."""
         assert record.trial.measurement is not None
         planned: PlannedRun = self.grid.header.planned
-        return planned.projected_s(record.trial.measurement) / slowdown(record.trial.pulse_s, self.usual_pulse_s)
+        return planned.projected_s(record.trial.measurement) / slowdown(record.trial, self.usual_pulse_s)
 
     def peak_bytes(self, strategy: Strategy) -> int:
         """The largest peak that the setting was recorded with; it must have run."""
@@ -84,7 +85,7 @@ class Recorded:
         generator = random.Random(f"{self.seed} {self._num_drawn[strategy]} {strategy}")
         self._num_drawn[strategy] += 1
         record, noise = generator.choice(self.by_strategy[strategy]), math.exp(generator.gauss(0, self.deviation))
-        factor = 1 / slowdown(record.trial.pulse_s, self.usual_pulse_s)
+        factor = 1 / slowdown(record.trial, self.usual_pulse_s)
         if strategy in self.truth:
             factor *= self.truth[strategy] / self.loss(record) * noise
         return record, factor

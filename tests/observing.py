@@ -42,6 +42,9 @@ class SilentPulse:
     def beat(self) -> float | None:
         return None
 
+    def file(self) -> str | None:
+        return None
+
 
 def matmul_dtypes(run: Run) -> list[torch.dtype]:
     """Of what the encoder's first projection gives, pass by pass as training goes on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from autotune import stats
 from autotune.contention import Load
 from autotune.cost import Work
 from autotune.measurement import Measurement
+from autotune.pace import WITHIN
 from autotune.search import finals
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.strategy import Padding, Strategy
@@ -43,8 +45,9 @@ class Scripted:
     """A session whose laps take the seconds that ``lap_s`` says of it."""
 
     lap_s: Callable[[Scripted], float]
+    pulse_s: Callable[[Scripted], float | None]
 
-    def __init__(self, job: Job, *, memory_limit_bytes: int, silence_s: float) -> None:
+    def __init__(self, job: Job, **_: Any) -> None:
         self.padding, self.start = job.strategy.padding, job.start
         self.turns = 0
         self.longest = False
@@ -69,7 +72,7 @@ class Scripted:
         # ten steps are an epoch
         return Done(
             measurement=factories.measurement(),
-            laps=(factories.lap(seconds),),
+            laps=(msgspec.structs.replace(factories.lap(seconds), pulse_s=type(self).pulse_s(self)),),
             epoch=Epoch(work=Work(steps=10, tokens=1000, squares=1000), num_samples=320, num_steps=10),
         )
 
@@ -79,6 +82,7 @@ def scripted_race(
     monkeypatch: pytest.MonkeyPatch,
     seconds: Callable[[Scripted], float],
     measurements: Sequence[Measurement | None] = (factories.measurement(),) * 3,
+    pulse_s: Callable[[Scripted], float | None] = lambda _: None,
 ) -> tuple[Race, list[Scripted]]:
     """A race of the three paddings, and its sessions as they are made."""
     made: list[Scripted] = []
@@ -86,10 +90,11 @@ def scripted_race(
     class Session(Scripted):
         lap_s = staticmethod(seconds)
 
-        def __init__(self, job: Job, *, memory_limit_bytes: int, silence_s: float) -> None:
-            super().__init__(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s)
+        def __init__(self, job: Job, **limits: Any) -> None:
+            super().__init__(job, **limits)
             made.append(self)
 
+    monkeypatch.setattr(Session, "pulse_s", staticmethod(pulse_s), raising=False)
     monkeypatch.setattr(finals, "Session", Session)
     entrants = [
         Entrant(
@@ -99,6 +104,25 @@ def scripted_race(
         for number, strategy in enumerate(Strategy(micro_batch=32, padding=p) for p in PADDINGS)
     ]
     return Race(entrants, timeout_s=1, memory_limit_bytes=1), made
+
+
+def test_turns_in_a_slow_moment_are_moved_to_the_speed_of_all(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is half as fast in every other turn of each."""
+
+    def pulse_s(session: Scripted) -> float:
+        return 0.01 if session.turns % 2 else 0.02
+
+    def seconds(session: Scripted) -> float:
+        return float((pulse_s(session) / 0.01) ** WITHIN.power) * (1 if session.padding == "max" else 2)
+
+    race, _ = scripted_race(prepared, monkeypatch, seconds, pulse_s=pulse_s)
+    race.run(enough_s=60.0, max_rounds=4)
+    first, second, _ = race.finals()
+    assert first.epoch_s == pytest.approx([first.epoch_s[0]] * 4)
+    found = finals.ratio(second, first)
+    assert found.low == pytest.approx(2) == found.high
 
 
 def test_a_trials_peak_serves_where_every_entrant_has_one(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from autotune.search.objective import FOLLOWS, PlannedRun
+from autotune.pace import AROUND
+from autotune.search.objective import PlannedRun
 from autotune.search.task import LONG_RUN_SHARE
 from autotune.strategy import Strategy
 from benchmarks import replay
@@ -66,7 +67,7 @@ def test_the_truth_is_what_was_recorded_at_one_speed(path: Path) -> None:
     grid.records[0] = msgspec.structs.replace(slow, trial=trial)
     recorded = Recorded(grid)
     assert recorded.loss(grid.records[1]) == pytest.approx(1000 / (slow.trial.samples_per_s or 0) / 1.3)
-    assert recorded.loss(grid.records[0]) == pytest.approx(1000 / 2**FOLLOWS / (slow.trial.samples_per_s or 0))
+    assert recorded.loss(grid.records[0]) == pytest.approx(1000 / 2**AROUND.power / (slow.trial.samples_per_s or 0))
 
 
 def test_the_truth_is_smoothed_from_all_records_so_that_luck_does_not_win(path: Path) -> None:

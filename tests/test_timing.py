@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +18,7 @@ from autotune import backends, workloads
 from autotune.apply import Run, apply
 from autotune.measurement import Lap
 from autotune.models.encoder import EncoderClassifier
+from autotune.pace import Beats
 from autotune.stats import relative_margin
 from autotune.strategy import Padding, Strategy
 from autotune.timing import Timer, _low_discrepancy, steady, time_until
@@ -118,6 +120,28 @@ def test_the_longest_batch_is_trained_on_for_the_peak_memory(tiny_reviews: Path)
     num_trained = len(widths)
     timer.longest()
     assert len(widths) == num_trained, "a lap had one as long"
+
+
+class HalfPaused(Beats):
+    """Half of every time was a pause."""
+
+    def during(self, start_s: float, end_s: float) -> tuple[float, float | None]:
+        return (end_s - start_s) / 2, 0.01
+
+
+def test_pauses_for_the_devices_pulse_are_no_part_of_a_lap(tiny_reviews: Path) -> None:
+    module = workloads.get("imdb")
+    workload = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    model = EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1)
+    run = apply(Strategy(micro_batch=32, padding="buckets"), workload, backends.get("cpu"), model=model)
+    timer = Timer(run, beats=HalfPaused())
+    start = time.perf_counter()
+    found = timer.lap()
+    assert 2 * found.seconds <= time.perf_counter() - start
+    assert found.wait_s < found.seconds
+    timer.evaluate(2, 0.0)
+    assert found.pulse_s == 0.01
+    assert timer.measurement().pulse_s == pytest.approx(0.01)
 
 
 class Ticking:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 from multiprocessing import Pipe
 from pathlib import Path
@@ -21,6 +22,7 @@ from autotune.contention import Load
 from autotune.search.cold import cold_start
 from autotune.strategy import Strategy
 from autotune.trial import worker
+from autotune.trial.pulse import Pulse
 from autotune.trial.runner import Session, TrialEndedError, run_trial
 from autotune.trial.worker import Command, Failed, Job, Progress
 from autotune.workloads.base import WorkloadRef
@@ -48,6 +50,25 @@ def test_a_trial_measures_in_its_own_process_and_leaves_none_behind(ref: Workloa
     assert trial.measurement.peak_memory_bytes > 5_851_138 * 4 * 3  # weights, gradients and two AdamW moments at least
     assert [p.stage for p in heard][:2] == ["building", "first step"]
     assert heard[-1].stage == "evaluating"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is timed is paused on Linux only")
+def test_a_trials_rates_are_for_the_speed_that_its_beats_tell(ref: WorkloadRef) -> None:
+    """Its loader's worker stands still with it."""
+    with Pulse("cpu") as pulse:
+        trial = run_trial(
+            0,
+            job(ref, workers=1),
+            timeout_s=60,
+            memory_limit_bytes=PLENTY,
+            command=Command(min_laps=2, min_s=2.0),
+            pulse=pulse,
+        )
+        assert pulse.cpu_s() > 0
+    assert (trial.outcome, trial.has_beats) == ("ok", True)
+    assert trial.measurement is not None
+    assert trial.pulse_s == trial.measurement.pulse_s
+    assert 0 < (trial.pulse_s or 0) < 0.1
 
 
 def test_a_cold_start_compiles_whatever_was_compiled_before(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import msgspec
 from autotune.backends.cpu import usable_cores
 from autotune.contention import Load
 from autotune.measurement import Interval, Lap, Measurement, Trial
+from autotune.pace import at_pulse, usual_pulse_s
 from autotune.stats import MIN_RANKED, paired_ratio
 from autotune.strategy import Strategy
 from autotune.timing import Epoch, epoch_seconds, uncompiled
+from autotune.trial.pulse import Pulse
 from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Command, Done, Job
 
@@ -88,11 +90,20 @@ class Race:
     processes are replaced after some rounds, which the interval takes as a cluster, where enough such lives fit into
     the time; else every process lives through the race.
 
-    A turn that takes longer than ``timeout_s`` fails; ``memory_limit_bytes`` holds for each process alone.
+    A turn that takes longer than ``timeout_s`` fails; ``memory_limit_bytes`` holds for each process alone. Turns that
+    are long enough for beats of a ``pulse`` are moved to one speed of the device by them.
     """
 
-    def __init__(self, entrants: Sequence[Entrant], *, timeout_s: float, memory_limit_bytes: int) -> None:
+    def __init__(
+        self,
+        entrants: Sequence[Entrant],
+        *,
+        timeout_s: float,
+        memory_limit_bytes: int,
+        pulse: Pulse | None = None,
+    ) -> None:
         self._running = list(entrants)
+        self._pulse = pulse
         self._timeout_s, self._memory_limit_bytes = timeout_s, memory_limit_bytes
         self._sessions: dict[int, Session] = {}
         self._measurements: dict[int, list[Measurement]] = {entrant.trial.number: [] for entrant in entrants}
@@ -159,11 +170,13 @@ class Race:
     def finals(self) -> list[Final]:
         """What the entrants that are still in the race have shown in the rounds that all of them finished."""
         counted = [found for found in self._rounds if found.is_quiet or not self.num_disturbed]
+        pulse_s = usual_pulse_s(lap for found in counted for laps in found.laps.values() for lap in laps)
         lives = None if math.isinf(self._life_s) else tuple(found.life for found in counted)
         finals: list[Final] = []
         for entrant in self._running if counted else ():
             number = entrant.trial.number
-            epoch_s = tuple(epoch_seconds([found.laps[number] for found in counted], self._epochs[number].work))
+            rounds = [[at_pulse(lap, pulse_s) for lap in found.laps[number]] for found in counted]
+            epoch_s = tuple(epoch_seconds(rounds, self._epochs[number].work))
             final = Final(
                 trial=entrant.trial,
                 measurement=_middle(self._measurements[number], entrant.trial.measurement),
@@ -184,7 +197,9 @@ class Race:
                 self._sessions.pop(number).close()
             try:
                 job = msgspec.structs.replace(entrant.job, start=start)
-                session = Session(job, memory_limit_bytes=self._memory_limit_bytes, silence_s=entrant.silence_s)
+                session = Session(
+                    job, memory_limit_bytes=self._memory_limit_bytes, silence_s=entrant.silence_s, pulse=self._pulse
+                )
                 self._sessions[number] = stack.enter_context(session)
             except TrialEndedError as end:
                 self._leave(entrant, end)
@@ -243,8 +258,10 @@ class Race:
         steps = {number: found[-1].step_ms for number, found in self._measurements.items() if found}
         return max(1, min(MAX_LAPS, round(max(steps.values()) / steps[entrant.trial.number])))
 
-    def _cpu_s(self) -> dict[int, float]:
-        return {entrant.trial.number: self._sessions[entrant.trial.number].cpu_s() for entrant in self._running}
+    def _cpu_s(self) -> dict[int | None, float]:
+        pulse_s = self._pulse.cpu_s() if self._pulse else 0.0
+        numbers = [entrant.trial.number for entrant in self._running]
+        return {None: pulse_s, **{number: self._sessions[number].cpu_s() for number in numbers}}
 
     def _is_known(self) -> bool:
         if self.num_rounds < MIN_RANKED:

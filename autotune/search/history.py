@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from autotune.cost import MIN_FITTED
 from autotune.measurement import Measurement, Outcome, Trial
+from autotune.pace import drift_doubt, slowdown
 from autotune.search import memory
 from autotune.search.explain import Share, estimated
 from autotune.search.finals import TIE, num_changed
-from autotune.search.objective import FASTEST, Aim, drift_doubt, held_to_speed, loss_of, slowdown
+from autotune.search.objective import FASTEST, Aim, held_to_speed, loss_of
 from autotune.search.proof import Proof
 from autotune.search.surrogate import PRIOR_OF_MEMORY, Known, Surrogate
 from autotune.search.task import Task
@@ -32,6 +34,8 @@ START_S, COMPILE_S = 1.0, 40.0
 """What a trial takes beyond its steps before one was tried, and what a compiled one does."""
 NOISE, NOISE_PRUNED = 0.05, 0.15
 """Relative standard deviation of a trial's seconds at best, and of one that was given up after two laps."""
+NOISE_WITHIN, NOISE_LAP = 0.02, 0.05
+"""At best where the device's speed is known all along, and of a single lap then (docs/LOG.md 2026-11-23)."""
 TOO_DOUBTFUL = 0.1
 """The best is measured again where the device's drift since makes its figure so uncertain."""
 NO_WAIT = 0.01
@@ -120,7 +124,7 @@ class History:
         best, is_for_memory = self.best(), self._task.aims[0].memory == 1
         if best is None or best is self.reference or self.all[-1].strategy == best.strategy or is_for_memory:
             return None
-        return best if drift_doubt(best.pulse_s, pulse_s) > TOO_DOUBTFUL else None
+        return best if drift_doubt(best, pulse_s) > TOO_DOUBTFUL else None
 
     def usable(self) -> list[Trial]:
         """What may win; a setting's last figures where it was measured several times."""
@@ -150,11 +154,11 @@ class History:
 
     def rate(self, trial: Trial) -> float:
         """Samples a second, at the speed that the device usually had in this search."""
-        return (trial.samples_per_s or 0.0) * slowdown(trial.pulse_s, self._usual_pulse_s)
+        return (trial.samples_per_s or 0.0) * slowdown(trial, self._usual_pulse_s)
 
     def slowdown_since(self, trial: Trial) -> float:
         """How many times slower than in that trial the device was in the last."""
-        return slowdown(self.all[-1].pulse_s, trial.pulse_s)
+        return slowdown(self.all[-1], trial.pulse_s)
 
     # What the sampler is told
 
@@ -171,10 +175,14 @@ class History:
     def _noise(self, trial: Trial, aim: Aim) -> float:
         if aim.memory == 1:
             return memory.NOISE
-        drift = drift_doubt(trial.pulse_s, self._usual_pulse_s)
+        drift = drift_doubt(trial, self._usual_pulse_s)
         laps = trial.measurement.epoch_s if trial.measurement else ()
-        error = float(np.std(laps, ddof=1) / np.mean(laps)) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf
-        return math.hypot(min(max(error, NOISE), NOISE_PRUNED), drift)
+        if trial.has_beats and 0 < len(laps) < MIN_FITTED:  # what differs then are their lengths, which even out
+            error = NOISE_LAP / math.sqrt(len(laps))
+        else:
+            error = float(np.std(laps, ddof=1) / np.mean(laps)) / math.sqrt(len(laps)) if len(laps) > 1 else math.inf
+        least = NOISE_WITHIN if trial.has_beats else NOISE
+        return math.hypot(min(max(error, least), NOISE_PRUNED), drift)
 
     def cost(self, aim: Aim) -> Callable[[Strategy, float], float]:
         """Gives the seconds that a trial of some strategy and expected loss takes: what others of its kind have taken

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
 
 from autotune.measurement import Rates, Trial
+from autotune.pace import slowdown
 from autotune.trial.worker import Progress
 
 Objective = Literal["time", "memory", "pareto", "energy"]
@@ -36,8 +36,6 @@ AIMS: dict[Objective, tuple[Aim, ...]] = {
     "energy": (THRIFTIEST,),
 }
 """What a search for each objective looks for, the profile's own setting first."""
-FOLLOWS, DRIFT_DOUBT = 0.75, 0.4
-"""Training's seconds grow with this power of the pulse's, give or take (docs/LOG.md 2026-11-22)."""
 TOO_SLOW = 4
 """A setting that has to be faster has its loss raised by how much, to this power."""
 HOPELESS_AT_ONCE = 1.6
@@ -82,30 +80,20 @@ def loss_of(
         found = trial.measurement
         if aim.is_energy:
             return None if found.joules_per_sample is None else found.joules_per_sample * planned.num_trained
-        seconds = planned.projected_s(found) / slowdown(trial.pulse_s, pulse_s)
+        seconds = planned.projected_s(found) / slowdown(trial, pulse_s)
         return float(seconds ** (1 - aim.memory) * found.peak_memory_bytes**aim.memory)
     known = reference.measurement if reference else None
     is_partial = trial.outcome in ("pruned", "timeout")
     if is_partial and trial.samples_per_s and aim.is_time and reference and known is not None:
-        reference_s = planned.projected_s(known) / slowdown(reference.pulse_s, pulse_s)
-        rate = trial.samples_per_s * slowdown(trial.pulse_s, pulse_s)
-        return reference_s * known.samples_per_s * slowdown(reference.pulse_s, pulse_s) / rate
+        reference_s = planned.projected_s(known) / slowdown(reference, pulse_s)
+        rate = trial.samples_per_s * slowdown(trial, pulse_s)
+        return reference_s * known.samples_per_s * slowdown(reference, pulse_s) / rate
     return None
 
 
 def held_to_speed(loss: float, samples_per_s: float, least_samples_per_s: float) -> float:
     """A loss that grows steeply where a setting is slower than it may be: the slower, the more."""
     return loss * max(1.0, least_samples_per_s / samples_per_s) ** TOO_SLOW
-
-
-def slowdown(pulse_s: float | None, than_s: float | None) -> float:
-    """How many times slower training was at one pulse than at another; 1 where either was not measured."""
-    return (pulse_s / than_s) ** FOLLOWS if pulse_s and than_s else 1.0
-
-
-def drift_doubt(pulse_s: float | None, than_s: float | None) -> float:
-    """How wrong that may be: a relative standard deviation."""
-    return DRIFT_DOUBT * abs(math.log(pulse_s / than_s)) if pulse_s and than_s else 0.0
 
 
 def hopeless(progress: Progress, best_samples_per_s: float, is_compiled: bool) -> str | None:

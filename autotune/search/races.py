@@ -105,6 +105,7 @@ class Races:
             ],
             timeout_s=max(MIN_LAST_TEST_S, self._trials.timeout_s(trials[-1].strategy)),
             memory_limit_bytes=self._task.machine_limit_bytes,
+            pulse=self._trials.pulse,
         )
 
     def _run(self, race: Race, enough_s: float, name: str) -> None:

@@ -12,10 +12,11 @@ import msgspec
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Trial
+from autotune.pace import drift_doubt, slowdown
 from autotune.search.history import History
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import Fit, MemoryModel
-from autotune.search.objective import FASTEST, Aim, drift_doubt, hopeless, slowdown
+from autotune.search.objective import FASTEST, Aim, hopeless
 from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
 from autotune.search.space import expert_guess
@@ -45,7 +46,7 @@ class Trials:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``run`` stands in for ``run_trial`` and ``clock`` for the wall's, where a recorded grid is searched."""
-        self._task, self._observer, self._journal, self._pulse = task, observer, journal, pulse
+        self._task, self._observer, self._journal, self.pulse = task, observer, journal, pulse
         self.search = journal.name
         """The search's, in the journal."""
         self._run, self._clock = run or run_trial, clock
@@ -165,16 +166,16 @@ class Trials:
         best = self.history.best(aim)
         self._observer.on_trial_start(number, strategy, origin)
         self._journal.start(strategy)
-        before_s = self._pulse_s or self._pulse.beat()
+        before_s = self._pulse_s or (None if self.pulse.file() else self.pulse.beat())
         before = self.history.last_finished().get(strategy)
-        best_samples_per_s = None
-        if best and best.samples_per_s and before is None and aim == FASTEST:
-            doubt = math.exp(drift_doubt(best.pulse_s, before_s))
-            best_samples_per_s = best.samples_per_s * slowdown(best.pulse_s, before_s) / doubt
+        rival = best if best and best.samples_per_s and before is None and aim == FASTEST else None
 
         def give_up(progress: Progress) -> str | None:
-            is_compiled = task.compiles(strategy)
-            return hopeless(progress, best_samples_per_s, is_compiled) if best_samples_per_s else None
+            if rival is None or rival.samples_per_s is None:
+                return None
+            now_s = progress.pulse_s or before_s
+            rate = rival.samples_per_s * slowdown(rival, now_s) / math.exp(drift_doubt(rival, now_s))
+            return hopeless(progress, rate, task.compiles(strategy))
 
         trial = self._run(
             number,
@@ -183,11 +184,12 @@ class Trials:
             silence_s=self.silence_s(strategy),
             memory_limit_bytes=task.memory_limit_bytes if number else task.machine_limit_bytes,
             command=ORDINARY if number else ONCE,  # a race times the baseline again
+            pulse=self.pulse,
             hopeless=give_up,
             on_progress=self._observer.on_progress,
         )
-        self._pulse_s = self._pulse.beat()
-        if before_s and self._pulse_s:
+        self._pulse_s = trial.pulse_s if trial.has_beats else self.pulse.beat()
+        if before_s and self._pulse_s and not trial.has_beats:
             trial = msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * self._pulse_s))
         if before and before.measurement and trial.measurement:
             both = before.measurement.measured_again(trial.measurement)
@@ -245,5 +247,6 @@ class Trials:
         return float(0.5 ** sum(doubts))
 
     def _stop_pulse(self) -> None:
-        self._pulse.close()
+        if self.pulse.file() is None:  # it takes an accelerator's memory
+            self.pulse.close()
         self._pulse_s = None

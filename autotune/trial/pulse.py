@@ -1,23 +1,33 @@
-"""The device's own speed, measured between trials: a fixed piece of work in a process that lives through the search.
+"""Takes the device's pulse: a fixed piece of work, timed again and again in a process that lives through the search.
 
-A shared machine gets slower and faster by tens of percent within minutes, and a figure is worth little without the
-speed it was taken at. Two pieces of work follow training best here: adding to more memory than the caches hold and a
-softmax. Dividing by them took the spread of one setting's step time over five minutes from 10 % to 6 %; matmuls follow
-it less well (docs/LOG.md, 2026-11-21).
+On a CPU under Linux what is timed is paused for it several times a second (SIGSTOP to its process group, SIGCONT), and
+goes on none the wiser: nothing else tells as well how fast the machine was just then. Elsewhere the work is timed
+before and after, which says less. What follows from it is pace.py's.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
+import os
+import signal
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
+from autotune import backends
+from autotune.backends.base import Backend, torch_device
+from autotune.pace import Beat, written
 from autotune.process import Child, ChildDied
 
-_REPEATS = 5
+_PERIOD_S = 0.35
+"""From the end of one beat to the next."""
+_SETTLE_S = 0.001
+"""For all threads of what is paused to leave the cores."""
 _PIECE_S = 0.02
 """A piece of work is done as often as fills this: on a fast device a single one would measure how it is launched."""
 _START_S, _ANSWER_S = 60.0, 20.0
@@ -29,6 +39,8 @@ class Pulse:
     def __init__(self, backend_name: str) -> None:
         self._backend_name = backend_name
         self._child: Child | None = None
+        self._path: Path | None = None
+        self._paused: int | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -41,56 +53,178 @@ class Pulse:
         if self._child is not None:
             self._child.close()
         self._child = None
+        self._let_go()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+        self._path = None
 
     def beat(self) -> float | None:
         """Seconds that the fixed work takes now; None where it could not be measured, as on a full device."""
-        timeout_s = _ANSWER_S
         try:
-            if self._child is None:
-                self._child = Child(_serve, self._backend_name)
-                timeout_s = _START_S
-            self._child.send(None)
-            return float(self._child.receive(timeout_s))
+            seconds: float = self._ask("beat")
+            return seconds
         except (ChildDied, TimeoutError):
             self.close()
             return None
 
+    def file(self) -> str | None:
+        """Where the beats are written that are taken while something is paused; None where nothing can be."""
+        if sys.platform != "linux" or not backends.get(self._backend_name).is_host_memory:
+            return None
+        if self._path is None:
+            with contextlib.suppress(OSError):
+                descriptor, path = tempfile.mkstemp(prefix="autotune-", suffix=".beats")
+                os.close(descriptor)
+                self._path = Path(path)
+        return str(self._path) if self._path else None
 
-def _serve(connection: Connection, backend_name: str) -> None:
-    import torch
+    @contextlib.contextmanager
+    def pausing(self, group: int) -> Iterator[None]:
+        """Meanwhile the process group is paused for a beat several times a second, where there is a file for it."""
+        if self._path is None:
+            yield
+            return
+        try:
+            self._start().send(group)
+            self._paused = group
+        except ChildDied:
+            self.close()
+        try:
+            yield
+        finally:
+            if self._paused is not None:
+                try:
+                    self._ask(None)
+                    self._paused = None
+                except (ChildDied, TimeoutError):
+                    self.close()
 
-    from autotune import backends
-    from autotune.backends.base import torch_device
+    def check(self) -> None:
+        """Lets what is paused go on where the process that should do so has died."""
+        if self._paused is not None and self._child is not None and self._child.connection.poll():
+            self.close()
 
-    backend = backends.get(backend_name)
-    device = torch_device(backend)
-    scores = torch.randn(32, 512, 512, device=device)
-    flat = scores.view(-1)
+    def cpu_s(self) -> float:
+        """CPU seconds that it has spent so far."""
+        return self._child.cpu_s() if self._child else 0.0
 
-    pieces: tuple[Callable[[], torch.Tensor], ...] = (lambda: flat.add(1.0), lambda: scores.softmax(-1))
+    def _start(self) -> Child:
+        if self._child is None:
+            self._child = Child(_serve, self._backend_name, self.file())
+        return self._child
 
-    def piece_s(piece: Callable[[], torch.Tensor], times: int) -> float:
-        backend.synchronize()
-        start = time.perf_counter()
-        for _ in range(times):
-            piece()
-        backend.synchronize()
-        return (time.perf_counter() - start) / times
+    def _ask(self, message: object) -> Any:
+        timeout_s = _ANSWER_S if self._child else _START_S
+        child = self._start()
+        child.send(message)
+        return child.receive(timeout_s)
 
-    def seconds(repeats: int) -> float:
-        medians = [
-            statistics.median(piece_s(piece, times) for _ in range(repeats))
-            for piece, times in zip(pieces, how_often, strict=True)
-        ]
-        return math.sqrt(medians[0] * medians[1])
+    def _let_go(self) -> None:
+        if self._paused is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._paused, signal.SIGCONT)
+        self._paused = None
 
-    how_often = [2] * len(pieces)
-    seconds(2)
-    how_often = [max(2, round(_PIECE_S / piece_s(piece, 2))) for piece in pieces]
+
+def _serve(connection: Connection, backend_name: str, path: str | None) -> None:
+    work = _paused_work() if path else _work(backends.get(backend_name))
+    work.seconds()
+    group: int | None = None
     while True:
         try:
-            connection.recv()
+            if connection.poll(_PERIOD_S if group else None):
+                group = message if isinstance(message := connection.recv(), int) else None
+                if message == "beat":
+                    connection.send(work.seconds())
+                elif message is None:
+                    connection.send(None)
+            elif group is not None and path is not None and not _beat_paused(group, path, work.seconds):
+                group = None
         except EOFError:
             return
-        seconds(1)  # wakes the threads and the caches
-        connection.send(seconds(_REPEATS))
+
+
+def _beat_paused(group: int, path: str, seconds: Callable[[], float]) -> bool:
+    """False where the group is gone or the beat could not be written. It is written while what will read it stands
+    still."""
+    start_s = time.perf_counter()
+    try:
+        os.killpg(group, signal.SIGSTOP)
+    except OSError:
+        return False
+    try:
+        time.sleep(_SETTLE_S)
+        found_s = seconds()
+        with Path(path).open("ab", buffering=0) as file:
+            file.write(written(Beat(start_s, time.perf_counter(), found_s)))
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGCONT)
+    return True
+
+
+class _Work(NamedTuple):
+    """Pieces of work, and how often each is done."""
+
+    pieces: dict[Callable[[], object], int]
+    repeats: int = 1
+    synchronize: Callable[[], None] = lambda: None
+
+    def seconds(self) -> float:
+        """That a piece takes, on average. Each is done once before it is timed: what it costs to wake threads and
+        caches differs from process to process, by a fifth."""
+        return statistics.geometric_mean(self.piece_s(piece, times) for piece, times in self.pieces.items())
+
+    def piece_s(self, piece: Callable[[], object], times: int) -> float:
+        """Of several repeats the median."""
+        piece()
+        found = []
+        for _ in range(self.repeats):
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(times):
+                piece()
+            self.synchronize()
+            found.append((time.perf_counter() - start) / times)
+        return statistics.median(found)
+
+
+def _work(backend: Backend) -> _Work:
+    """Adding to more memory than the caches hold, and a softmax: timed before and after training they follow it better
+    than matmuls do (docs/LOG.md, 2026-11-21)."""
+    import torch
+
+    scores = torch.randn(32, 512, 512, device=torch_device(backend))
+    flat = scores.view(-1)
+    once = _Work(dict.fromkeys((lambda: flat.add(1.0), lambda: scores.softmax(-1)), 2), 5, backend.synchronize)
+    once.seconds()
+    return once._replace(
+        pieces={piece: max(2, round(_PIECE_S / once.piece_s(piece, times))) for piece, times in once.pieces.items()}
+    )
+
+
+def _paused_work() -> _Work:
+    """A matmul, an addition and a small layer's forward and backward: together they follow training better than each
+    alone (docs/LOG.md, 2026-11-23), and leave the caches' larger part to what is paused. No size is a power of two,
+    whose rows fall onto the same lines of a cache, in some processes more than in others."""
+    import torch
+
+    matrix, flat = torch.randn(500, 500), torch.randn(1_000_000)
+    product, total = torch.empty_like(matrix), torch.empty_like(flat)
+    layer = torch.nn.TransformerEncoderLayer(240, 4, 960, batch_first=True, dropout=0.0)
+    tokens = torch.randn(1, 24, 240)
+
+    def step() -> None:
+        layer(tokens).square().mean().backward()
+        layer.zero_grad()
+
+    pairs = max(1, torch.get_num_threads() // 2)
+    return _Work(
+        {
+            lambda: torch.mm(matrix, matrix, out=product): 2 * pairs,
+            lambda: torch.add(flat, 1.0, out=total): 16 * pairs,
+            step: pairs,
+        }
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from autotune.phases import Trained
 from autotune.process import Child, ChildDied
 from autotune.timing import NARROW
 from autotune.trial import worker
+from autotune.trial.pulse import Pulse
 from autotune.trial.worker import AnyCommand, Command, Done, Failed, Job, Progress, Soak, Soaked, Trace, Traced, Train
 from autotune.units import format_bytes
 
@@ -48,11 +50,15 @@ class Session:
     within ``timeout_s``, and when the process says nothing for ``silence_s``.
     """
 
-    def __init__(self, job: Job, *, memory_limit_bytes: int, silence_s: float = math.inf) -> None:
+    def __init__(
+        self, job: Job, *, memory_limit_bytes: int, silence_s: float = math.inf, pulse: Pulse | None = None
+    ) -> None:
+        """``pulse`` is taken while the process is timed."""
+        self._pulse = pulse
         is_watched = backends.get(job.backend).is_host_memory
         self._memory_limit_bytes, self._silence_s = memory_limit_bytes, silence_s
         self._memory = _Watch() if is_watched else None
-        self._child = Child(worker.main, job)
+        self._child = Child(worker.main, msgspec.structs.replace(job, beats=pulse.file() if pulse else None))
         self._is_started = False
 
     def __enter__(self) -> Self:
@@ -71,7 +77,8 @@ class Session:
 
     def time(self, command: Command, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Done:
         """Times what the command says."""
-        done: Done = self._ask(command, timeout_s, on_progress)
+        with self._pulse.pausing(self._child.pid) if self._pulse else contextlib.nullcontext():
+            done: Done = self._ask(command, timeout_s, on_progress)
         peak_bytes = self._peak_bytes(done.measurement.peak_memory_bytes)
         return msgspec.structs.replace(
             done, measurement=msgspec.structs.replace(done.measurement, peak_memory_bytes=peak_bytes)
@@ -104,7 +111,7 @@ class Session:
             self._child.send(command)
             while True:
                 left_s = deadline - time.monotonic()
-                message = self._child.receive(min(left_s, self._silence_s), self._check_memory)
+                message = self._child.receive(min(left_s, self._silence_s), self._look)
                 self._is_started = True
                 self._check_memory()
                 if isinstance(message, Failed):
@@ -122,6 +129,11 @@ class Session:
             if exc.was_killed:
                 raise TrialEndedError("oom", "killed by SIGKILL, as the kernel does when out of memory") from exc
             raise TrialEndedError("crashed", exc.reason) from exc
+
+    def _look(self) -> None:
+        if self._pulse is not None:
+            self._pulse.check()
+        self._check_memory()
 
     def _check_memory(self) -> None:
         """The parent's watch over host memory, where that is the device's: the machine never gets to swap."""
@@ -169,6 +181,7 @@ def run_trial(
     memory_limit_bytes: int,
     command: Command = ORDINARY,
     silence_s: float = math.inf,
+    pulse: Pulse | None = None,
     hopeless: Callable[[Progress], str | None] = lambda _: None,
     on_progress: OnProgress = lambda _: None,
 ) -> Trial:
@@ -186,7 +199,7 @@ def run_trial(
         on_progress(progress)
         if progress.lap is not None:
             if last is None:
-                since_first.append((Load(), session.cpu_s()))
+                since_first.append((Load(), own_cpu_s()))
             last = progress
             reason = hopeless(progress)
             if reason is not None and not was_disturbed():
@@ -199,15 +212,21 @@ def run_trial(
 
     def others_cores() -> float:
         (load, before_s), *_ = since_first
-        return load.busy_cores(usable_cores(), session.cpu_s() - before_s)
+        return load.busy_cores(usable_cores(), own_cpu_s() - before_s)
+
+    def own_cpu_s() -> float:
+        return session.cpu_s() + (pulse.cpu_s() if pulse else 0.0)
 
     def ended(outcome: Outcome, reason: str, measurement: Measurement | None = None) -> Trial:
+        pulse_s = measurement.pulse_s if measurement else last.pulse_s if last else None
         return Trial(
             number=number,
             strategy=job.strategy,
             outcome=outcome,
             reason=reason,
             measurement=measurement,
+            pulse_s=pulse_s,
+            has_beats=pulse_s is not None,
             samples_per_s=measurement.samples_per_s if measurement else (last and last.samples_per_s) or None,
             wall_s=time.monotonic() - start,
             others_cores=busy_cores,
@@ -215,7 +234,7 @@ def run_trial(
 
     busy_cores: float | None = None
     try:
-        with Session(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s) as session:
+        with Session(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s, pulse=pulse) as session:
             done = session.time(command, timeout_s=timeout_s, on_progress=listen)
             busy_cores = others_cores()
     except TrialEndedError as end:

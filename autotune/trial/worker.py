@@ -43,6 +43,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """In place of the workload's own."""
     total_steps: int | None = None
     """What the learning rate's schedule is for; None: the recipe's epochs."""
+    beats: str | None = None
+    """The file of the device's beats, if any are taken while it runs."""
     compiles_into: str | None = None
     """A folder for what is compiled, in place of the one that all processes share."""
 
@@ -95,6 +97,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """Steps that are trained."""
     num_laps: int = 0
     samples_per_s: float = 0.0
+    pulse_s: float | None = None
+    """The device's own speed that this is for."""
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,6 +150,7 @@ def main(connection: Connection, job: Job) -> None:
 def _serve(connection: Connection, job: Job) -> None:
     from autotune import backends, trace, workloads
     from autotune.apply import apply
+    from autotune.pace import Beats
     from autotune.phases import train_some
     from autotune.timing import Timer, check_compiled, time_until
 
@@ -161,13 +166,19 @@ def _serve(connection: Connection, job: Job) -> None:
         os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), job.compiles_into)
     backend.start_memory_window()
     run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
-    timer = functools.cache(lambda: Timer(run, job.start))
+    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats)))
     connection.send(Progress(stage="first step"))
     say = _seldom(connection)
 
     def report(lap: Lap) -> None:
         say(
-            Progress(stage="timing", lap=lap, num_laps=len(timer().laps), samples_per_s=timer().samples_per_s()),
+            Progress(
+                stage="timing",
+                lap=lap,
+                num_laps=len(timer().laps),
+                samples_per_s=timer().samples_per_s(),
+                pulse_s=timer().pulse_s,
+            ),
             is_first=len(timer().laps) <= 1,
         )
 

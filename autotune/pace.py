@@ -1,0 +1,126 @@
+"""The device's own speed while something is timed, and times moved to one speed.
+
+A shared machine gets slower and faster by a tenth within seconds: a figure is worth little without the speed it was
+taken at. That is told by beats, the seconds that a fixed piece of work takes (trial/pulse.py): several a second, for
+which what is timed is paused, or else one before and one after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from autotune.measurement import Lap, Trial
+
+WINDOW_S = 2.0
+"""A single beat is known to a tenth: the speed in a shorter lap is told from the beats of so many seconds."""
+
+
+class Follows(NamedTuple):
+    """How training's seconds go with the beats'."""
+
+    power: float
+    doubt: float
+    """Give or take: a standard deviation of the power."""
+
+
+WITHIN = Follows(0.8, 0.1)
+"""Beats taken while it was timed (docs/LOG.md 2026-11-23)."""
+AROUND = Follows(0.75, 0.4)
+"""One before and one after (docs/LOG.md 2026-11-22)."""
+
+
+class Beat(NamedTuple):
+    """One of those that are taken while something is paused. Seconds of ``time.perf_counter``, which all processes of
+    a Linux machine share."""
+
+    start_s: float
+    end_s: float
+    seconds: float
+    """Of the fixed work."""
+
+
+_RECORD = struct.Struct("=3d")
+
+
+def written(beat: Beat) -> bytes:
+    """As ``Beats`` reads it."""
+    return _RECORD.pack(*beat)
+
+
+class Beats:
+    """The beats of a file that another process writes; none where there is no file."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self._path = Path(path) if path else None
+        self._num_read = 0
+        self._beats: list[Beat] = []
+
+    def during(self, start_s: float, end_s: float) -> tuple[float, float | None]:
+        """Seconds paused from one time to another, the present, and the beats' mean then, or in ``WINDOW_S`` until
+        then; None without any. Times must not go back from call to call."""
+        since_s = min(start_s, end_s - WINDOW_S)
+        self._beats = [beat for beat in (*self._beats, *self._new()) if beat.end_s > since_s]
+        until = [beat for beat in self._beats if beat.start_s < end_s]
+        paused_s = sum(max(0.0, min(beat.end_s, end_s) - max(beat.start_s, start_s)) for beat in until)
+        return paused_s, _geometric_mean(beat.seconds for beat in until)
+
+    def _new(self) -> Iterator[Beat]:
+        found = b""
+        if self._path is not None:
+            with contextlib.suppress(OSError), self._path.open("rb") as file:  # gone with the process that wrote it
+                file.seek(self._num_read)
+                found = file.read()
+        whole = len(found) - len(found) % _RECORD.size
+        self._num_read += whole
+        return map(Beat._make, _RECORD.iter_unpack(found[:whole]))
+
+
+def usual_pulse_s(laps: Iterable[Lap]) -> float | None:
+    """The mean of what the laps know of the device's speed."""
+    return _geometric_mean(lap.pulse_s for lap in laps if lap.pulse_s)
+
+
+def at_pulse(lap: Lap, pulse_s: float | None) -> Lap:
+    """The lap as it would have been at another speed; as it was where either is not known."""
+    if not lap.pulse_s or not pulse_s:
+        return lap
+    slower = slowdown_within(lap.pulse_s, pulse_s)
+    return msgspec.structs.replace(lap, seconds=lap.seconds / slower, wait_s=lap.wait_s / slower, pulse_s=pulse_s)
+
+
+def even(laps: Sequence[Lap]) -> list[Lap]:
+    """The laps as they would have been had the device been as fast in each as it was on the whole."""
+    pulse_s = usual_pulse_s(laps)
+    return [at_pulse(lap, pulse_s) for lap in laps]
+
+
+def slowdown_within(pulse_s: float | None, than_s: float | None) -> float:
+    """How many times slower training was at one of the beats within it than at another; 1 where either is missing."""
+    return (pulse_s / than_s) ** WITHIN.power if pulse_s and than_s else 1.0
+
+
+def slowdown(trial: Trial, than_s: float | None) -> float:
+    """How many times slower training was in a trial than it is at another pulse; 1 where either is not known."""
+    return (trial.pulse_s / than_s) ** _follows(trial).power if trial.pulse_s and than_s else 1.0
+
+
+def drift_doubt(trial: Trial, than_s: float | None) -> float:
+    """How wrong that may be: a relative standard deviation."""
+    return _follows(trial).doubt * abs(math.log(trial.pulse_s / than_s)) if trial.pulse_s and than_s else 0.0
+
+
+def _follows(trial: Trial) -> Follows:
+    return WITHIN if trial.has_beats else AROUND
+
+
+def _geometric_mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.geometric_mean(found) if found else None

@@ -32,7 +32,9 @@ class Follows(NamedTuple):
 
 
 WITHIN = Follows(0.8, 0.1)
-"""Beats taken while it was timed (docs/LOG.md 2026-11-23)."""
+"""Of a trial, with beats taken while it was timed (docs/LOG.md 2026-11-23)."""
+LAP_POWER = 0.5
+"""Of a lap beside other laps: it has a few beats only, and what they say is noise for a good part."""
 AROUND = Follows(0.75, 0.4)
 """One before and one after (docs/LOG.md 2026-11-22)."""
 
@@ -92,7 +94,7 @@ def at_pulse(lap: Lap, pulse_s: float | None) -> Lap:
     """The lap as it would have been at another speed; as it was where either is not known."""
     if not lap.pulse_s or not pulse_s:
         return lap
-    slower = slowdown_within(lap.pulse_s, pulse_s)
+    slower = lap_slowdown(lap.pulse_s, pulse_s)
     return msgspec.structs.replace(lap, seconds=lap.seconds / slower, wait_s=lap.wait_s / slower, pulse_s=pulse_s)
 
 
@@ -102,9 +104,9 @@ def even(laps: Sequence[Lap]) -> list[Lap]:
     return [at_pulse(lap, pulse_s) for lap in laps]
 
 
-def slowdown_within(pulse_s: float | None, than_s: float | None) -> float:
-    """How many times slower training was at one of the beats within it than at another; 1 where either is missing."""
-    return (pulse_s / than_s) ** WITHIN.power if pulse_s and than_s else 1.0
+def lap_slowdown(pulse_s: float | None, than_s: float | None) -> float:
+    """How many times slower training was in one lap than in another, by their beats; 1 where either has none."""
+    return (pulse_s / than_s) ** LAP_POWER if pulse_s and than_s else 1.0
 
 
 def slowdown(trial: Trial, than_s: float | None) -> float:

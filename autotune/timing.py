@@ -22,7 +22,7 @@ from autotune.apply import Run
 from autotune.cost import BY_TOKENS, Cost, Work, fit, total
 from autotune.data.batching import MicroBatch, PlannedBatch
 from autotune.measurement import Lap, Measurement
-from autotune.pace import Beats, even, slowdown_within, usual_pulse_s
+from autotune.pace import Beats, even, lap_slowdown, usual_pulse_s
 from autotune.stats import relative_margin
 from autotune.strategy import Strategy
 
@@ -227,7 +227,7 @@ class Timer:
         power_w, eval_samples_per_s = _power_w(timed), math.inf
         num_breaks, graph_break = _graph_breaks()
         if self._eval_laps:
-            seconds = sum(seconds / slowdown_within(pulse_s, self.pulse_s) for seconds, pulse_s in self._eval_laps)
+            seconds = sum(seconds / lap_slowdown(pulse_s, self.pulse_s) for seconds, pulse_s in self._eval_laps)
             eval_s = seconds / cost.of(self._eval_work) * cost.of(total(map(_work, self._eval_plan)))
             eval_samples_per_s = self._run.workload.num_test / eval_s
         return Measurement(

@@ -42,6 +42,24 @@ PRODUCTS: dict[tuple[str, str], tuple[dict[str, tuple[Any, ...]], ...]] = {
             "checkpoint": ("none",),
             "compile": ("default",),
         },
+        # where there is no other precision
+        {
+            "micro_batch": (4, 8, 16, 32),
+            "attention": ("eager", "sdpa", "sdpa_math"),
+            "precision": ("fp32",),
+            "padding": ("max", "longest", "buckets", "packed"),
+            "allocator": ("default", "retain"),
+            "checkpoint": ("none", "every_2nd"),
+            "optimizer": ("default", "fused"),
+        },
+        {
+            "micro_batch": (4, 8, 16, 32),
+            "attention": ("eager", "sdpa"),
+            "precision": ("fp32",),
+            "padding": ("longest", "buckets"),
+            "allocator": ("retain",),
+            "compile": ("default",),
+        },
     ),
     ("imdb", "cuda"): (
         {

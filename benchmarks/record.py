@@ -28,7 +28,7 @@ from autotune.search.settings import Settings
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
-from autotune.trial.runner import run_trial
+from autotune.trial.runner import ORDINARY, WITH_BEATS, run_trial
 from autotune.trial.worker import Progress
 from autotune.units import format_duration
 from benchmarks.grid import FOLDER, PRODUCTS, Grid, Header, Record, read_grid, settings_of
@@ -106,6 +106,7 @@ def measured(
         task.job(strategy),
         timeout_s=600,
         memory_limit_bytes=task.machine_limit_bytes,
+        command=WITH_BEATS if pulse.file() else ORDINARY,
         pulse=pulse,
         on_progress=on_progress,
     )

@@ -13,7 +13,7 @@ from autotune import stats
 from autotune.contention import Load
 from autotune.cost import Work
 from autotune.measurement import Measurement
-from autotune.pace import WITHIN
+from autotune.pace import LAP_POWER
 from autotune.search import finals
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.strategy import Padding, Strategy
@@ -115,7 +115,7 @@ def test_turns_in_a_slow_moment_are_moved_to_the_speed_of_all(
         return 0.01 if session.turns % 2 else 0.02
 
     def seconds(session: Scripted) -> float:
-        return float((pulse_s(session) / 0.01) ** WITHIN.power) * (1 if session.padding == "max" else 2)
+        return float((pulse_s(session) / 0.01) ** LAP_POWER) * (1 if session.padding == "max" else 2)
 
     race, _ = scripted_race(prepared, monkeypatch, seconds, pulse_s=pulse_s)
     race.run(enough_s=60.0, max_rounds=4)

@@ -146,7 +146,7 @@ def test_beats_are_read_as_they_come_and_old_ones_forgotten(tmp_path: Path) -> N
 
 def test_laps_are_moved_to_the_speed_that_the_device_had_on_the_whole() -> None:
     """Twice as slow a device has laps longer by 2 to the power that training follows with."""
-    power = pace.WITHIN.power
+    power = pace.LAP_POWER
     laps = [
         msgspec.structs.replace(factories.lap(seconds), wait_s=seconds / 4, pulse_s=pulse_s)
         for seconds, pulse_s in ((1.0, 0.01), (2**power, 0.02))

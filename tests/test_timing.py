@@ -22,7 +22,7 @@ from autotune.pace import Beats
 from autotune.stats import relative_margin
 from autotune.strategy import Padding, Strategy
 from autotune.timing import Timer, _low_discrepancy, steady, time_until
-from autotune.trial.runner import ONCE, ORDINARY
+from autotune.trial.runner import ONCE, ORDINARY, WITH_BEATS
 from autotune.trial.worker import Command
 from tests.factories import lap
 
@@ -167,6 +167,8 @@ class Ticking:
     ("command", "seconds", "num_laps"),
     [
         (ORDINARY, 12.0, 4),
+        (WITH_BEATS, 12.0, 3),
+        (WITH_BEATS, 2.5, 4),
         (ONCE, 12.0, 2),
         (ORDINARY, 40.0, 2),
         (ORDINARY, 4.0, 4),

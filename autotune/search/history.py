@@ -26,8 +26,8 @@ from autotune.search.task import Task
 from autotune.strategy import Strategy
 
 NUM_FINALISTS = 3
-CLOSE_TO_BEST = 1.15
-"""Settings whose trial came within this factor of the best enter the race."""
+CLOSE_TO_BEST, CLOSE_WITHIN = 1.15, 1.08
+"""Settings whose trial came within this factor of the best enter the race; the second where it was timed with beats."""
 LAPS = 6
 """Steps of an ordinary trial, about: what its time grows with."""
 START_S, COMPILE_S = 1.0, 40.0
@@ -84,7 +84,11 @@ class History:
         """The best few, the best first; of each aim the best, where there are several."""
         ranked = [self._ranked(aim) for aim in self._task.aims]
         num_close = num_finalists if len(self._task.sought) == 1 else 1
-        close = [trial for loss, trial in ranked[0][:num_close] if loss <= ranked[0][0][0] * CLOSE_TO_BEST]
+        close = [
+            trial
+            for loss, trial in ranked[0][:num_close]
+            if loss <= ranked[0][0][0] * (CLOSE_WITHIN if trial.has_beats else CLOSE_TO_BEST)
+        ]
         if all(trial is self.reference for trial in close):
             # drift may be corrected for wrongly: what was faster by the clock is raced before it is dropped
             bar = self.reference.samples_per_s or 0.0

@@ -23,7 +23,7 @@ from autotune.search.space import expert_guess
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
-from autotune.trial.runner import ONCE, ORDINARY, run_trial
+from autotune.trial.runner import ONCE, ORDINARY, WITH_BEATS, run_trial
 from autotune.trial.worker import Progress
 
 MIN_TIMEOUT_S = 20.0
@@ -177,13 +177,14 @@ class Trials:
             rate = rival.samples_per_s * slowdown(rival, now_s) / math.exp(drift_doubt(rival, now_s))
             return hopeless(progress, rate, task.compiles(strategy))
 
+        ordinary = WITH_BEATS if self.pulse.file() else ORDINARY
         trial = self._run(
             number,
             task.job(strategy),
             timeout_s=self.timeout_s(strategy),
             silence_s=self.silence_s(strategy),
             memory_limit_bytes=task.memory_limit_bytes if number else task.machine_limit_bytes,
-            command=ORDINARY if number else ONCE,  # a race times the baseline again
+            command=ordinary if number else ONCE,  # a race times the baseline again
             pulse=self.pulse,
             hopeless=give_up,
             on_progress=self._observer.on_progress,

@@ -10,6 +10,7 @@ from autotune.apply import Run
 from autotune.measurement import Trial
 from autotune.search.settings import Observer
 from autotune.strategy import Strategy
+from autotune.trial.pulse import Pulse
 
 
 class Silent(Observer):
@@ -27,22 +28,13 @@ class Silent(Observer):
         self.origins.append(origin)
 
 
-class SilentPulse:
+class SilentPulse(Pulse):
     """A device whose own speed is not measured."""
-
-    def __init__(self, backend_name: str) -> None: ...
-
-    def __enter__(self) -> SilentPulse:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def close(self) -> None: ...
 
     def beat(self) -> float | None:
         return None
 
-    def file(self) -> str | None:
+    def file(self) -> None:
         return None
 
 

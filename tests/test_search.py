@@ -233,6 +233,7 @@ class DriftingPulse(SilentPulse):
     """Says of the first beats that the device was slow; its trials were not, however."""
 
     def __init__(self, backend_name: str) -> None:
+        super().__init__(backend_name)
         self.num_beats = 0
 
     def beat(self) -> float:

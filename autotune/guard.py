@@ -41,6 +41,11 @@ def entry(connection: Connection, stderr_path: str, target: Callable[..., None],
     target(connection, *args)
 
 
+def scratch(stderr_path: Path) -> Path:
+    """A file of the child's own beside its stderr."""
+    return stderr_path.with_suffix(".scratch")
+
+
 def _be_killed_first() -> None:
     """Where the machine runs out of memory all the same, the kernel takes this process and no one else's."""
     with contextlib.suppress(OSError):
@@ -78,8 +83,9 @@ def _outlive_nobody(worker: int, stderr_path: str) -> None:
     parent.join()
     with contextlib.suppress(OSError):
         os.kill(worker, signal.SIGKILL)
-    with contextlib.suppress(OSError):
-        os.unlink(stderr_path)
+    for path in (Path(stderr_path), scratch(Path(stderr_path))):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _wait_for(worker: int) -> int:

@@ -94,6 +94,11 @@ class Child:
         self.close()
 
     @property
+    def scratch(self) -> Path:
+        """Where the child may leave something for others to read; it goes when the child does."""
+        return guard.scratch(self._stderr)
+
+    @property
     def pid(self) -> int:
         """The process id of what runs the target."""
         deadline = time.monotonic() + _GUARD_S
@@ -197,6 +202,7 @@ class Child:
         psutil.wait_procs(family, timeout=5)
         self.connection.close()
         self._stderr.unlink(missing_ok=True)
+        self.scratch.unlink(missing_ok=True)
 
     def _working(self) -> psutil.Process | None:
         """The process that runs the target: the guard's first child where there is a guard."""

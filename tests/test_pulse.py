@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from autotune import pace
-from autotune.pace import Beat, Beats, at_pulse, drift_doubt, even, slowdown, usual_pulse_s, written
+from autotune.pace import Beat, Beats, at_pulse, drift_doubt, even, slowdown, usual_pulse_s
 from autotune.process import Child
 from autotune.trial.pulse import Pulse
 from tests import factories
@@ -51,7 +52,8 @@ def pulse() -> Iterator[Pulse]:
 
 def beats_of(path: str | None) -> list[Beat]:
     assert path is not None
-    return [Beat(*one) for one in struct.iter_unpack("=3d", Path(path).read_bytes())]
+    written = Path(path).read_bytes() if Path(path).exists() else b""
+    return [Beat(*one) for one in struct.iter_unpack("=3d", written)]
 
 
 @only_linux
@@ -79,7 +81,7 @@ def test_what_it_has_started_is_paused_too_and_goes_on(pulse: Pulse) -> None:
                 seen.add(other.status())
         assert psutil.STATUS_STOPPED in seen
         after = len(beats_of(path))
-        time.sleep(0.6)
+        time.sleep(1.0)
         assert len(beats_of(path)) == after
         assert other.status() == psutil.STATUS_SLEEPING
 
@@ -103,6 +105,45 @@ def test_what_is_paused_goes_on_when_the_pulse_dies(pulse: Pulse) -> None:
             while not beats_of(pulse.file()):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
+
+
+@only_linux
+def test_the_beats_file_goes_with_the_pulse() -> None:
+    with Pulse("cpu") as pulse, Child(starts_another) as child:
+        path = Path(pulse.file() or "")
+        with pulse.pausing(child.pid):
+            while not path.exists():
+                time.sleep(0.05)
+    assert not path.exists()
+
+
+@only_linux
+def test_nothing_is_left_where_the_search_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "search.py"
+    script.write_text(
+        "from tests.test_pulse import starts_another\n"
+        "from autotune.process import Child\n"
+        "from autotune.trial.pulse import Pulse\n"
+        "pulse, child = Pulse('cpu'), Child(starts_another)\n"
+        "path = pulse.file()\n"
+        "with pulse.pausing(child.pid):\n"
+        "    print(child.receive(30), child.pid, path, flush=True)\n"
+        "    import time; time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    search = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+    assert search.stdout is not None
+    other, child, path = search.stdout.readline().split()
+    while not Path(path).exists():
+        time.sleep(0.05)
+    os.killpg(int(child), signal.SIGSTOP)  # as in the middle of a beat
+    search.kill()
+    search.wait()
+    search.stdout.close()
+    deadline = time.monotonic() + 20
+    while Path(path).exists() or psutil.pid_exists(int(child)) or psutil.pid_exists(int(other)):
+        assert time.monotonic() < deadline, "something outlived the search"
+        time.sleep(0.05)
 
 
 @only_linux
@@ -132,7 +173,7 @@ def test_no_accelerators_process_is_paused() -> None:
 
 def test_beats_are_read_as_they_come_and_old_ones_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "beats"
-    whole = b"".join(map(written, (Beat(1.0, 1.5, 0.01), Beat(9.5, 9.75, 0.02), Beat(9.9, 10.0, 0.08))))
+    whole = b"".join(map(pace.written, (Beat(1.0, 1.5, 0.01), Beat(9.5, 9.75, 0.02), Beat(9.9, 10.0, 0.08))))
     path.write_bytes(whole[:-5])
     beats = Beats(str(path))
     assert beats.during(1.2, 2.0) == pytest.approx((0.3, 0.01))

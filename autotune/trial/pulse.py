@@ -12,7 +12,6 @@ import os
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple, Self
 
 from autotune import backends
 from autotune.backends.base import Backend, torch_device
+from autotune.errors import AutotuneError
 from autotune.pace import Beat, written
 from autotune.process import Child, ChildDied
 
@@ -39,8 +39,8 @@ class Pulse:
     def __init__(self, backend_name: str) -> None:
         self._backend_name = backend_name
         self._child: Child | None = None
-        self._path: Path | None = None
         self._paused: int | None = None
+        self._pauses = sys.platform == "linux" and backends.get(backend_name).is_host_memory
 
     def __enter__(self) -> Self:
         return self
@@ -54,9 +54,6 @@ class Pulse:
             self._child.close()
         self._child = None
         self._let_go()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-        self._path = None
 
     def beat(self) -> float | None:
         """Seconds that the fixed work takes now; None where it could not be measured, as on a full device."""
@@ -69,23 +66,22 @@ class Pulse:
 
     def file(self) -> str | None:
         """Where the beats are written that are taken while something is paused; None where nothing can be."""
-        if sys.platform != "linux" or not backends.get(self._backend_name).is_host_memory:
+        if not self._pauses:
             return None
-        if self._path is None:
-            with contextlib.suppress(OSError):
-                descriptor, path = tempfile.mkstemp(prefix="autotune-", suffix=".beats")
-                os.close(descriptor)
-                self._path = Path(path)
-        return str(self._path) if self._path else None
+        try:
+            return str(self._start().scratch)
+        except AutotuneError:
+            return None
 
     @contextlib.contextmanager
     def pausing(self, group: int) -> Iterator[None]:
         """Meanwhile the process group is paused for a beat several times a second, where there is a file for it."""
-        if self._path is None:
+        if self.file() is None:
             yield
             return
         try:
-            self._start().send(group)
+            child = self._start()
+            child.send((group, str(child.scratch)))
             self._paused = group
         except ChildDied:
             self.close()
@@ -110,7 +106,7 @@ class Pulse:
 
     def _start(self) -> Child:
         if self._child is None:
-            self._child = Child(_serve, self._backend_name, self.file())
+            self._child = Child(_serve, self._backend_name, self._pauses)
         return self._child
 
     def _ask(self, message: object) -> Any:
@@ -126,20 +122,20 @@ class Pulse:
         self._paused = None
 
 
-def _serve(connection: Connection, backend_name: str, path: str | None) -> None:
-    work = _paused_work() if path else _work(backends.get(backend_name))
+def _serve(connection: Connection, backend_name: str, pauses: bool) -> None:
+    work = _paused_work() if pauses else _work(backends.get(backend_name))
     work.seconds()
-    group: int | None = None
+    paused: tuple[int, str] | None = None
     while True:
         try:
-            if connection.poll(_PERIOD_S if group else None):
-                group = message if isinstance(message := connection.recv(), int) else None
+            if connection.poll(_PERIOD_S if paused else None):
+                paused = message if isinstance(message := connection.recv(), tuple) else None
                 if message == "beat":
                     connection.send(work.seconds())
                 elif message is None:
                     connection.send(None)
-            elif group is not None and path is not None and not _beat_paused(group, path, work.seconds):
-                group = None
+            elif paused is not None and not _beat_paused(*paused, work.seconds):
+                paused = None
         except EOFError:
             return
 

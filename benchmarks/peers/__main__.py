@@ -2,7 +2,8 @@
 
 Each tool gets a venv of its own under build/peers, the same model, data and machine, and chooses by its own means, with
 its own defaults. What was chosen is then trained by one loop, the search's own race: each in turns with our choice, in
-processes of their own; rates are of real samples, the ratio has a 95 % interval. Most of these tools look for a batch
+processes of their own; rates are of real samples, the ratio has a 95 % interval. Ours without a search is what
+``autotune.load`` gives where there is no profile. Most of these tools look for a batch
 size, and so change the training; ours keeps the recipe's global batch. Nothing else may run meanwhile.
 """
 
@@ -21,12 +22,14 @@ import msgspec
 from rich.table import Table
 
 from autotune import backends, workloads
+from autotune.api import safe_defaults
 from autotune.files import replace_file
 from autotune.measurement import Interval, Trial
 from autotune.report.terminal import describe, interval_words, stdout
 from autotune.search.finals import Entrant, Race, ratio
 from autotune.search.task import FREE_MEMORY_SHARE
 from autotune.strategy import Strategy
+from autotune.trial.pulse import Pulse
 from autotune.trial.worker import Job
 from autotune.units import format_bytes, format_duration, format_rate
 from autotune.workloads.base import Workload, WorkloadRef
@@ -76,7 +79,8 @@ def main(only: tuple[str, ...], budget: tuple[str, ...], resume: bool, seconds: 
     workload = module.open_workload(ref)
     ours = [chosen(f"autotune, {text}", functools.partial(ours_in, text, folder)) for text in budget]
     theirs = [chosen(name, functools.partial(theirs_in, name, folder, workload)) for name in only or PEERS]
-    best = ours[-1]
+    best, unsearched = ours[-1], safe_defaults("imdb")
+    ours.insert(0, Choice(tool="autotune, no search", words=describe(unsearched), strategy=unsearched, search_s=0.0))
     assert best.strategy is not None
     timed: dict[Strategy, Timed | str] = {}
     for strategy in dict.fromkeys(choice.strategy for choice in [*ours, *theirs] if choice.strategy):
@@ -143,8 +147,10 @@ def in_turns(ours: Strategy, theirs: Strategy, ref: WorkloadRef, seconds: float)
         )
         for number, strategy in enumerate((ours, theirs))
     ]
-    race = Race(entrants, timeout_s=900, memory_limit_bytes=int(FREE_MEMORY_SHARE * backend.device().memory_free_bytes))
-    race.run(enough_s=seconds)
+    memory_limit_bytes = int(FREE_MEMORY_SHARE * backend.device().memory_free_bytes)
+    with Pulse(backend.name) as pulse:
+        race = Race(entrants, timeout_s=900, memory_limit_bytes=memory_limit_bytes, pulse=pulse)
+        race.run(enough_s=seconds)
     if race.failures:
         return "; ".join(f"{end.outcome}: {end.reason}" for end in race.failures.values())
     first, second = race.finals()

@@ -45,11 +45,18 @@ PRODUCTS: dict[tuple[str, str], tuple[dict[str, tuple[Any, ...]], ...]] = {
         # where there is no other precision
         {
             "micro_batch": (4, 8, 16, 32),
-            "attention": ("eager", "sdpa", "sdpa_math"),
+            "attention": ("eager", "sdpa", "sdpa_math", "sdpa_flash"),
             "precision": ("fp32",),
-            "padding": ("max", "longest", "buckets", "packed"),
+            "padding": ("longest", "buckets", "packed"),
             "allocator": ("default", "retain"),
-            "checkpoint": ("none", "every_2nd"),
+            "optimizer": ("default", "foreach", "fused"),
+        },
+        {
+            "micro_batch": (2,),
+            "attention": ("eager", "sdpa"),
+            "precision": ("fp32",),
+            "padding": ("longest", "buckets", "packed"),
+            "allocator": ("default", "retain"),
             "optimizer": ("default", "fused"),
         },
         {

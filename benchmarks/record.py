@@ -84,6 +84,8 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
                         break
                     print(f"others took {trial.others_cores:.2f} cores, again: {trial_line(trial)}", flush=True)
                     before_s = after_s
+                    if time.monotonic() >= end:
+                        return  # it would be on record as it is
                 if before_s and after_s:
                     trial = msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * after_s))
                 before_s = after_s

@@ -166,9 +166,17 @@ def test_nothing_is_paused_where_the_beats_cannot_be_written(
         assert pulse._child is None
 
 
-def test_no_accelerators_process_is_paused() -> None:
+def test_where_nothing_can_be_paused_the_work_is_timed_between_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, whose queue would run on; the CPU's own work stands in for its."""
     with Pulse("cuda") as pulse:
         assert pulse.file() is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    pulse = Pulse("cpu")
+    monkeypatch.undo()
+    with pulse:
+        assert pulse.file() is None
+        with pulse.pausing(os.getpid()):
+            assert 0 < (pulse.beat() or 0) < 10
 
 
 def test_beats_are_read_as_they_come_and_old_ones_forgotten(tmp_path: Path) -> None:

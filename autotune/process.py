@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import multiprocessing
 import os
@@ -195,7 +196,10 @@ class Child:
         if worker is not None and worker != self._root:
             self._kill_worker()
             self._process.join(_GUARD_S)  # the guard ends the rest, what was started this moment included
-        for kill in (lambda: os.killpg(self._process.pid, signal.SIGKILL), *(process.kill for process in family)):
+        groups = {self._process.pid, worker.pid if worker else self._process.pid}  # the guard's, and the worker's own
+        kill_groups = [functools.partial(os.killpg, group, signal.SIGKILL) for group in groups]
+        kill_all: list[Callable[[], object]] = [*kill_groups, *(process.kill for process in family)]
+        for kill in kill_all:
             with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error, AttributeError):
                 kill()
         self._process.join(5)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from autotune.measurement import Lap, Trial
+from autotune.measurement import Lap, Measurement, Trial
 
 WINDOW_S = 2.0
 """A single beat is known to a tenth: the speed in a shorter lap is told from the beats of so many seconds."""
@@ -72,7 +72,7 @@ class Beats:
         self._beats = [beat for beat in (*self._beats, *self._new()) if beat.end_s > since_s]
         until = [beat for beat in self._beats if beat.start_s < end_s]
         paused_s = sum(max(0.0, min(beat.end_s, end_s) - max(beat.start_s, start_s)) for beat in until)
-        return paused_s, _geometric_mean(beat.seconds for beat in until)
+        return paused_s, statistics.geometric_mean(beat.seconds for beat in until) if until else None
 
     def _new(self) -> Iterator[Beat]:
         found = b""
@@ -86,22 +86,24 @@ class Beats:
 
 
 def usual_pulse_s(laps: Iterable[Lap]) -> float | None:
-    """The mean of what the laps know of the device's speed."""
-    return _geometric_mean(lap.pulse_s for lap in laps if lap.pulse_s)
+    """The mean of what the laps know of the device's speed; one that took twice as long had twice as many beats."""
+    found = [(math.log(lap.pulse_s), lap.seconds) for lap in laps if lap.pulse_s]
+    return math.exp(statistics.fmean(*zip(*found, strict=True))) if found else None
 
 
-def at_pulse(lap: Lap, pulse_s: float | None) -> Lap:
-    """The lap as it would have been at another speed; as it was where either is not known."""
-    if not lap.pulse_s or not pulse_s:
+def at_pulse(lap: Lap, usual_s: float | None, pulse_s: float | None) -> Lap:
+    """The lap as it would have been at another speed; as it was where it has none. ``usual_s`` is the mean of its
+    process's laps: all their beats together are worth more than those of one."""
+    if not (lap.pulse_s and usual_s and pulse_s):
         return lap
-    slower = lap_slowdown(lap.pulse_s, pulse_s)
+    slower = lap_slowdown(lap.pulse_s, usual_s) * (usual_s / pulse_s) ** WITHIN.power
     return msgspec.structs.replace(lap, seconds=lap.seconds / slower, wait_s=lap.wait_s / slower, pulse_s=pulse_s)
 
 
 def even(laps: Sequence[Lap]) -> list[Lap]:
-    """The laps as they would have been had the device been as fast in each as it was on the whole."""
+    """One process's laps as they would have been had the device been as fast in each as it was on the whole."""
     pulse_s = usual_pulse_s(laps)
-    return [at_pulse(lap, pulse_s) for lap in laps]
+    return [at_pulse(lap, pulse_s, pulse_s) for lap in laps]
 
 
 def lap_slowdown(pulse_s: float | None, than_s: float | None) -> float:
@@ -109,9 +111,33 @@ def lap_slowdown(pulse_s: float | None, than_s: float | None) -> float:
     return (pulse_s / than_s) ** LAP_POWER if pulse_s and than_s else 1.0
 
 
+def measured_at(measurement: Measurement, pulse_s: float | None) -> Measurement:
+    """A process's figures as they would have been at another speed; as they were where either is not known."""
+    if not measurement.pulse_s or not pulse_s:
+        return measurement
+    slower = (measurement.pulse_s / pulse_s) ** WITHIN.power
+    return msgspec.structs.replace(
+        measurement,
+        samples_per_s=measurement.samples_per_s * slower,
+        tokens_per_s=measurement.tokens_per_s * slower,
+        eval_samples_per_s=measurement.eval_samples_per_s * slower,
+        step_ms=measurement.step_ms / slower,
+        warm_up_s=measurement.warm_up_s / slower,
+        epoch_s=tuple(seconds / slower for seconds in measurement.epoch_s),
+        pulse_s=pulse_s,
+    )
+
+
 def slowdown(trial: Trial, than_s: float | None) -> float:
     """How many times slower training was in a trial than it is at another pulse; 1 where either is not known."""
     return (trial.pulse_s / than_s) ** _follows(trial).power if trial.pulse_s and than_s else 1.0
+
+
+def with_beats_around(trial: Trial, before_s: float | None, after_s: float | None) -> Trial:
+    """A trial that had no beats of its own, with those before and after it."""
+    if trial.has_beats or not before_s or not after_s:
+        return trial
+    return msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * after_s))
 
 
 def drift_doubt(trial: Trial, than_s: float | None) -> float:
@@ -121,8 +147,3 @@ def drift_doubt(trial: Trial, than_s: float | None) -> float:
 
 def _follows(trial: Trial) -> Follows:
     return WITHIN if trial.has_beats else AROUND
-
-
-def _geometric_mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return statistics.geometric_mean(found) if found else None

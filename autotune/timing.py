@@ -22,7 +22,7 @@ from autotune.apply import Run
 from autotune.cost import BY_TOKENS, Cost, Work, fit, total
 from autotune.data.batching import MicroBatch, PlannedBatch
 from autotune.measurement import Lap, Measurement
-from autotune.pace import Beats, even, lap_slowdown, usual_pulse_s
+from autotune.pace import Beats, at_pulse, even, lap_slowdown, usual_pulse_s
 from autotune.stats import relative_margin
 from autotune.strategy import Strategy
 
@@ -204,8 +204,8 @@ class Timer:
 
     @property
     def pulse_s(self) -> float | None:
-        """The device's own speed that the rates are for, the mean of all laps'; None where it was not taken."""
-        return usual_pulse_s(self.laps)
+        """The device's own speed that the rates are for, the timed laps'; None where it was not taken."""
+        return usual_pulse_s(uncompiled(self.laps[self._num_warm_up() :]))
 
     def samples_per_s(self) -> float:
         """Real samples per second by what has been timed so far."""
@@ -217,8 +217,9 @@ class Timer:
         return relative_margin([lap.seconds / cost.of(_lap_work(lap)) for lap in even(laps)])
 
     def steady(self) -> tuple[list[Lap], list[Lap]]:
-        """Warm-up laps and timed laps so far, all at one speed of the device."""
-        return steady(even(self.laps), self._cost())
+        """Warm-up laps and timed laps so far, all at the speed that the device had in the timed ones."""
+        pulse_s = self.pulse_s
+        return steady([at_pulse(lap, pulse_s, pulse_s) for lap in self.laps], self._cost())
 
     def measurement(self) -> Measurement:
         """The figures of all laps so far. Needs at least one lap."""
@@ -241,12 +242,15 @@ class Timer:
             joules_per_sample=None if power_w is None else power_w / self.samples_per_s(),
             epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
             losses=tuple(loss for lap in self.laps for loss in lap.losses),
-            num_recompiled=sum(lap.num_compiled for lap in self.laps[_first_steady(self.laps, cost) :]),
+            num_recompiled=sum(lap.num_compiled for lap in self.laps[self._num_warm_up() :]),
             is_from_cache=_is_from_cache(),
             num_graph_breaks=num_breaks,
             graph_break=graph_break,
             pulse_s=self.pulse_s,
         )
+
+    def _num_warm_up(self) -> int:
+        return _first_steady(even(self.laps), self._cost()) if self.laps else 0
 
     def _rate(self, laps: list[Lap]) -> float:
         return sum(lap.seconds for lap in laps) / self._cost().of(total(map(_lap_work, laps)))

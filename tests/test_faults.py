@@ -29,6 +29,7 @@ from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial import runner
+from autotune.trial.pulse import Pulse
 from tests import factories
 from tests.faulty import BASELINE, BEST, FAULTY, WORKLOAD
 from tests.observing import Silent, SilentPulse
@@ -45,6 +46,8 @@ class Expected(NamedTuple):
     """Part of the reason."""
 
 
+SIGSTOP = "SIGSTOP"
+"""Without the device's pulse: the end of the next beat would wake it."""
 EXPECTED: dict[str, Expected] = {
     "an allocation that torch cannot serve": Expected("oom", "can't allocate memory"),
     "an allocation that Python cannot serve": Expected("oom", "MemoryError"),
@@ -58,7 +61,7 @@ EXPECTED: dict[str, Expected] = {
     "fake device: lost": Expected("crashed", "device lost"),
     "while True": Expected("timeout", "no sign of life"),
     "sleeps for ever": Expected("timeout", "no sign of life"),
-    "SIGSTOP": Expected("timeout", "no sign of life"),
+    SIGSTOP: Expected("timeout", "no sign of life"),
     "os._exit(3)": Expected("crashed", "exited with status 3"),
     "sys.exit(4)": Expected("crashed", "SystemExit: 4"),
     "SIGSEGV": Expected("crashed", "killed by SIGSEGV"),
@@ -118,7 +121,12 @@ def search_with(fault: str, folder: Path) -> Seen:
     settings = Settings(budget_s=None, max_trials=4, epochs=1000, memory_budget_bytes=MEMORY_BUDGET, explains=False)
     clock = Clock()
     before = set(psutil.Process().children(recursive=True))
-    with quick(), mock.patch.object(trials, "expert_guess", return_value=faulty):
+    pulse = SilentPulse if fault == SIGSTOP else Pulse
+    with (
+        quick(),
+        mock.patch.object(study, "Pulse", pulse),
+        mock.patch.object(trials, "expert_guess", return_value=faulty),
+    ):
         result = search(
             Task(
                 ref=ref,
@@ -145,8 +153,8 @@ def quick() -> Iterator[None]:
     with (
         mock.patch.object(trials, "SILENCE_S", 3.0),
         mock.patch.object(finals, "MAX_ROUNDS", 3),
-        mock.patch.multiple(trials, ORDINARY=short, ONCE=once),
-        mock.patch.object(study, "Pulse", SilentPulse),
+        mock.patch.multiple(runner, ORDINARY=short, WITH_BEATS=short),
+        mock.patch.object(trials, "ONCE", once),
         mock.patch.dict(surrogate.USUAL, {**dict.fromkeys(surrogate.USUAL, 0.01), "micro_batch": 2.0}),
     ):
         yield

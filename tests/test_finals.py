@@ -13,7 +13,7 @@ from autotune import stats
 from autotune.contention import Load
 from autotune.cost import Work
 from autotune.measurement import Measurement
-from autotune.pace import LAP_POWER
+from autotune.pace import LAP_POWER, WITHIN
 from autotune.search import finals
 from autotune.search.finals import Entrant, Final, Race, ranked
 from autotune.strategy import Padding, Strategy
@@ -21,6 +21,7 @@ from autotune.timing import Epoch
 from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Command, Done, Job
 from tests import factories
+from tests.observing import SilentPulse
 from tests.scripted import Prepared
 
 PADDINGS: tuple[Padding, ...] = ("max", "longest", "buckets")
@@ -47,8 +48,9 @@ class Scripted:
     lap_s: Callable[[Scripted], float]
     pulse_s: Callable[[Scripted], float | None]
 
-    def __init__(self, job: Job, **_: Any) -> None:
+    def __init__(self, job: Job, **limits: Any) -> None:
         self.padding, self.start = job.strategy.padding, job.start
+        self.pulse = limits["pulse"]
         self.turns = 0
         self.longest = False
         self.is_closed = False
@@ -71,7 +73,7 @@ class Scripted:
         time.sleep(0.002)
         # ten steps are an epoch
         return Done(
-            measurement=factories.measurement(),
+            measurement=factories.measurement(pulse_s=type(self).pulse_s(self)),
             laps=(msgspec.structs.replace(factories.lap(seconds), pulse_s=type(self).pulse_s(self)),),
             epoch=Epoch(work=Work(steps=10, tokens=1000, squares=1000), num_samples=320, num_steps=10),
         )
@@ -103,7 +105,7 @@ def scripted_race(
         )
         for number, strategy in enumerate(Strategy(micro_batch=32, padding=p) for p in PADDINGS)
     ]
-    return Race(entrants, timeout_s=1, memory_limit_bytes=1), made
+    return Race(entrants, timeout_s=1, memory_limit_bytes=1, pulse=SilentPulse("cpu")), made
 
 
 def test_turns_in_a_slow_moment_are_moved_to_the_speed_of_all(
@@ -117,12 +119,32 @@ def test_turns_in_a_slow_moment_are_moved_to_the_speed_of_all(
     def seconds(session: Scripted) -> float:
         return float((pulse_s(session) / 0.01) ** LAP_POWER) * (1 if session.padding == "max" else 2)
 
+    with_cores(monkeypatch, lambda _: False)  # each has as many turns as the others
     race, _ = scripted_race(prepared, monkeypatch, seconds, pulse_s=pulse_s)
     race.run(enough_s=60.0, max_rounds=4)
     first, second, _ = race.finals()
     assert first.epoch_s == pytest.approx([first.epoch_s[0]] * 4)
     found = finals.ratio(second, first)
     assert found.low == pytest.approx(2) == found.high
+
+
+def test_an_entrant_whose_turns_were_all_in_slow_moments_is_moved_as_a_trial_would_be(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pulse_s(session: Scripted) -> float:
+        return 0.01 if session.padding == "max" else 0.02
+
+    def seconds(session: Scripted) -> float:
+        return float((pulse_s(session) / 0.01) ** WITHIN.power) * (1 if session.padding == "max" else 2)
+
+    race, sessions = scripted_race(prepared, monkeypatch, seconds, pulse_s=pulse_s)
+    race.run(enough_s=60.0, max_rounds=4)
+    first, second, _ = race.finals()
+    assert finals.ratio(second, first).ratio == pytest.approx(2)
+    evaluation = second.measurement.eval_samples_per_s / first.measurement.eval_samples_per_s
+    assert evaluation == pytest.approx(2**WITHIN.power)
+    assert second.measurement.pulse_s == first.measurement.pulse_s
+    assert all(isinstance(session.pulse, SilentPulse) for session in sessions)
 
 
 def test_a_trials_peak_serves_where_every_entrant_has_one(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,9 +20,7 @@ from autotune import pace
 from autotune.pace import Beat, Beats, at_pulse, drift_doubt, even, slowdown, usual_pulse_s
 from autotune.process import Child
 from autotune.trial.pulse import Pulse
-from tests import factories
-
-only_linux = pytest.mark.skipif(sys.platform != "linux", reason="what is timed is paused on Linux only")
+from tests import factories, marks
 
 
 def counts(connection: Connection, seconds: float) -> None:
@@ -50,17 +47,25 @@ def pulse() -> Iterator[Pulse]:
         yield found
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for it, twenty seconds at most."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def beats_of(path: str | None) -> list[Beat]:
     assert path is not None
     written = Path(path).read_bytes() if Path(path).exists() else b""
     return [Beat(*one) for one in struct.iter_unpack("=3d", written)]
 
 
-@only_linux
+@marks.pauses
 def test_what_is_timed_stands_still_while_a_beat_is_taken(pulse: Pulse) -> None:
     path = pulse.file()
     with Child(counts, 2.0) as child:
-        with pulse.pausing(child.pid):
+        with pulse.pausing(child.pid, path):
             gaps = child.receive(30)
         beats = [beat for beat in beats_of(path) if beat.end_s < max(end for _, end in gaps)]
         assert len(beats) >= 3
@@ -70,54 +75,66 @@ def test_what_is_timed_stands_still_while_a_beat_is_taken(pulse: Pulse) -> None:
             assert 0 < beat.seconds < beat.end_s - beat.start_s
 
 
-@only_linux
+@marks.pauses
 def test_what_it_has_started_is_paused_too_and_goes_on(pulse: Pulse) -> None:
     path = pulse.file()
     with Child(starts_another) as child:
         other = psutil.Process(child.receive(30))
-        seen = set()
-        with pulse.pausing(child.pid):
-            while len(beats_of(path)) < 3:
-                seen.add(other.status())
-        assert psutil.STATUS_STOPPED in seen
+        with pulse.pausing(child.pid, path):
+            until(lambda: other.status() == psutil.STATUS_STOPPED)
+            until(lambda: len(beats_of(path)) >= 3)
         after = len(beats_of(path))
         time.sleep(1.0)
         assert len(beats_of(path)) == after
         assert other.status() == psutil.STATUS_SLEEPING
 
 
-@only_linux
-def test_what_is_paused_goes_on_when_the_pulse_dies(pulse: Pulse) -> None:
-    assert pulse.file() is not None
+@marks.pauses
+def test_what_is_paused_goes_on_when_the_pulse_dies_and_is_paused_no_more(pulse: Pulse) -> None:
+    """It would not know of the pauses: it reads the file of the one that died."""
+    path = pulse.file()
     with Child(starts_another) as child:
         child.receive(30)
-        with pulse.pausing(child.pid):
+        with pulse.pausing(child.pid, path):
             assert pulse._child is not None
             os.kill(pulse._child.pid, signal.SIGKILL)
             os.killpg(child.pid, signal.SIGSTOP)  # as it was killed in the middle of a beat
-            deadline = time.monotonic() + 20
-            while psutil.Process(child.pid).status() == psutil.STATUS_STOPPED:
-                assert time.monotonic() < deadline
+
+            def goes_on() -> bool:
                 pulse.check()
-        assert pulse.file() is not None
-        with pulse.pausing(child.pid):  # another one takes its place
-            deadline = time.monotonic() + 20
-            while not beats_of(pulse.file()):
-                assert time.monotonic() < deadline
+                return psutil.Process(child.pid).status() != psutil.STATUS_STOPPED
+
+            until(goes_on)
+        with pulse.pausing(child.pid, path):
+            assert pulse.beat()
+            time.sleep(1.0)
+        assert not beats_of(pulse.file())
+        with pulse.pausing(child.pid, pulse.file()):
+            until(lambda: bool(beats_of(pulse.file())))
+
+
+@marks.pauses
+def test_turns_shorter_than_the_time_between_two_beats_have_some_all_the_same(pulse: Pulse) -> None:
+    path = pulse.file()
+    assert pulse.beat(), "it is ready"
+    with Child(starts_another) as child:
+        child.receive(30)
+        for _ in range(30):
+            with pulse.pausing(child.pid, path):
                 time.sleep(0.05)
+    assert len(beats_of(path)) >= 2
 
 
-@only_linux
+@marks.pauses
 def test_the_beats_file_goes_with_the_pulse() -> None:
     with Pulse("cpu") as pulse, Child(starts_another) as child:
         path = Path(pulse.file() or "")
-        with pulse.pausing(child.pid):
-            while not path.exists():
-                time.sleep(0.05)
+        with pulse.pausing(child.pid, str(path)):
+            until(path.exists)
     assert not path.exists()
 
 
-@only_linux
+@marks.pauses
 def test_nothing_is_left_where_the_search_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "search.py"
     script.write_text(
@@ -126,7 +143,7 @@ def test_nothing_is_left_where_the_search_is_killed(tmp_path: Path) -> None:
         "from autotune.trial.pulse import Pulse\n"
         "pulse, child = Pulse('cpu'), Child(starts_another)\n"
         "path = pulse.file()\n"
-        "with pulse.pausing(child.pid):\n"
+        "with pulse.pausing(child.pid, path):\n"
         "    print(child.receive(30), child.pid, path, flush=True)\n"
         "    import time; time.sleep(600)\n"
     )
@@ -134,27 +151,48 @@ def test_nothing_is_left_where_the_search_is_killed(tmp_path: Path) -> None:
     search = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
     assert search.stdout is not None
     other, child, path = search.stdout.readline().split()
-    while not Path(path).exists():
-        time.sleep(0.05)
+    until(Path(path).exists)
     os.killpg(int(child), signal.SIGSTOP)  # as in the middle of a beat
     search.kill()
     search.wait()
     search.stdout.close()
-    deadline = time.monotonic() + 20
-    while Path(path).exists() or psutil.pid_exists(int(child)) or psutil.pid_exists(int(other)):
-        assert time.monotonic() < deadline, "something outlived the search"
-        time.sleep(0.05)
+    until(lambda: not (Path(path).exists() or psutil.pid_exists(int(child)) or psutil.pid_exists(int(other))))
 
 
-@only_linux
+@marks.pauses
 def test_what_is_gone_ends_no_pulse(pulse: Pulse) -> None:
     path = pulse.file()
+    assert pulse.beat(), "it is ready"
     with Child(starts_another) as child:
         group = child.pid
-    with pulse.pausing(group):
+    with pulse.pausing(group, path):
         time.sleep(0.5)
     assert not beats_of(path)
     assert pulse.beat()
+    assert pulse.file() == path, "the same process goes on"
+
+
+@marks.pauses
+def test_a_process_that_is_about_to_begin_is_paused_when_it_has(pulse: Pulse) -> None:
+    path = pulse.file()
+    assert pulse.beat(), "it is ready"
+    read, write = os.pipe()
+    late = os.fork()
+    if late == 0:
+        os.read(read, 1)
+        os.setpgid(0, 0)
+        time.sleep(600)
+    try:
+        with pulse.pausing(late, path):
+            time.sleep(0.5)
+            assert not beats_of(path)
+            os.write(write, b"!")
+            until(lambda: bool(beats_of(path)))
+    finally:
+        os.kill(late, signal.SIGKILL)
+        os.waitpid(late, 0)
+        os.close(read)
+        os.close(write)
 
 
 def test_nothing_is_paused_where_the_beats_cannot_be_written(
@@ -162,7 +200,7 @@ def test_nothing_is_paused_where_the_beats_cannot_be_written(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     assert pulse.file() is None
-    with pulse.pausing(1):
+    with pulse.pausing(1, pulse.file()):
         assert pulse._child is None
 
 
@@ -175,7 +213,7 @@ def test_where_nothing_can_be_paused_the_work_is_timed_between_trials(monkeypatc
     monkeypatch.undo()
     with pulse:
         assert pulse.file() is None
-        with pulse.pausing(os.getpid()):
+        with pulse.pausing(os.getpid(), pulse.file()):
             assert 0 < (pulse.beat() or 0) < 10
 
 
@@ -202,11 +240,16 @@ def test_laps_are_moved_to_the_speed_that_the_device_had_on_the_whole() -> None:
     ]
     unknown = factories.lap(7.0)
     found = even([*laps, unknown])
-    assert [lap.seconds for lap in found] == pytest.approx([2 ** (power / 2), 2 ** (power / 2), 7.0])
+    usual = 2 ** (2**power / (1 + 2**power))  # of the first; the longer lap had as many more beats
+    assert [lap.seconds for lap in found] == pytest.approx([usual**power, usual**power, 7.0])
     assert [lap.wait_s / lap.seconds for lap in found[:2]] == pytest.approx([0.25, 0.25])
-    assert usual_pulse_s(found) == pytest.approx(0.01 * math.sqrt(2))
-    assert even(found) == found
-    assert at_pulse(unknown, 0.01) == unknown
+    assert usual_pulse_s(found) == pytest.approx(0.01 * usual)
+    assert [lap.seconds for lap in even(found)] == pytest.approx([lap.seconds for lap in found])
+    assert at_pulse(unknown, 0.02, 0.01) == unknown
+    slow = msgspec.structs.replace(factories.lap(7.0), pulse_s=0.02)
+    assert at_pulse(slow, 0.02, 0.01).seconds == pytest.approx(
+        7.0 / slowdown(factories.trial(pulse_s=0.02, has_beats=True), 0.01)
+    ), "as a trial of that process would be moved"
     assert usual_pulse_s([unknown]) is None
 
 

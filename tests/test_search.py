@@ -14,17 +14,19 @@ import torch
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Outcome, Trial
-from autotune.pace import AROUND
+from autotune.pace import AROUND, WITHIN
 from autotune.search import study, trials
 from autotune.search.finals import shortest_s
 from autotune.search.history import History
 from autotune.search.objective import FASTEST
 from autotune.search.settings import Settings
 from autotune.search.space import build_space
+from autotune.search.standings import Standings
 from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.strategy import Attention, Checkpoint, Strategy, baseline
-from autotune.trial.runner import ONCE, ORDINARY
+from autotune.trial.pulse import Pulse
+from autotune.trial.runner import ONCE, ORDINARY, WITH_BEATS
 from autotune.trial.worker import Command, Job, Progress
 from tests import factories
 from tests.observing import Silent, SilentPulse
@@ -85,6 +87,33 @@ def test_the_baseline_alone_is_timed_once(prepared: Prepared, scripted_device: p
     assert commands == [ONCE, ORDINARY, ORDINARY]
 
 
+class BeatingPulse(Pulse):
+    """What is timed is paused for it, so that nothing is timed between trials."""
+
+    def file(self) -> str:
+        return "beats"
+
+    def beat(self) -> float:
+        raise AssertionError("nobody asks for it")
+
+
+def test_trials_with_beats_are_shorter_and_keep_their_own(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    commands: list[Command] = []
+
+    def run(number: int, job: Job, *, command: Command, pulse: Pulse, **_: Any) -> Trial:
+        assert isinstance(pulse, BeatingPulse)
+        commands.append(command)
+        return msgspec.structs.replace(run_scripted(number, job), pulse_s=0.01 * number + 0.01, has_beats=True)
+
+    scripted_device.setattr(trials, "run_trial", run)
+    scripted_device.setattr(study, "Pulse", BeatingPulse)
+    found = searched(prepared, max_trials=3).trials
+    assert commands == [ONCE, WITH_BEATS, WITH_BEATS]
+    assert [trial.pulse_s for trial in found] == pytest.approx([0.01, 0.02, 0.03])
+
+
 def test_a_device_that_does_not_heed_the_work_is_searched_to_its_best(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
@@ -98,12 +127,44 @@ def test_a_device_that_does_not_heed_the_work_is_searched_to_its_best(
     assert found, "the best was tried"
 
 
+def test_figures_with_beats_are_believed_more(prepared: Prepared) -> None:
+    """So that a setting must have come closer to the best to be raced with it."""
+    ref, workload = prepared
+    task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
+    best, other = (
+        msgspec.structs.replace(task.baseline, padding="buckets", allocator=a) for a in ("retain", "default")
+    )
+    rates = {task.baseline: 10.0, best: 40.0, other: 35.0}
+    without = [
+        factories.trial(number, strategy, measurement=factories.measurement(rate))
+        for number, (strategy, rate) in enumerate(rates.items())
+    ]
+    with_beats = [msgspec.structs.replace(trial, has_beats=True) for trial in without]
+    before, after = History(task, without), History(task, with_beats)
+    assert [trial.strategy for trial in before.finalists()] == [best, other]
+    assert [trial.strategy for trial in after.finalists()] == [best]
+    noise, less = ([known.noise for known in found.known(FASTEST)] for found in (before, after))
+    assert all(many > few > 0 for many, few in zip(noise, less, strict=True))
+
+
+def test_separate_trials_are_compared_at_one_speed(prepared: Prepared) -> None:
+    ref, workload = prepared
+    task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
+    slow = msgspec.structs.replace(task.baseline, padding="buckets")
+    found = [
+        factories.trial(0, task.baseline, pulse_s=0.01, has_beats=True),
+        factories.trial(1, slow, pulse_s=0.02, has_beats=True),
+    ]
+    speedup = Standings(task, History(task, found)).speedup(found[1])
+    assert speedup.ratio == pytest.approx(2**WITHIN.power)
+
+
 def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(prepared: Prepared) -> None:
     ref, workload = prepared
     task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
     pulses = (1.0, 2.0, 2.0)
     found = History(task, [factories.trial(n, task.baseline, pulse_s=pulse) for n, pulse in enumerate(pulses)])
-    assert found.slowdown_since(found.all[0]) == 2.0**AROUND.power
+    assert found.slowdown_since(found.all[0]) == 2.0**AROUND.power > 1.2
     assert found.slowdown_since(found.all[1]) == 1.0
     measured = [factories.trial(1, task.baseline, measurement=factories.measurement(step_ms=1000.0, warm_up_s=0.0))]
     compiled = msgspec.structs.replace(measured[0], strategy=Strategy(micro_batch=32, compile="default"))

@@ -18,7 +18,7 @@ from autotune import backends, workloads
 from autotune.apply import Run, apply
 from autotune.measurement import Lap
 from autotune.models.encoder import EncoderClassifier
-from autotune.pace import Beats
+from autotune.pace import LAP_POWER, Beats, usual_pulse_s
 from autotune.stats import relative_margin
 from autotune.strategy import Padding, Strategy
 from autotune.timing import Timer, _low_discrepancy, steady, time_until
@@ -139,9 +139,48 @@ def test_pauses_for_the_devices_pulse_are_no_part_of_a_lap(tiny_reviews: Path) -
     found = timer.lap()
     assert 2 * found.seconds <= time.perf_counter() - start
     assert found.wait_s < found.seconds
-    timer.evaluate(2, 0.0)
+    start = time.perf_counter()
+    timer.evaluate(len(run.evaluation_plan()), math.inf)
+    wall_s = time.perf_counter() - start
+    measured = timer.measurement()
+    assert 2 * workload.num_test / measured.eval_samples_per_s <= wall_s
     assert found.pulse_s == 0.01
-    assert timer.measurement().pulse_s == pytest.approx(0.01)
+    assert measured.pulse_s == pytest.approx(0.01)
+
+
+class Uneven(Beats):
+    """Nothing was paused; the device's speed was another each time."""
+
+    def __init__(self, *pulses: float) -> None:
+        super().__init__()
+        self._pulses = iter(pulses)
+
+    def during(self, start_s: float, end_s: float) -> tuple[float, float | None]:
+        return 0.0, next(self._pulses)
+
+
+def test_all_that_is_timed_is_moved_to_the_speed_of_the_timed_laps(tiny_reviews: Path) -> None:
+    module = workloads.get("imdb")
+    workload = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    model = EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1)
+    run = apply(Strategy(micro_batch=32, padding="buckets"), workload, backends.get("cpu"), model=model)
+    timer = Timer(run, beats=Uneven(0.09, 0.01, 0.04, 0.16, 0.16))
+    raw = [timer.lap() for _ in range(3)]
+    speed_s = usual_pulse_s(raw[1:])
+    assert speed_s is not None
+    assert 0.01 < speed_s < 0.04
+    warm_up, timed = timer.steady()
+    assert [found.seconds for found in (*warm_up, *timed)] == pytest.approx(
+        [found.seconds / ((found.pulse_s or 0.0) / speed_s) ** LAP_POWER for found in raw]
+    )
+    timer.evaluate(2, 0.0)
+    measured = timer.measurement()
+    assert measured.pulse_s == speed_s
+    seconds = sum(found.seconds for found in timed)
+    assert measured.tokens_per_s == pytest.approx(sum(found.num_tokens for found in timed) / seconds)
+    timer._eval_laps = [(seconds, None) for seconds, _ in timer._eval_laps]
+    as_it_was = timer.measurement().eval_samples_per_s
+    assert measured.eval_samples_per_s == pytest.approx(as_it_was * (0.16 / speed_s) ** LAP_POWER)
 
 
 class Ticking:

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import signal
-import sys
 import threading
 from multiprocessing import Pipe
 from pathlib import Path
@@ -26,7 +25,7 @@ from autotune.trial.pulse import Pulse
 from autotune.trial.runner import Session, TrialEndedError, run_trial
 from autotune.trial.worker import Command, Failed, Job, Progress
 from autotune.workloads.base import WorkloadRef
-from tests import own_script
+from tests import marks, own_script
 
 PLENTY = 2**40
 
@@ -52,9 +51,9 @@ def test_a_trial_measures_in_its_own_process_and_leaves_none_behind(ref: Workloa
     assert heard[-1].stage == "evaluating"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what is timed is paused on Linux only")
+@marks.pauses
 def test_a_trials_rates_are_for_the_speed_that_its_beats_tell(ref: WorkloadRef) -> None:
-    """Its loader's worker stands still with it."""
+    """Though its loader has a worker, which stands still with it."""
     with Pulse("cpu") as pulse:
         trial = run_trial(
             0,
@@ -69,6 +68,32 @@ def test_a_trials_rates_are_for_the_speed_that_its_beats_tell(ref: WorkloadRef) 
     assert trial.measurement is not None
     assert trial.pulse_s == trial.measurement.pulse_s
     assert 0 < (trial.pulse_s or 0) < 0.1
+
+
+@marks.pauses
+def test_a_trial_goes_on_where_the_pulse_dies_in_the_middle_of_a_beat(ref: WorkloadRef) -> None:
+    killed: list[int] = []
+
+    def kill(progress: Progress) -> None:
+        if progress.lap is not None and not killed:
+            assert pulse._child is not None
+            assert pulse._paused is not None
+            killed.append(pulse._paused)
+            os.kill(pulse._child.pid, signal.SIGKILL)
+            os.killpg(pulse._paused, signal.SIGSTOP)
+
+    with Pulse("cpu") as pulse:
+        trial = run_trial(
+            0,
+            job(ref),
+            timeout_s=60,
+            memory_limit_bytes=PLENTY,
+            command=Command(min_laps=4, min_s=1.0),
+            pulse=pulse,
+            on_progress=kill,
+        )
+    assert killed
+    assert (trial.outcome, trial.reason) == ("ok", "")
 
 
 def test_a_cold_start_compiles_whatever_was_compiled_before(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import msgspec
 from autotune.backends.cpu import usable_cores
 from autotune.contention import Load
 from autotune.measurement import Interval, Lap, Measurement, Trial
-from autotune.pace import at_pulse, usual_pulse_s
+from autotune.pace import at_pulse, measured_at, usual_pulse_s
 from autotune.stats import MIN_RANKED, paired_ratio
 from autotune.strategy import Strategy
 from autotune.timing import Epoch, epoch_seconds, uncompiled
@@ -37,8 +37,9 @@ COMPILED_LAPS = 3
 """So many more steps do compiled settings take before the clock runs, to meet more shapes."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 PROCESSES, LIFE_S = 12, 2.0
-"""Where processes are replaced, each entrant gets about so many in a race, or more where they would live longer than
-this: enough clusters for an interval, with some to spare for those that were disturbed all along."""
+"""Where processes are replaced, each entrant gets about so many in a race, or more where they would race for longer
+than this; two rounds each at least. They are clusters enough for an interval, with some to spare for those that were
+disturbed all along."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, less their whole part, never come close to one another (Weyl 1916): every life starts at other
 batches."""
@@ -126,13 +127,14 @@ class Race:
         Never ends before ``MIN_ROUNDS``, but where fewer than two entrants are left. The rule looks at the intervals'
         width only: one that also waited for a verdict would find one in noise.
         """
-        start = born = time.monotonic()
+        start = time.monotonic()
         round_s = math.inf
         patient_until, patience = 0, 1
         max_rounds = MAX_ROUNDS if max_rounds is None else max_rounds
         with contextlib.ExitStack() as stack:
             self._open(stack)
-            opening_s = time.monotonic() - start
+            born = time.monotonic()
+            opening_s = born - start
             while len(self._running) > 1 or self.num_rounds == 0:
                 began = time.monotonic()
                 if not self._round(gives_up=round_s <= WAIT_S and self.num_rounds >= patient_until):
@@ -148,13 +150,12 @@ class Race:
                 if not self._running or (self.num_rounds >= MIN_ROUNDS and (is_out or self._is_known())):
                     return
                 if self.num_rounds == 2:  # A B, B A: both came first once
-                    shortest_life_s = 2 * round_s + opening_s
                     is_cheap = not any(entrant.compiles for entrant in self._running)
-                    if is_cheap and min(enough_s / shortest_life_s, max_rounds / 2) >= MIN_RANKED:
-                        self._life_s = max(shortest_life_s, min(enough_s / PROCESSES, LIFE_S))
+                    if is_cheap and min(enough_s / (opening_s + 2 * round_s), max_rounds / 2) >= MIN_RANKED:
+                        self._life_s = max(0.0, min(enough_s / PROCESSES - opening_s, LIFE_S))
                 if self.num_rounds % 2 == 0 and now - born >= self._life_s:
-                    born = now
                     self._open(stack)
+                    born = time.monotonic()
 
     @property
     def num_rounds(self) -> int:
@@ -175,11 +176,17 @@ class Race:
         finals: list[Final] = []
         for entrant in self._running if counted else ():
             number = entrant.trial.number
-            rounds = [[at_pulse(lap, pulse_s) for lap in found.laps[number]] for found in counted]
+            usual_s = {
+                life: usual_pulse_s(lap for found in counted if found.life == life for lap in found.laps[number])
+                for life in {found.life for found in counted}
+            }
+            rounds = [[at_pulse(lap, usual_s[found.life], pulse_s) for lap in found.laps[number]] for found in counted]
             epoch_s = tuple(epoch_seconds(rounds, self._epochs[number].work))
             final = Final(
                 trial=entrant.trial,
-                measurement=_middle(self._measurements[number], entrant.trial.measurement),
+                measurement=_middle(
+                    [measured_at(found, pulse_s) for found in self._measurements[number]], entrant.trial.measurement
+                ),
                 epoch_s=epoch_s,
                 lives=lives,
             )

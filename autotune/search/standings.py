@@ -7,6 +7,7 @@ import math
 import msgspec
 
 from autotune.measurement import Interval, Measurement, Trial
+from autotune.pace import slowdown
 from autotune.search import finals
 from autotune.search.finals import Final, Race, ranked
 from autotune.search.history import History
@@ -51,7 +52,9 @@ class Standings:
         if {reference.number, trial.number} <= entered.keys() and trial is not reference:
             return finals.ratio(entered[reference.number], entered[trial.number])
         if trial is not reference and trial.measurement and reference.measurement:
-            return ratio_of_means(reference.measurement.epoch_s, trial.measurement.epoch_s)
+            slower = slowdown(trial, reference.pulse_s)
+            epoch_s = [seconds / slower for seconds in trial.measurement.epoch_s]
+            return ratio_of_means(reference.measurement.epoch_s, epoch_s)
         return Interval(ratio=1.0, low=1.0, high=1.0)
 
     def at_last(self, trial: Trial, peak_bytes: int = 0) -> Trial:

@@ -21,6 +21,7 @@ from autotune.search.space import Space, build_space
 from autotune.search.surrogate import Prior, prior_of
 from autotune.search.work import tokens_of, work_of
 from autotune.strategy import SPARSE, Padding, Precision, Strategy
+from autotune.trial import pulse
 from autotune.trial.worker import Job
 from autotune.workloads.base import Workload, WorkloadRef
 
@@ -154,6 +155,7 @@ class Task:
             "autotune": __version__,
             "device": self.hardware.device.fingerprint,
             "versions": self.hardware.device.versions,
+            "pulse": pulse.WORK,
             "workload": msgspec.to_builtins(self.ref),
             "recipe": msgspec.to_builtins(self.workload.recipe),
             "planned": msgspec.to_builtins(self.planned),

@@ -12,7 +12,7 @@ import msgspec
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Trial
-from autotune.pace import drift_doubt, slowdown
+from autotune.pace import drift_doubt, slowdown, with_beats_around
 from autotune.search.history import History
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import Fit, MemoryModel
@@ -23,7 +23,7 @@ from autotune.search.space import expert_guess
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
-from autotune.trial.runner import ONCE, ORDINARY, WITH_BEATS, run_trial
+from autotune.trial.runner import ONCE, ORDINARY, ordinary, run_trial
 from autotune.trial.worker import Progress
 
 MIN_TIMEOUT_S = 20.0
@@ -106,7 +106,7 @@ class Trials:
                 break
             self._sampler.take(proposal)
             self._try(proposal.strategy, origins.get(proposal.strategy, "search"))
-        self._stop_pulse()
+        self._leave_device()
 
     def _beginnings(self) -> dict[Strategy, str]:
         """What is tried behind the baseline, and whose idea it is."""
@@ -135,7 +135,7 @@ class Trials:
     def try_late(self, strategy: Strategy, origin: str) -> Trial | None:
         """Tries this one when the others are over; None where it cannot win."""
         self.try_now(strategy, origin)
-        self._stop_pulse()
+        self._leave_device()
         tried = self.history.all[-1]
         return tried if tried in self.history.usable() else None
 
@@ -177,21 +177,19 @@ class Trials:
             rate = rival.samples_per_s * slowdown(rival, now_s) / math.exp(drift_doubt(rival, now_s))
             return hopeless(progress, rate, task.compiles(strategy))
 
-        ordinary = WITH_BEATS if self.pulse.file() else ORDINARY
         trial = self._run(
             number,
             task.job(strategy),
             timeout_s=self.timeout_s(strategy),
             silence_s=self.silence_s(strategy),
             memory_limit_bytes=task.memory_limit_bytes if number else task.machine_limit_bytes,
-            command=ordinary if number else ONCE,  # a race times the baseline again
+            command=ordinary(self.pulse) if number else ONCE,  # a race times the baseline again
             pulse=self.pulse,
             hopeless=give_up,
             on_progress=self._observer.on_progress,
         )
         self._pulse_s = trial.pulse_s if trial.has_beats else self.pulse.beat()
-        if before_s and self._pulse_s and not trial.has_beats:
-            trial = msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * self._pulse_s))
+        trial = with_beats_around(trial, before_s, self._pulse_s)
         if before and before.measurement and trial.measurement:
             both = before.measurement.measured_again(trial.measurement)
             trial = msgspec.structs.replace(trial, measurement=both)
@@ -247,7 +245,7 @@ class Trials:
         doubts = (doubt for (knob, value), doubt in self._doubts.items() if getattr(strategy, knob) == value)
         return float(0.5 ** sum(doubts))
 
-    def _stop_pulse(self) -> None:
-        if self.pulse.file() is None:  # it takes an accelerator's memory
+    def _leave_device(self) -> None:
+        if not self.pulse.pauses:  # the pulse takes an accelerator's memory
             self.pulse.close()
         self._pulse_s = None

@@ -1,8 +1,8 @@
 """What a setting has to do beside others, as far as that is known without a trial. Only ratios mean something.
 
-The surrogate divides by it: a trial tells how far a setting is from what its work makes it take. What a
-number of threads is worth is the probe's; its times of single kernels are not in it: replayed, they misled
-(docs/LOG.md 2026-11-23).
+The surrogate divides by it: a trial tells how far a setting is from what its work makes it take. What a number of
+threads is worth is the probe's; its times of single kernels are not in it: replayed, they misled (docs/LOG.md
+2026-11-23).
 """
 
 from __future__ import annotations

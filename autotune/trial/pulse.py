@@ -31,6 +31,8 @@ _SETTLE_S = 0.001
 _PIECE_S = 0.02
 """A piece of work is done as often as fills this: on a fast device a single one would measure how it is launched."""
 _START_S, _ANSWER_S = 60.0, 20.0
+WORK = 2
+"""Which work it is: the beats of another cannot be compared."""
 
 
 class Pulse:
@@ -40,7 +42,8 @@ class Pulse:
         self._backend_name = backend_name
         self._child: Child | None = None
         self._paused: int | None = None
-        self._pauses = sys.platform == "linux" and backends.get(backend_name).is_host_memory
+        self.pauses = sys.platform == "linux" and backends.get(backend_name).is_host_memory
+        """Whether what is timed can be paused for it."""
 
     def __enter__(self) -> Self:
         return self
@@ -65,8 +68,9 @@ class Pulse:
             return None
 
     def file(self) -> str | None:
-        """Where the beats are written that are taken while something is paused; None where nothing can be."""
-        if not self._pauses:
+        """Starts its process, where there is none, and says where that writes the beats for which something is paused;
+        None where nothing can be."""
+        if not self.pauses:
             return None
         try:
             return str(self._start().scratch)
@@ -74,9 +78,10 @@ class Pulse:
             return None
 
     @contextlib.contextmanager
-    def pausing(self, group: int) -> Iterator[None]:
-        """Meanwhile the process group is paused for a beat several times a second, where there is a file for it."""
-        if self.file() is None:
+    def pausing(self, group: int, file: str | None) -> Iterator[None]:
+        """Meanwhile the process group is paused for a beat several times a second. Not where it reads another file than
+        the beats would now be written to, as another process takes them: it could not tell a pause from its work."""
+        if file is None or file != self.file():
             yield
             return
         try:
@@ -106,7 +111,7 @@ class Pulse:
 
     def _start(self) -> Child:
         if self._child is None:
-            self._child = Child(_serve, self._backend_name, self._pauses)
+            self._child = Child(_serve, self._backend_name, self.pauses)
         return self._child
 
     def _ask(self, message: object) -> Any:
@@ -123,31 +128,33 @@ class Pulse:
 
 
 def _serve(connection: Connection, backend_name: str, pauses: bool) -> None:
-    work = _paused_work() if pauses else _work(backends.get(backend_name))
+    work = _paused_work() if pauses else _unpaused_work(backends.get(backend_name))
     work.seconds()
     paused: tuple[int, str] | None = None
+    next_s = 0.0
     while True:
         try:
-            if connection.poll(_PERIOD_S if paused else None):
+            if connection.poll(max(0.0, next_s - time.monotonic()) if paused else None):
                 paused = message if isinstance(message := connection.recv(), tuple) else None
                 if message == "beat":
                     connection.send(work.seconds())
                 elif message is None:
                     connection.send(None)
-            elif paused is not None and not _beat_paused(*paused, work.seconds):
-                paused = None
+            elif paused is not None:
+                if not _beat_paused(*paused, work.seconds):
+                    paused = None
+                next_s = time.monotonic() + _PERIOD_S
         except EOFError:
             return
 
 
 def _beat_paused(group: int, path: str, seconds: Callable[[], float]) -> bool:
-    """False where the group is gone or the beat could not be written. It is written while what will read it stands
-    still."""
+    """False where the beat could not be written. It is written while what will read it stands still."""
     start_s = time.perf_counter()
     try:
         os.killpg(group, signal.SIGSTOP)
     except OSError:
-        return False
+        return True  # its process has ended, or is about to begin
     try:
         time.sleep(_SETTLE_S)
         found_s = seconds()
@@ -187,7 +194,7 @@ class _Work(NamedTuple):
         return statistics.median(found)
 
 
-def _work(backend: Backend) -> _Work:
+def _unpaused_work(backend: Backend) -> _Work:
     """Adding to more memory than the caches hold, and a softmax: timed before and after training they follow it better
     than matmuls do (docs/LOG.md, 2026-11-21)."""
     import torch
@@ -221,6 +228,6 @@ def _paused_work() -> _Work:
         {
             lambda: torch.mm(matrix, matrix, out=product): 2 * pairs,
             lambda: torch.add(flat, 1.0, out=total): 16 * pairs,
-            step: pairs,
+            step: 1,  # too small for many threads to share
         }
     )

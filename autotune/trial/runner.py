@@ -30,10 +30,15 @@ FAMILY_POLL_S = 1.0
 ORDINARY = Command(min_laps=5, min_s=1.0, enough_s=10.0, narrow=NARROW, longest=True, eval_batches=8)
 """How an ordinary trial is timed: laps that cover the lengths until their mean is known, for ten seconds at most
 but where a single step takes seconds."""
-WITH_BEATS = msgspec.structs.replace(ORDINARY, enough_s=6.0, least_laps=2)
-"""The same where the device's speed is known all along: fewer laps tell as much."""
 ONCE = msgspec.structs.replace(ORDINARY, least_laps=1)
 """The same, but where a step takes those ten seconds it is timed once."""
+WITH_BEATS = msgspec.structs.replace(ORDINARY, enough_s=6.0, least_laps=2)
+"""As an ordinary trial where the device's speed is known all along: fewer laps tell as much."""
+
+
+def ordinary(pulse: Pulse) -> Command:
+    """How a trial is timed beside this pulse."""
+    return WITH_BEATS if pulse.file() else ORDINARY
 
 
 class TrialEndedError(Exception):
@@ -60,7 +65,8 @@ class Session:
         is_watched = backends.get(job.backend).is_host_memory
         self._memory_limit_bytes, self._silence_s = memory_limit_bytes, silence_s
         self._memory = _Watch() if is_watched else None
-        self._child = Child(worker.main, msgspec.structs.replace(job, beats=pulse.file() if pulse else None))
+        self._beats = pulse.file() if pulse else None
+        self._child = Child(worker.main, msgspec.structs.replace(job, beats=self._beats))
         self._is_started = False
 
     def __enter__(self) -> Self:
@@ -79,7 +85,7 @@ class Session:
 
     def time(self, command: Command, *, timeout_s: float, on_progress: OnProgress = lambda _: None) -> Done:
         """Times what the command says."""
-        with self._pulse.pausing(self._child.pid) if self._pulse else contextlib.nullcontext():
+        with self._pulse.pausing(self._child.pid, self._beats) if self._pulse else contextlib.nullcontext():
             done: Done = self._ask(command, timeout_s, on_progress)
         peak_bytes = self._peak_bytes(done.measurement.peak_memory_bytes)
         return msgspec.structs.replace(

@@ -98,6 +98,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Hardware
     planned: PlannedRun
     seed: int
+    pulse: int = 1
+    """The fixed work by which it was taken (trial/pulse.py)."""
     tokens: dict[Padding, dict[int, float]] = {}
     """That a sample takes on average, by padding and micro batch: what a search knows without a trial."""
 

@@ -1,10 +1,10 @@
 """Measures a whole grid of settings: python -m benchmarks.record [--model imdb] [--minutes 60] [--repeats 2 --top 40]
 
 Every setting goes through the search's own trial runner, in random order, so that the device's drift falls on all knobs
-alike; a fixed piece of work is timed beside each, as in a search. A trial that other work disturbed is
-measured again. The table under benchmarks/grids is saved after every trial: the same command goes on where it was. With
-``--repeats`` the fastest settings are measured so often, which tells the best from the lucky, and some drawn at random,
-which tell by how much records of one setting differ: those of the fastest cannot, they were chosen by one of them.
+alike; a fixed piece of work is timed beside each, as in a search. A trial that other work disturbed is measured again.
+The table under benchmarks/grids is saved after every trial: the same command goes on where it was. With ``--repeats``
+the fastest settings are measured so often, which tells the best from the lucky, and some drawn at random, which tell by
+how much records of one setting differ: those of the fastest cannot, they were chosen by one of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from autotune.backends.cpu import usable_cores
 from autotune.cli.options import find_backend
 from autotune.contention import QUIET_SHARE
 from autotune.measurement import Trial
+from autotune.pace import with_beats_around
 from autotune.probe import probe
 from autotune.report.terminal import trial_line
 from autotune.search.settings import Settings
 from autotune.search.task import Task
 from autotune.strategy import Strategy
-from autotune.trial.pulse import Pulse
-from autotune.trial.runner import ORDINARY, WITH_BEATS, run_trial
+from autotune.trial.pulse import WORK, Pulse
+from autotune.trial.runner import ordinary, run_trial
 from autotune.trial.worker import Progress
 from autotune.units import format_duration
 from benchmarks.grid import FOLDER, PRODUCTS, Grid, Header, Record, read_grid, settings_of
@@ -62,11 +63,7 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
         path = FOLDER / f"{store.file_stem(model)}-{store.folder_name(hardware.device)}.jsonl.xz"
         header = header_of(task)
         grid = read_grid(path) if path.is_file() else Grid(path, header, [])
-        if (grid.header.source, grid.header.planned, versions(grid.header)) != (
-            header.source,
-            header.planned,
-            versions(header),
-        ):
+        if what_of(grid.header) != what_of(header):
             raise click.ClickException(f"{path} was recorded with other data or versions; move it away to start anew")
         grid.header = msgspec.structs.replace(grid.header, tokens=header.tokens)
         settings = settings_of(task.space, PRODUCTS[model, backend.name])
@@ -86,9 +83,7 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
                     before_s = after_s
                     if time.monotonic() >= end:
                         return  # it would be on record as it is
-                if before_s and after_s:
-                    trial = msgspec.structs.replace(trial, pulse_s=math.sqrt(before_s * after_s))
-                before_s = after_s
+                trial, before_s = with_beats_around(trial, before_s, after_s), after_s
                 grid.add(Record(trial=trial, laps=laps))
                 print(f"{trial_line(trial)}, {format_duration(trial.wall_s)}", flush=True)
 
@@ -108,7 +103,7 @@ def measured(
         task.job(strategy),
         timeout_s=600,
         memory_limit_bytes=task.machine_limit_bytes,
-        command=WITH_BEATS if pulse.file() else ORDINARY,
+        command=ordinary(pulse),
         pulse=pulse,
         on_progress=on_progress,
     )
@@ -129,9 +124,9 @@ def next_of(settings: list[Strategy], grid: Grid, repeats: int, top: int, drawn:
     return fewest if done[fewest] < repeats else None
 
 
-def versions(header: Header) -> dict[str, str]:
-    """Of the software that a grid was recorded with."""
-    return header.hardware.device.versions
+def what_of(header: Header) -> tuple[object, ...]:
+    """What must be the same for all records of a grid."""
+    return header.source, header.planned, header.pulse, header.hardware.device.versions
 
 
 def header_of(task: Task) -> Header:
@@ -142,6 +137,7 @@ def header_of(task: Task) -> Header:
         hardware=task.hardware,
         planned=task.planned,
         seed=task.settings.seed,
+        pulse=WORK,
         tokens={
             padding: {size: round(task.tokens(padding, size), 2) for size in task.space.values["micro_batch"]}
             for padding in task.space.values["padding"]

@@ -124,13 +124,15 @@ def main(path: Path | None, seeds: int, methods: str, processes: int) -> None:
 
 def show(path: Path, seeds: int, methods: Sequence[str], processes: int) -> None:
     """A table of all methods on one grid."""
-    recorded = Recorded(_grid(path))
-    hardware, best = recorded.grid.header.hardware, min(recorded.truth, key=recorded.truth.__getitem__)
-    console = stdout()
-    console.print(f"{path.name}: {hardware.device.name}, torch {hardware.device.versions['torch']}")
-    if len(recorded.truth) < MIN_SETTINGS:
-        console.print(f"{len(recorded.truth)} settings ran, {MIN_SETTINGS} are wanted: go on with benchmarks.record")
+    grid, console = _grid(path), stdout()
+    device = grid.header.hardware.device
+    console.print(f"{path.name}: {device.name}, torch {device.versions['torch']}")
+    num_ran = len({record.trial.strategy for record in grid.records if record.trial.measurement})
+    if num_ran < MIN_SETTINGS:
+        console.print(f"{num_ran} settings ran, {MIN_SETTINGS} are wanted: go on with benchmarks.record")
         return
+    recorded = Recorded(grid)
+    best = min(recorded.truth, key=recorded.truth.__getitem__)
     console.print(
         f"{len(recorded.by_strategy)} settings, {len(recorded.grid.records)} trials, {recorded.total_s / 60:.0f} min; "
         f"records of one setting differ by {recorded.deviation:.1%} (standard deviation), the truth is known to "

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,10 +14,11 @@ import pytest
 from autotune.pace import AROUND
 from autotune.search.objective import PlannedRun
 from autotune.search.task import LONG_RUN_SHARE
+from autotune.search.trials import Trials
 from autotune.strategy import Strategy
-from benchmarks import replay
+from benchmarks import methods, replay
 from benchmarks.grid import Grid, Header, Record, read_grid
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, Replayed
 from benchmarks.recorded import Recorded, job_of
 from benchmarks.replay import cost_within, regret_at, replayed
 from tests import factories
@@ -135,6 +137,34 @@ def test_a_search_under_a_memory_budget_says_how_often_it_ran_out(path: Path) ->
     assert found.num_oom >= found.num_avoidable == 0
     assert found.regret >= 0
     assert math.isfinite(found.regret)
+
+
+def test_a_search_on_a_grid_knows_the_tokens_that_were_recorded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = read_grid(path)
+    tokens = {padding: {m: 100.0 * m for m in (4, 8, 16, 32)} for padding in ("max", "longest", "buckets")}
+    grid.header = msgspec.structs.replace(grid.header, tokens=tokens)
+    seen: list[Replayed] = []
+
+    class Noting(Trials):
+        def __init__(self, task: Replayed, *rest: Any, **named: Any) -> None:
+            seen.append(task)
+            super().__init__(task, *rest, **named)
+
+    monkeypatch.setattr(methods, "Trials", Noting)
+    recorded = Recorded(grid)
+    METHODS["autotune"](recorded, 0, 0.2 * recorded.total_s)
+    assert seen[0].tokens("buckets", 8) == 800.0
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_grid_that_is_too_small_says_so(path: Path, kept: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though nothing ran at all."""
+    grid = read_grid(path)
+    records = [*grid.records[:kept], *grid.records[len(SETTINGS) :]]
+    few = Grid(path.with_name(f"{kept}.jsonl.xz"), grid.header, records[:-1])
+    few.add(records[-1])
+    replay.show(few.path, 1, ["autotune"], 1)
+    assert f"{kept} settings ran, 20 are wanted" in capsys.readouterr().out
 
 
 def test_regret_and_cost_are_read_off_what_was_held() -> None:

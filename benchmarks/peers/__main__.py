@@ -3,8 +3,8 @@
 Each tool gets a venv of its own under build/peers, the same model, data and machine, and chooses by its own means, with
 its own defaults. What was chosen is then trained by one loop, the search's own race: each in turns with our choice, in
 processes of their own; rates are of real samples, the ratio has a 95 % interval. Ours without a search is what
-``autotune.load`` gives where there is no profile. Most of these tools look for a batch
-size, and so change the training; ours keeps the recipe's global batch. Nothing else may run meanwhile.
+``autotune.load`` gives where there is no profile. Most of these tools look for a batch size, and so change the
+training; ours keeps the recipe's global batch. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations
@@ -73,20 +73,24 @@ class Timed(NamedTuple):
 @click.option("--seconds", default=120.0, show_default=True, help="Of each race.")
 def main(only: tuple[str, ...], budget: tuple[str, ...], resume: bool, seconds: float) -> None:
     folder = ROOT / "build" / "peers"
-    chosen = functools.partial(kept, folder=folder, resume=resume)
+    names = only or tuple(PEERS)
+    if not resume:
+        for tool in (*(f"autotune, {text}" for text in budget), *names):
+            kept_at(folder, tool).unlink(missing_ok=True)
+    chosen = functools.partial(kept, folder=folder)
     module = workloads.get("imdb")
     ref = module.prepare(None, limit=None, on_progress=print)
     workload = module.open_workload(ref)
     ours = [chosen(f"autotune, {text}", functools.partial(ours_in, text, folder)) for text in budget]
-    theirs = [chosen(name, functools.partial(theirs_in, name, folder, workload)) for name in only or PEERS]
+    theirs = [chosen(name, functools.partial(theirs_in, name, folder, workload)) for name in names]
     best, unsearched = ours[-1], safe_defaults("imdb")
     ours.insert(0, Choice(tool="autotune, no search", words=describe(unsearched), strategy=unsearched, search_s=0.0))
     assert best.strategy is not None
     timed: dict[Strategy, Timed | str] = {}
-    for strategy in dict.fromkeys(choice.strategy for choice in [*ours, *theirs] if choice.strategy):
-        if strategy != best.strategy:
-            timed[strategy] = in_turns(best.strategy, strategy, ref, seconds)
-            print(f"{describe(strategy)}: {timed[strategy]}", flush=True)
+    for choice in [*ours, *theirs]:
+        if choice.strategy and choice.strategy not in {best.strategy, *timed}:
+            timed[choice.strategy] = in_turns(best.strategy, choice.strategy, ref, seconds)
+            print(f"{choice.tool}, {choice.words}: {timed[choice.strategy]}", flush=True)
     stdout().print(table([*ours, *theirs], timed))
 
 
@@ -125,16 +129,21 @@ def theirs_in(name: str, folder: Path, workload: Workload) -> Choice:
     return Choice(tool=name, words=found["words"], strategy=strategy, search_s=found["search_s"])
 
 
-def kept(tool: str, choose: Callable[[], Choice], *, folder: Path, resume: bool) -> Choice:
-    """What a tool chooses, on disk at once. With ``resume`` what it chose before, where that is something."""
-    path = folder / f"{tool.replace(', ', '-')}.json"
-    if resume and path.is_file():
+def kept(tool: str, choose: Callable[[], Choice], *, folder: Path) -> Choice:
+    """What a tool chooses, on disk at once; what is there already, where that is something."""
+    path = kept_at(folder, tool)
+    if path.is_file():
         before = msgspec.json.decode(path.read_bytes(), type=Choice)
         if before.strategy is not None:
             return before
     choice = choose()
     replace_file(path, msgspec.json.encode(choice))
     return choice
+
+
+def kept_at(folder: Path, tool: str) -> Path:
+    """The file of its choice."""
+    return folder / f"{tool.replace(', ', '-')}.json"
 
 
 def in_turns(ours: Strategy, theirs: Strategy, ref: WorkloadRef, seconds: float) -> Timed | str:

@@ -71,6 +71,28 @@ def test_what_knobs_do_apart_predicts_what_they_do_together() -> None:
     assert deviation[1] < 0.02 < deviation[0]
 
 
+def test_what_three_knobs_do_only_together_is_learnt() -> None:
+    """As on a CPU, where an allocator that retains memory helps eager attention on padded batches alone."""
+
+    def seconds_of(strategy: Strategy) -> float:
+        is_helped = strategy.attention == "eager" and strategy.padding != "packed" and strategy.allocator == "retain"
+        return 1000.0 if is_helped or strategy.attention != "eager" or strategy.padding == "packed" else 1500.0
+
+    def settings(sizes: tuple[int, ...]) -> list[Strategy]:
+        knobs = {knob: VALUES[knob] for knob in ("attention", "padding", "allocator")}
+        combinations = itertools.product(sizes, *knobs.values())
+        plain = SPACE.params(BASELINE)
+        return [
+            SPACE.strategy({**plain, "micro_batch": size, **dict(zip(knobs, values, strict=True))})
+            for size, *values in combinations
+        ]
+
+    known = [Known(strategy, seconds_of(strategy), 0.03) for strategy in settings((32,))]
+    wanted = settings((16,))
+    mean, _ = Surrogate(VALUES, known).predict(wanted)
+    assert np.exp(mean) == pytest.approx([seconds_of(strategy) for strategy in wanted], rel=0.1)
+
+
 def test_what_is_known_without_a_trial_is_expected_before_one() -> None:
     tokens = {"max": 512.0, "longest": 400.0, "buckets": 280.0, "packed": 276.0}
     prior = Prior(work=lambda strategy: tokens[strategy.padding])

@@ -18,7 +18,6 @@ from autotune.measurement import Measurement, Outcome, Trial
 from autotune.pace import drift_doubt, slowdown
 from autotune.search import memory
 from autotune.search.explain import Share, estimated
-from autotune.search.finals import TIE, num_changed
 from autotune.search.objective import FASTEST, Aim, held_to_speed, loss_of
 from autotune.search.proof import Proof
 from autotune.search.surrogate import PRIOR_OF_MEMORY, Known, Surrogate
@@ -34,7 +33,7 @@ START_S, COMPILE_S = 1.0, 40.0
 """What a trial takes beyond its steps before one was tried, and what a compiled one does."""
 NOISE, NOISE_PRUNED = 0.05, 0.15
 """Relative standard deviation of a trial's seconds at best, and of one that was given up after two laps."""
-NOISE_WITHIN, NOISE_LAP = 0.02, 0.05
+NOISE_WITHIN, NOISE_LAP = 0.03, 0.05
 """At best where the device's speed is known all along, and of a single lap then (docs/LOG.md 2026-11-23)."""
 TOO_DOUBTFUL = 0.1
 """The best is measured again where the device's drift since makes its figure so uncertain."""
@@ -103,7 +102,7 @@ class History:
 
     def _ranked(self, aim: Aim) -> list[tuple[float, Trial]]:
         """Those that are fast enough, where any is, with what all trials together expect each to take: figures of their
-        own would crown the luckiest. Of two that are as good as one another the simpler comes first."""
+        own would crown the luckiest."""
         bar = self._least_rate(aim)
         usable = [trial for trial in self.usable() if self.loss(trial, aim, bar) is not None]
         contenders = [trial for trial in usable if self.rate(trial) >= bar] or usable
@@ -111,9 +110,8 @@ class History:
             return []
         surrogate = Surrogate(self._task.space.values, self.known(aim), self._task.prior(aim))
         expected, _ = surrogate.predict([trial.strategy for trial in contenders])
-        ranked = zip(expected.tolist(), contenders, strict=True)
-        order = sorted(ranked, key=lambda pair: (round(pair[0] / TIE), num_changed(pair[1].strategy)))
-        return [(math.exp(log), trial) for log, trial in order]
+        ranked = sorted(zip(expected.tolist(), contenders, strict=True), key=lambda pair: pair[0])
+        return [(math.exp(log), trial) for log, trial in ranked]
 
     def may_win(self, trial: Trial, measurement: Measurement) -> bool:
         """Whether it fits the limit by these figures, and has not failed since its trial."""

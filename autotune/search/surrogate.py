@@ -1,9 +1,10 @@
 """What untried settings are expected to take, from the trials so far: a Gaussian process over the knobs' values.
 
-The logarithm of a run's seconds is nearly a sum of what each knob's value does, and what two of them do together is
-smaller: an additive kernel (Duvenaud, Nickisch and Rasmussen 2011, orders one and two). Its sizes are not fitted, two
-dozen trials would not bear that: they say by how much a knob usually moves a run (docs/LOG.md 2026-11-22). What is
-known without a trial is divided out first: the setting's work.
+The logarithm of a run's seconds is a sum of what each knob's value does, what two of them do together, three, and so
+on: an additive kernel of all orders (Duvenaud, Nickisch and Rasmussen 2011). An allocator that retains memory, say,
+helps eager attention on padded batches, and nothing else. But for one scale, the sizes are not fitted, two dozen trials
+would not bear that: they say by how much a knob usually moves a run (docs/LOG.md 2026-11-23). What is known without a
+trial is divided out first: the setting's work.
 """
 
 from __future__ import annotations
@@ -32,8 +33,26 @@ USUAL: dict[str, float] = {
     "optimizer": 0.05,
     "prefetch": 0.03,
 }
-"""Standard deviation of what a knob's values do to the logarithm of the seconds, where nothing is known of their work;
-where it is, narrower ones did not serve better (docs/LOG.md 2026-11-23)."""
+"""Standard deviation of what a knob's values do by themselves to the logarithm of the seconds, on any device."""
+JOINT: dict[str, float] = {
+    "precision": 0.1,
+    "memory_format": 0.1,
+    "padding": 0.07,
+    "attention": 0.07,
+    "allocator": 0.07,
+    "compile_scope": 0.05,
+    "threads": 0.05,
+    "workers": 0.05,
+    "micro_batch": 0.035,
+    "compile": 0.03,
+    "checkpoint": 0.02,
+    "prefetch": 0.01,
+    "optimizer": 0.005,
+}
+TOGETHER = 10.0
+"""What two knobs do beyond their sum has this times the product of their joint sizes; what three do beyond that, its
+square times the product of theirs; and so on. Rounded from what makes two recorded grids most likely (docs/LOG.md
+2026-11-23)."""
 USUAL_OF_MEMORY: dict[str, float] = {
     **dict.fromkeys(USUAL, 0.1),
     "micro_batch": 1.0,
@@ -42,31 +61,42 @@ USUAL_OF_MEMORY: dict[str, float] = {
     "attention": 0.3,
     "precision": 0.3,
 }
-"""The same of peak memory."""
+TOGETHER_OF_MEMORY = 0.4
+"""Both of peak memory, which is nearly affine in what the knobs do."""
 
 
 class Prior(NamedTuple):
     """What is expected of settings before any is tried."""
 
     usual: Mapping[str, float] = USUAL
+    joint: Mapping[str, float] = JOINT
+    together: float = TOGETHER
+    scales: tuple[float, ...] = (1.0,)
+    """Times one of these is what is usual by itself: the one that makes what is known most likely."""
     work: Callable[[Strategy], float] = lambda strategy: 1.0
     """What a setting's loss is in proportion to, but for what trials tell."""
 
 
-PRIOR_OF_TIME, PRIOR_OF_MEMORY = Prior(), Prior(USUAL_OF_MEMORY)
+PRIOR_OF_TIME = Prior(scales=(1 / 6, 1.0))
+"""On the CPUs that were recorded, knobs do little by themselves beside their work; on others they may do much."""
+PRIOR_OF_MEMORY = Prior(USUAL_OF_MEMORY, USUAL_OF_MEMORY, TOGETHER_OF_MEMORY)
 """Where nothing is known of the work."""
 
 
 def prior_of(memory: float, work: Callable[[Strategy], float]) -> Prior:
     """For a loss that is seconds to the power of ``1 - memory`` times bytes to the power of ``memory``, where the
     seconds go by the work."""
-    usual = {knob: math.hypot((1 - memory) * found, memory * USUAL_OF_MEMORY[knob]) for knob, found in USUAL.items()}
-    return Prior(usual, lambda strategy: work(strategy) ** (1 - memory))
+    if memory == 0:
+        return PRIOR_OF_TIME._replace(work=work)
+
+    def mixed(of_time: Mapping[str, float]) -> dict[str, float]:
+        return {knob: math.hypot((1 - memory) * of_time[knob], memory * USUAL_OF_MEMORY[knob]) for knob in of_time}
+
+    together = TOGETHER ** (1 - memory) * TOGETHER_OF_MEMORY**memory
+    return Prior(mixed(USUAL), mixed(JOINT), together, work=lambda strategy: work(strategy) ** (1 - memory))
 
 
 _OTHER = 0.1
-_TOGETHER = 0.4
-"""What two knobs do beyond their sum has this times the product of their own standard deviations."""
 _LEVEL = 3.0
 """Nothing is known beforehand of how long a run takes."""
 _POWER = 0.4
@@ -94,18 +124,29 @@ class Surrogate:
     def __init__(
         self, values: Mapping[str, Sequence[Any]], known: Sequence[Known], prior: Prior = PRIOR_OF_TIME
     ) -> None:
-        self._work = prior.work
+        self._work, self._together = prior.work, prior.together
         self._usual_work = math.exp(np.mean([math.log(prior.work(one.strategy)) for one in known]))
         self._knobs = [knob for knob in values if len(values[knob]) > 1]
         self._places = {knob: {value: place for place, value in enumerate(values[knob])} for knob in self._knobs}
         self._variances = np.square([prior.usual.get(knob, _OTHER) for knob in self._knobs])
+        self._joint = np.square([self._together * prior.joint.get(knob, _OTHER) for knob in self._knobs])
         self._is_ordered = np.array([knob in ORDERED for knob in self._knobs])
         self._known = self._encoded([one.strategy for one in known])
         logs = np.log([one.loss for one in known]) - self._known[:, -1]
         self._mean = float(logs.mean())
-        covariance = self._covariance(self._known, self._known) + np.diag(np.square([one.noise for one in known]))
-        self._root = np.linalg.cholesky(covariance)
-        self._weights = np.linalg.solve(self._root.T, np.linalg.solve(self._root, logs - self._mean))
+        noise = np.diag(np.square([one.noise for one in known]))
+        usual = self._variances
+        self.log_likelihood = -math.inf
+        """Of what is known, but for a constant."""
+        for scale in prior.scales:
+            self._variances = scale**2 * usual
+            root = np.linalg.cholesky(self._covariance(self._known, self._known) + noise)
+            weights = np.linalg.solve(root.T, np.linalg.solve(root, logs - self._mean))
+            log_likelihood = float(-(logs - self._mean) @ weights / 2 - np.log(np.diag(root)).sum())
+            if log_likelihood > self.log_likelihood:
+                self.log_likelihood, self._root, self._weights = log_likelihood, root, weights
+                likeliest = self._variances
+        self._variances = likeliest
 
     def predict(self, settings: Sequence[Strategy]) -> tuple[Matrix, Matrix]:
         """Mean and standard deviation of the logarithm of each setting's loss."""
@@ -145,11 +186,11 @@ class Surrogate:
         return self._summed(alike, np.outer(rows[:, -1], columns[:, -1]))
 
     def _summed(self, alike: Matrix, work: Matrix) -> Matrix:
-        """Level, what each knob does, what each pair does, and how the work counts, from how alike two settings are in
+        """Level, what the knobs do alone and together, and how the work counts, from how alike two settings are in
         every knob and the product of their works' logarithms."""
-        single = alike * self._variances
-        pairs = (np.square(single.sum(-1)) - np.square(single).sum(-1)) / 2
-        summed: Matrix = _LEVEL**2 + single.sum(-1) + _TOGETHER**2 * pairs + _POWER**2 * work
+        joint = alike * self._joint
+        beyond = (np.prod(1 + joint, -1) - 1 - joint.sum(-1)) / self._together**2
+        summed: Matrix = _LEVEL**2 + alike @ self._variances + beyond + _POWER**2 * work
         return summed
 
 

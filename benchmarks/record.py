@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import click
 import msgspec
@@ -33,7 +34,8 @@ from autotune.trial.runner import ordinary, run_trial
 from autotune.trial.worker import Progress
 from autotune.units import format_duration
 from benchmarks.grid import FOLDER, PRODUCTS, Grid, Header, Record, read_grid, settings_of
-from benchmarks.recorded import Recorded
+from benchmarks.recorded import space_of
+from benchmarks.truth import truth_of
 
 SEED = 0
 MAX_TRIES = 4
@@ -73,7 +75,9 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
         end = time.monotonic() + 60 * minutes
         with Pulse(backend.name) as pulse:
             before_s = None if pulse.file() else pulse.beat()
-            while (strategy := next_of(settings, grid, repeats, top, drawn)) is not None and time.monotonic() < end:
+            for strategy in wanted(settings, grid, repeats, top, drawn):
+                if time.monotonic() >= end:
+                    return
                 for _ in range(MAX_TRIES):
                     trial, laps = measured(len(grid.records), task, strategy, pulse)
                     after_s = None if trial.has_beats else pulse.beat()
@@ -112,16 +116,17 @@ def measured(
     return trial, tuple(laps)
 
 
-def next_of(settings: list[Strategy], grid: Grid, repeats: int, top: int, drawn: int) -> Strategy | None:
-    """What to measure next: what has not been yet, then repeats, those first that have the fewest."""
+def wanted(settings: list[Strategy], grid: Grid, repeats: int, top: int, drawn: int) -> Iterator[Strategy]:
+    """What has not been measured yet, then the repeats of the fastest and of those drawn: once for all, then again."""
     done = Counter(record.trial.strategy for record in grid.records)
-    for strategy in settings:
-        if not done[strategy]:
-            return strategy
-    truth = Recorded(grid).truth
-    wanted = [*sorted(truth, key=truth.__getitem__)[:top], *settings[:drawn]]
-    fewest = min(wanted, key=lambda strategy: done[strategy])
-    return fewest if done[fewest] < repeats else None
+    yield from (strategy for strategy in settings if not done[strategy])
+    if repeats < 2:
+        return
+    done = Counter(record.trial.strategy for record in grid.records)
+    truth = truth_of(grid, space_of(grid).values).losses
+    again = dict.fromkeys([*sorted(truth, key=truth.__getitem__)[:top], *settings[:drawn]])
+    for number in range(1, repeats):
+        yield from (strategy for strategy in again if done[strategy] <= number)
 
 
 def what_of(header: Header) -> tuple[object, ...]:

@@ -1,9 +1,7 @@
 """A recorded grid as a device to search on: trials cost what they took when they were recorded.
 
-What a setting truly takes is not its record: on a machine that drifts, records of one setting differ by more than
-neighbours do, and the best of hundreds is the luckiest. The truth here is what all records say together, smoothed by
-the effects of single knobs and of pairs (the surrogate's model, told how much records differ), and a trial of a setting
-draws anew around it, as far as repeats say that records differ.
+What a setting truly takes is what all records say together (benchmarks/truth.py). A trial of it draws anew around
+that, as far as repeats say that records differ.
 """
 
 from __future__ import annotations
@@ -11,23 +9,20 @@ from __future__ import annotations
 import functools
 import math
 import random
-import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from autotune.measurement import Trial
 from autotune.pace import slowdown
-from autotune.search.objective import PlannedRun
 from autotune.search.space import Space
-from autotune.search.surrogate import Known, Surrogate
 from autotune.strategy import Strategy, baseline
 from autotune.trial.worker import Job, Progress
 from autotune.workloads.base import WorkloadRef
 from benchmarks.grid import Grid, Record
+from benchmarks.truth import Truth, at_one_speed, truth_of
 
 
 class GridSpace(Space, frozen=True, kw_only=True):
@@ -43,36 +38,22 @@ class GridSpace(Space, frozen=True, kw_only=True):
 class Recorded:
     """A grid as a device to search on: ``clock`` is what has been spent."""
 
-    def __init__(self, grid: Grid, seed: int = 0) -> None:
+    def __init__(self, grid: Grid, seed: int = 0, truth: Truth | None = None) -> None:
+        """``truth`` is the grid's, where it is known already."""
         self.grid, self.seed = grid, seed
         self.by_strategy: dict[Strategy, list[Record]] = {}
         for record in grid.records:
             self.by_strategy.setdefault(record.trial.strategy, []).append(record)
-        self.usual_pulse_s = statistics.median(r.trial.pulse_s for r in grid.records if r.trial.pulse_s)
         self.clock = 0.0
         self.total_s = sum(records[0].trial.wall_s for records in self.by_strategy.values())
-        losses = {
-            strategy: [self.loss(record) for record in records]
-            for strategy, records in self.by_strategy.items()
-            if all(record.trial.measurement for record in records)
-        }
-        spread = [statistics.variance(map(math.log, found)) for found in losses.values() if len(found) > 1]
-        self.deviation = math.sqrt(statistics.mean(spread)) if spread else 0.03
-        """Of the logarithm of a setting's loss, from record to record."""
-        known = [Known(strategy, loss, self.deviation or 0.01) for strategy, found in losses.items() for loss in found]
-        mean, doubt = Surrogate(self.space.values, known).predict(list(losses))
-        self.truth = dict(zip(losses, np.exp(mean).tolist(), strict=True))
-        """Seconds of the planned run by setting, for those that ran."""
-        self.doubt = float(doubt.mean())
-        """Standard deviation of the truth's logarithm."""
+        found = truth or truth_of(grid, self.space.values)
+        self.truth, self.doubt, self.deviation, self.usual_pulse_s = found
         self.best = min(self.truth.values())
         self._num_drawn: Counter[Strategy] = Counter()
 
     def loss(self, record: Record) -> float:
         """Seconds of the planned run, at the speed that the device usually had."""
-        assert record.trial.measurement is not None
-        planned: PlannedRun = self.grid.header.planned
-        return planned.projected_s(record.trial.measurement) / slowdown(record.trial, self.usual_pulse_s)
+        return at_one_speed(record, self.grid.header.planned, self.usual_pulse_s)
 
     def peak_bytes(self, strategy: Strategy) -> int:
         """The largest peak that the setting was recorded with; it must have run."""
@@ -132,22 +113,27 @@ class Recorded:
 
     @functools.cached_property
     def space(self) -> GridSpace:
-        """Its knobs, with the values that were recorded."""
-        first = next(iter(self.by_strategy))
-        found: dict[str, list[Any]] = {knob: [] for knob in first.__struct_fields__ if knob != "accumulation"}
-        plain = baseline(first.global_batch)
-        for strategy in (plain, *self.by_strategy):
-            for knob, values in found.items():
-                if getattr(strategy, knob) not in values:
-                    values.append(getattr(strategy, knob))
-        found["micro_batch"].sort()
-        return GridSpace(
-            global_batch=first.global_batch,
-            values={knob: tuple(values) for knob, values in found.items()},
-            left_out={},
-            pairs=frozenset((strategy.attention, strategy.precision) for strategy in self.by_strategy),
-            settings=frozenset(self.by_strategy),
-        )
+        """The grid's."""
+        return space_of(self.grid)
+
+
+def space_of(grid: Grid) -> GridSpace:
+    """A grid's knobs, with the values that were recorded."""
+    settings = dict.fromkeys(record.trial.strategy for record in grid.records)
+    first = next(iter(settings))
+    found: dict[str, list[Any]] = {knob: [] for knob in first.__struct_fields__ if knob != "accumulation"}
+    for strategy in (baseline(first.global_batch), *settings):
+        for knob, values in found.items():
+            if getattr(strategy, knob) not in values:
+                values.append(getattr(strategy, knob))
+    found["micro_batch"].sort()
+    return GridSpace(
+        global_batch=first.global_batch,
+        values={knob: tuple(values) for knob, values in found.items()},
+        left_out={},
+        pairs=frozenset((strategy.attention, strategy.precision) for strategy in settings),
+        settings=frozenset(settings),
+    )
 
 
 def job_of(strategy: Strategy) -> Job:

@@ -1,9 +1,9 @@
 """Search methods on a recorded grid, without its hardware: python -m benchmarks.replay [GRID.jsonl.xz] [--seeds 100]
 
 A trial costs the seconds that it took when it was recorded. Its figures are drawn by the seed around the setting's true
-ones, as far as records of one setting differ; what is true is smoothed from all records (benchmarks/recorded.py), by
-the model of knobs that our search steers by, but for what that knows of a setting's work. Every method is judged by the
-true loss of what it holds for the best at any time; ours, too, by its trials alone, without the race that it ends with.
+ones, as far as records of one setting differ; what is true is smoothed from all records (benchmarks/truth.py). Every
+method is judged by the true loss of what it holds for the best at any time; ours, too, by its trials alone, without the
+race that it ends with.
 Rivals learn what was measured before at no cost, and what cannot run; they measure whole trials, where ours gives up
 what is far behind, and starts from the expert's guess (``helped`` ones do both). Ours and ``one knob at a time`` pay
 for the plain baseline. What our surrogate expects of knobs was set by hand after searches on the CPU whose grid this
@@ -38,7 +38,8 @@ from autotune.strategy import Strategy
 from autotune.units import format_bytes
 from benchmarks.grid import FOLDER, Grid, read_grid
 from benchmarks.methods import FEWER_SEEDS, METHODS, search_on
-from benchmarks.recorded import Recorded
+from benchmarks.recorded import Recorded, space_of
+from benchmarks.truth import Truth, truth_of
 
 BUDGET = 0.15
 """Of the grid's total cost, what every method may spend."""
@@ -51,7 +52,7 @@ MIN_SETTINGS = 20
 def replayed(path: Path, name: str, seed: int) -> list[tuple[float, float]]:
     """Share of the grid's cost and true regret, whenever what is held for the best changes."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    recorded = Recorded(_grid(path), seed)
+    recorded = _recorded(path, seed)
     held = METHODS[name](recorded, seed, BUDGET * recorded.total_s)
     truth = {one.strategy: recorded.truth.get(one.strategy, math.inf) for one in held}
     return [(one.since_s / recorded.total_s, truth[one.strategy] / recorded.best - 1) for one in held]
@@ -71,7 +72,7 @@ class Budgeted(NamedTuple):
 def budgeted(path: Path, budget_bytes: int, seed: int) -> Budgeted:
     """One search, a tenth of the grid's cost long."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    recorded = Recorded(_grid(path), seed)
+    recorded = _recorded(path, seed)
     settings = Settings(budget_s=AT[-1] * recorded.total_s, memory_budget_bytes=budget_bytes, seed=seed)
     held, trials = search_on(recorded, settings)
     limit_bytes = LONG_RUN_SHARE * budget_bytes
@@ -90,9 +91,19 @@ def budgeted(path: Path, budget_bytes: int, seed: int) -> Budgeted:
     )
 
 
+def _recorded(path: Path, seed: int = 0) -> Recorded:
+    return Recorded(_grid(path), seed, _truth(path))
+
+
 @functools.cache
 def _grid(path: Path) -> Grid:
     return read_grid(path)
+
+
+@functools.cache
+def _truth(path: Path) -> Truth:
+    grid = _grid(path)
+    return truth_of(grid, space_of(grid).values)
 
 
 def regret_at(held: Sequence[tuple[float, float]], share: float) -> float:
@@ -131,7 +142,7 @@ def show(path: Path, seeds: int, methods: Sequence[str], processes: int) -> None
     if num_ran < MIN_SETTINGS:
         console.print(f"{num_ran} settings ran, {MIN_SETTINGS} are wanted: go on with benchmarks.record")
         return
-    recorded = Recorded(grid)
+    recorded = _recorded(path)
     best = min(recorded.truth, key=recorded.truth.__getitem__)
     console.print(
         f"{len(recorded.by_strategy)} settings, {len(recorded.grid.records)} trials, {recorded.total_s / 60:.0f} min; "

@@ -243,7 +243,7 @@ METHODS: dict[str, Callable[..., list[Held]]] = {
     "autotune": ours,
     "autotune until settled": ours_until_settled,
     "Optuna TPE": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed)),
-    "Optuna TPE, helped": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed), is_helped=True),
+    "Optuna TPE helped": _optuna(lambda seed: optuna.samplers.TPESampler(seed=seed), is_helped=True),
     "Optuna TPE multivariate group": _optuna(
         lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
     ),

@@ -128,9 +128,12 @@ def cost_within(held: Sequence[tuple[float, float]], regret: float) -> float:
 @click.option("--methods", default=",".join(METHODS), help="Names, with commas. Default: all.")
 @click.option("--processes", default=2, show_default=True)
 def main(path: Path | None, seeds: int, methods: str, processes: int) -> None:
+    names = methods.split(",")
+    if unknown := set(names) - METHODS.keys():
+        raise click.BadParameter(f"no method is named {', '.join(sorted(unknown))}; there are: {', '.join(METHODS)}")
     paths = [path] if path else sorted(FOLDER.glob("*.jsonl.xz"))
     for path in paths:
-        show(path, seeds, [name for name in METHODS if name in methods.split(",")], processes)
+        show(path, seeds, [name for name in METHODS if name in names], processes)
 
 
 def show(path: Path, seeds: int, methods: Sequence[str], processes: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
 from autotune.pace import AROUND
 from autotune.search.objective import PlannedRun
@@ -212,3 +213,10 @@ def test_regret_and_cost_are_read_off_what_was_held() -> None:
     assert cost_within(held, 0.05) == 0.08, "what is lost again was not yet found"
     assert cost_within(held, 0.10) == 0.02
     assert cost_within(held, 0.001) == math.inf
+
+
+def test_every_method_can_be_named_and_what_is_none_is_refused(path: Path) -> None:
+    assert all("," not in name for name in METHODS), "names are given with commas between them"
+    refused = CliRunner().invoke(replay.main, [str(path), "--methods", "autotune,simulated annealing"])
+    assert refused.exit_code == 2
+    assert "no method is named simulated annealing" in refused.output

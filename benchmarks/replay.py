@@ -6,8 +6,7 @@ method is judged by the true loss of what it holds for the best at any time; our
 race that it ends with.
 Rivals learn what was measured before at no cost, and what cannot run; they measure whole trials, where ours gives up
 what is far behind, and starts from the expert's guess (``helped`` ones do both). Ours and ``one knob at a time`` pay
-for the plain baseline. What our surrogate expects of knobs was set by hand after searches on the CPU whose grid this
-is.
+for the plain baseline. What our surrogate expects of knobs is rounded from what fits the grids that are recorded.
 
 Then the same search under a memory budget that half of the settings stay below: how often it runs out of memory where
 it could have known, beyond the first two trials that differ in their micro batch alone.
@@ -128,7 +127,7 @@ def cost_within(held: Sequence[tuple[float, float]], regret: float) -> float:
 @click.option("--methods", default=",".join(METHODS), help="Names, with commas. Default: all.")
 @click.option("--processes", default=2, show_default=True)
 def main(path: Path | None, seeds: int, methods: str, processes: int) -> None:
-    names = methods.split(",")
+    names = [name.strip() for name in methods.split(",")]
     if unknown := set(names) - METHODS.keys():
         raise click.BadParameter(f"no method is named {', '.join(sorted(unknown))}; there are: {', '.join(METHODS)}")
     paths = [path] if path else sorted(FOLDER.glob("*.jsonl.xz"))

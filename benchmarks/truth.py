@@ -25,9 +25,11 @@ from benchmarks.grid import Grid, Record
 USUAL_DEVIATION = 0.03
 """Of the logarithm of a setting's loss, where nothing was recorded twice."""
 LEAST_DEVIATION = 0.01
-USUAL, SWEEPS, FACTORS, CLEARLY = 0.1, 4, (1 / 4, 1 / 1.5, 1.5, 4.0), 0.5
-"""Each size begins at the first and, in so many sweeps, is multiplied by whichever factor makes the records most
-likely, where it raises the logarithm of that by so much; else it is left."""
+USUAL, TOGETHER = 0.1, 10.0
+"""Where the sizes begin."""
+SWEEPS, FACTORS, CLEARLY = 4, (1 / 4, 1 / 1.5, 1.5, 4.0), 0.5
+"""So often is each size in turn multiplied by whichever factor makes the records most likely, where it raises the
+logarithm of that by so much; else it is left."""
 
 
 class Truth(NamedTuple):
@@ -71,16 +73,18 @@ def truth_of(grid: Grid, values: Mapping[str, Sequence[Any]]) -> Truth:
 def fitted(values: Mapping[str, Sequence[Any]], known: Sequence[Known]) -> Prior:
     """The likeliest sizes, but for what a coordinate search misses."""
     sizes = {knob: USUAL for knob, found in values.items() if len(found) > 1}
-    best = Prior(sizes, sizes)
+    best = Prior(sizes, sizes, TOGETHER)
     likelihood = Surrogate(values, known, best).log_likelihood
     for _ in range(SWEEPS):
         before = best
         for knob in ("together", *sizes):
-            for factor in FACTORS:
-                other = _multiplied(before, knob, factor)
-                if (found := Surrogate(values, known, other).log_likelihood) > likelihood + CLEARLY:
-                    best, likelihood = other, found
-            before = best
+            others = [_multiplied(best, knob, factor) for factor in FACTORS]
+            likelihoods = [Surrogate(values, known, other).log_likelihood for other in others]
+            if max(likelihoods) > likelihood + CLEARLY:
+                likelihood = max(likelihoods)
+                best = others[likelihoods.index(likelihood)]
+        if best == before:
+            break
     return best
 
 

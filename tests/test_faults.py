@@ -156,6 +156,7 @@ def quick() -> Iterator[None]:
         mock.patch.multiple(runner, ORDINARY=short, WITH_BEATS=short),
         mock.patch.object(trials, "ONCE", once),
         mock.patch.dict(surrogate.USUAL, {**dict.fromkeys(surrogate.USUAL, 0.01), "micro_batch": 2.0}),
+        mock.patch.dict(surrogate.JOINT, dict.fromkeys(surrogate.JOINT, 0.001)),
     ):
         yield
 

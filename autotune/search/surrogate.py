@@ -33,7 +33,7 @@ USUAL: dict[str, float] = {
     "optimizer": 0.05,
     "prefetch": 0.03,
 }
-"""Standard deviation of what a knob's values do by themselves to the logarithm of the seconds, on any device."""
+"""Standard deviation of what a knob's values do by themselves to the logarithm of the seconds, where they do much."""
 JOINT: dict[str, float] = {
     "precision": 0.1,
     "memory_format": 0.1,
@@ -71,13 +71,14 @@ class Prior(NamedTuple):
     usual: Mapping[str, float] = USUAL
     joint: Mapping[str, float] = JOINT
     together: float = TOGETHER
-    scales: tuple[float, ...] = (1.0,)
-    """Times one of these is what is usual by itself: the one that makes what is known most likely."""
+    """What knobs do beyond their sum: as ``TOGETHER`` says, of sizes ``joint``."""
+    narrow: float | None = None
+    """Knobs do by themselves so many times what is usual, where that makes what is known clearly likelier."""
     work: Callable[[Strategy], float] = lambda strategy: 1.0
     """What a setting's loss is in proportion to, but for what trials tell."""
 
 
-PRIOR_OF_TIME = Prior(scales=(1 / 6, 1.0))
+PRIOR_OF_TIME = Prior(narrow=1 / 6)
 """On the CPUs that were recorded, knobs do little by themselves beside their work; on others they may do much."""
 PRIOR_OF_MEMORY = Prior(USUAL_OF_MEMORY, USUAL_OF_MEMORY, TOGETHER_OF_MEMORY)
 """Where nothing is known of the work."""
@@ -88,15 +89,13 @@ def prior_of(memory: float, work: Callable[[Strategy], float]) -> Prior:
     seconds go by the work."""
     if memory == 0:
         return PRIOR_OF_TIME._replace(work=work)
-
-    def mixed(of_time: Mapping[str, float]) -> dict[str, float]:
-        return {knob: math.hypot((1 - memory) * of_time[knob], memory * USUAL_OF_MEMORY[knob]) for knob in of_time}
-
-    together = TOGETHER ** (1 - memory) * TOGETHER_OF_MEMORY**memory
-    return Prior(mixed(USUAL), mixed(JOINT), together, work=lambda strategy: work(strategy) ** (1 - memory))
+    usual = {knob: math.hypot((1 - memory) * found, memory * USUAL_OF_MEMORY[knob]) for knob, found in USUAL.items()}
+    return Prior(usual, usual, TOGETHER_OF_MEMORY, work=lambda strategy: work(strategy) ** (1 - memory))
 
 
 _OTHER = 0.1
+_CLEARLY = 1.0
+"""Of the logarithm of a likelihood."""
 _LEVEL = 3.0
 """Nothing is known beforehand of how long a run takes."""
 _POWER = 0.4
@@ -138,12 +137,12 @@ class Surrogate:
         usual = self._variances
         self.log_likelihood = -math.inf
         """Of what is known, but for a constant."""
-        for scale in prior.scales:
+        for scale in (1.0,) if prior.narrow is None else (1.0, prior.narrow):
             self._variances = scale**2 * usual
             root = np.linalg.cholesky(self._covariance(self._known, self._known) + noise)
             weights = np.linalg.solve(root.T, np.linalg.solve(root, logs - self._mean))
             log_likelihood = float(-(logs - self._mean) @ weights / 2 - np.log(np.diag(root)).sum())
-            if log_likelihood > self.log_likelihood:
+            if log_likelihood > self.log_likelihood + _CLEARLY:
                 self.log_likelihood, self._root, self._weights = log_likelihood, root, weights
                 likeliest = self._variances
         self._variances = likeliest

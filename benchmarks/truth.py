@@ -25,11 +25,13 @@ from benchmarks.grid import Grid, Record
 USUAL_DEVIATION = 0.03
 """Of the logarithm of a setting's loss, where nothing was recorded twice."""
 LEAST_DEVIATION = 0.01
-USUAL, TOGETHER = 0.1, 10.0
-"""Where the sizes begin."""
+USUAL, TOGETHER, REACH = 0.1, 10.0, 0.5
+"""Where the sizes begin. Neighbours are hardly alike unless the records say so: where those are few or rough, a setting
+keeps its rank among its neighbours."""
 SWEEPS, FACTORS, CLEARLY = 4, (1 / 4, 1 / 1.5, 1.5, 4.0), 0.5
 """So often is each size in turn multiplied by whichever factor makes the records most likely, where it raises the
-logarithm of that by so much; else it is left."""
+logarithm of that by so much; else it is left. The reach comes last: before the sizes are right, it makes up for
+them."""
 
 
 class Truth(NamedTuple):
@@ -73,12 +75,12 @@ def truth_of(grid: Grid, values: Mapping[str, Sequence[Any]]) -> Truth:
 def fitted(values: Mapping[str, Sequence[Any]], known: Sequence[Known]) -> Prior:
     """The likeliest sizes, but for what a coordinate search misses."""
     sizes = {knob: USUAL for knob, found in values.items() if len(found) > 1}
-    best = Prior(sizes, sizes, TOGETHER)
+    best = Prior(sizes, sizes, TOGETHER, reach=REACH)
     likelihood = Surrogate(values, known, best).log_likelihood
     for _ in range(SWEEPS):
         before = best
-        for knob in ("together", *sizes):
-            others = [_multiplied(best, knob, factor) for factor in FACTORS]
+        for size in ("together", *sizes, "reach"):
+            others = [_multiplied(best, size, factor) for factor in FACTORS]
             likelihoods = [Surrogate(values, known, other).log_likelihood for other in others]
             if max(likelihoods) > likelihood + CLEARLY:
                 likelihood = max(likelihoods)
@@ -88,8 +90,8 @@ def fitted(values: Mapping[str, Sequence[Any]], known: Sequence[Known]) -> Prior
     return best
 
 
-def _multiplied(prior: Prior, knob: str, factor: float) -> Prior:
-    if knob == "together":
-        return prior._replace(together=prior.together * factor)
-    sizes = {**prior.usual, knob: prior.usual[knob] * factor}
+def _multiplied(prior: Prior, size: str, factor: float) -> Prior:
+    if size in ("together", "reach"):
+        return prior._replace(**{size: getattr(prior, size) * factor})
+    sizes = {**prior.usual, size: prior.usual[size] * factor}
     return prior._replace(usual=sizes, joint=sizes)

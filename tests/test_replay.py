@@ -79,21 +79,16 @@ def test_the_truth_is_smoothed_from_all_records_so_that_luck_does_not_win(path: 
     plain = Recorded(grid)
     losses = [plain.loss(one) for one in grid.records[: len(SETTINGS)]]
     assert [plain.truth[strategy] for strategy in SETTINGS] == pytest.approx(losses, rel=0.05)
-    best, second = sorted(plain.truth, key=plain.truth.__getitem__)[:2]
-    assert plain.truth[second] < 1.06 * plain.truth[best]
-    lucky = msgspec.structs.replace(best, precision="fp32")  # half as fast as the best; once out of five times, faster
+    best = min(plain.truth, key=plain.truth.__getitem__)
+    lucky = SETTINGS[1]  # recorded twice as fast as it is, once out of five times
     others = [record(lucky, 100 + number) for number in range(4)]
-    place = SETTINGS.index(lucky)
-    found = grid.records[place].trial
+    found = grid.records[1].trial
     assert found.measurement is not None
-    faster = msgspec.structs.replace(found.measurement, samples_per_s=2.2 * found.measurement.samples_per_s)
-    trial = msgspec.structs.replace(found, measurement=faster)
-    grid.records[place] = msgspec.structs.replace(grid.records[place], trial=trial)
+    faster = msgspec.structs.replace(found.measurement, samples_per_s=2 * found.measurement.samples_per_s)
+    grid.records[1] = msgspec.structs.replace(grid.records[1], trial=msgspec.structs.replace(found, measurement=faster))
     noisy = Recorded(Grid(grid.path, grid.header, [*grid.records, *others]))
     assert noisy.deviation > 0.2
-    assert min(noisy.truth, key=lambda strategy: noisy.loss(noisy.by_strategy[strategy][0])) == lucky
-    assert min(noisy.truth, key=noisy.truth.__getitem__) in (best, second)
-    assert noisy.truth[lucky] > 1.4 * noisy.truth[best]
+    assert min(noisy.truth, key=noisy.truth.__getitem__) == best
 
 
 def test_what_three_knobs_do_only_together_is_part_of_the_truth(path: Path) -> None:

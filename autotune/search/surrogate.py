@@ -74,6 +74,8 @@ class Prior(NamedTuple):
     """What knobs do beyond their sum: as ``TOGETHER`` says, of sizes ``joint``."""
     narrow: float | None = None
     """Knobs do by themselves so many times what is usual, where that makes what is known clearly likelier."""
+    reach: float = 2.0
+    """Where values have an order, what they do has in common ``exp(-1 / reach)`` with what their neighbours do."""
     work: Callable[[Strategy], float] = lambda strategy: 1.0
     """What a setting's loss is in proportion to, but for what trials tell."""
 
@@ -102,7 +104,6 @@ _POWER = 0.4
 """It goes by its work to the power of 1, give or take this: a device that waits for launches heeds the work less."""
 ORDERED = ("micro_batch", "workers", "threads", "prefetch")
 """Knobs whose values are alike where they are neighbours."""
-_REACH = 2.0
 Matrix = NDArray[np.float64]
 
 
@@ -123,7 +124,7 @@ class Surrogate:
     def __init__(
         self, values: Mapping[str, Sequence[Any]], known: Sequence[Known], prior: Prior = PRIOR_OF_TIME
     ) -> None:
-        self._work, self._together = prior.work, prior.together
+        self._work, self._together, self._reach = prior.work, prior.together, prior.reach
         self._usual_work = math.exp(np.mean([math.log(prior.work(one.strategy)) for one in known]))
         self._knobs = [knob for knob in values if len(values[knob]) > 1]
         self._places = {knob: {value: place for place, value in enumerate(values[knob])} for knob in self._knobs}
@@ -181,7 +182,7 @@ class Surrogate:
 
     def _covariance(self, rows: Matrix, columns: Matrix) -> Matrix:
         distance = np.abs(rows[:, None, :-1] - columns[None, :, :-1])
-        alike = np.where(self._is_ordered, np.exp(-distance / _REACH), distance == 0)
+        alike = np.where(self._is_ordered, np.exp(-distance / self._reach), distance == 0)
         return self._summed(alike, np.outer(rows[:, -1], columns[:, -1]))
 
     def _summed(self, alike: Matrix, work: Matrix) -> Matrix:

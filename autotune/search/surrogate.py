@@ -72,15 +72,16 @@ class Prior(NamedTuple):
     joint: Mapping[str, float] = JOINT
     together: float = TOGETHER
     """What knobs do beyond their sum: as ``TOGETHER`` says, of sizes ``joint``."""
-    narrow: float | None = None
-    """Knobs do by themselves so many times what is usual, where that makes what is known clearly likelier."""
+    scales: Sequence[float] = (1.0,)
+    """Knobs do by themselves so many times what is usual: the first, unless another makes what is known clearly
+    likelier."""
     reach: float = 2.0
     """Where values have an order, what they do has in common ``exp(-1 / reach)`` with what their neighbours do."""
     work: Callable[[Strategy], float] = lambda strategy: 1.0
     """What a setting's loss is in proportion to, but for what trials tell."""
 
 
-PRIOR_OF_TIME = Prior(narrow=1 / 6)
+PRIOR_OF_TIME = Prior(scales=(1.0, 1 / 6))
 """On the CPUs that were recorded, knobs do little by themselves beside their work; on others they may do much."""
 PRIOR_OF_MEMORY = Prior(USUAL_OF_MEMORY, USUAL_OF_MEMORY, TOGETHER_OF_MEMORY)
 """Where nothing is known of the work."""
@@ -138,7 +139,7 @@ class Surrogate:
         usual = self._variances
         self.log_likelihood = -math.inf
         """Of what is known, but for a constant."""
-        for scale in (1.0,) if prior.narrow is None else (1.0, prior.narrow):
+        for scale in prior.scales:
             self._variances = scale**2 * usual
             root = np.linalg.cholesky(self._covariance(self._known, self._known) + noise)
             weights = np.linalg.solve(root.T, np.linalg.solve(root, logs - self._mean))

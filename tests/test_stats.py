@@ -133,3 +133,9 @@ def test_rounds_that_share_their_processes_are_not_taken_for_independent(
 def test_the_margin_of_one_value_is_unknown_and_shrinks_with_their_number() -> None:
     assert math.isinf(relative_margin([1.0]))
     assert relative_margin([1.0, 1.1, 0.9] * 5) < relative_margin([1.0, 1.1, 0.9])
+
+
+def test_rounds_of_two_values_have_an_interval() -> None:
+    clusters = [number // 2 for number in range(48)]
+    found = paired_ratio([2.0, 2.1] * 24, [1.0] * 48, clusters)
+    assert 2.0 <= found.low <= found.ratio <= found.high <= 2.1

@@ -9,7 +9,7 @@ import msgspec
 
 from autotune.measurement import Trial
 from autotune.search import finals, proof
-from autotune.search.finals import Entrant, Race, ranked
+from autotune.search.finals import Entrant, Race
 from autotune.search.history import NUM_FINALISTS, History
 from autotune.search.proof import Proof
 from autotune.search.settings import Observer
@@ -58,12 +58,12 @@ class Races:
         field = self._field(share_s)
         if not field:
             return self._history.finalists()
-        heat = self.race_of(field)
+        heat = self._standings.heat = self.race_of(field)
         spare_s = share_s - self._heat_s(field)
         enough_s = self.shortest_s(field, with_baseline=False) + spare_s / 2
         self._run(heat, enough_s, f"heat: the best {len(field)} in turns")
         rivals = [final for final in heat.finals() if self._history.may_win(final.trial, final.measurement)]
-        through = [final.trial for final in ranked(rivals, self._standings.loss)][:NUM_THROUGH]
+        through = [final.trial for final in self._standings.ranked(rivals)][:NUM_THROUGH] if rivals else []
         return through or self._history.finalists()
 
     def run(self, finalists: Sequence[Trial], *, in_any_case: bool = False) -> None:

@@ -1,17 +1,25 @@
-"""Who is the best, and by how much: by the race where it has a say, else by the trials."""
+"""Who is the best, and by how much.
+
+Of those who raced, the best is by what races and trials together let expect: three rounds are hardly surer than a
+trial. Speed-ups are the race's alone.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 from autotune.measurement import Interval, Measurement, Trial
 from autotune.pace import slowdown
 from autotune.search import finals
-from autotune.search.finals import Final, Race, ranked
+from autotune.search.finals import Final, Race, log_error, ranked
 from autotune.search.history import History
 from autotune.search.objective import FASTEST, Aim, loss_of
+from autotune.search.surrogate import Known, Surrogate
 from autotune.search.task import Task
 from autotune.stats import ratio_of_means
 
@@ -20,11 +28,12 @@ MIN_RACED = 2
 
 
 class Standings:
-    """What trials and race say together; the race is the last that was run."""
+    """What trials and races say together; ``race`` is the last that the baseline was in, ``heat`` one before it."""
 
     def __init__(self, task: Task, history: History) -> None:
         self._task, self._history = task, history
         self.race: Race | None = None
+        self.heat: Race | None = None
         self.cold_warm_up_s: dict[int, float] = {}
         """Seconds of a first start by the trial's number, where the trial itself did not have to compile."""
 
@@ -38,13 +47,33 @@ class Standings:
             return best  # the race has no say where one of those that it is about was not in it
         rivals = self._fast_enough(rivals, aim)
         if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
-            return ranked(rivals, lambda final: self.loss(final, aim))[0].trial
+            return self.ranked(rivals, aim)[0].trial
         return best
+
+    def ranked(self, rivals: Sequence[Final], aim: Aim = FASTEST) -> list[Final]:
+        """The best first, by all trials and races; those that tie go by simplicity, then by memory."""
+        task, known = self._task, self._history.known(aim)
+        by_trials = Surrogate(task.space.values, known, task.prior(aim))
+        for race in (self.heat, self.race):
+            known += self._known(_finals(race), by_trials, aim)
+        by_all = Surrogate(task.space.values, known, task.prior(aim))
+        expected, _ = by_all.predict([final.trial.strategy for final in rivals])
+        losses = dict(zip((final.trial.number for final in rivals), np.exp(expected).tolist(), strict=True))
+        return ranked(rivals, lambda final: losses[final.trial.number])
+
+    def _known(self, finals: Sequence[Final], by_trials: Surrogate, aim: Aim) -> list[Known]:
+        """What a race says of its entrants beside one another, as if trials had said it."""
+        raced = [(final.trial.strategy, loss) for final in finals if math.isfinite(loss := self._loss(final, aim))]
+        error = log_error(finals) if raced else math.inf
+        if math.isinf(error):
+            return []
+        expected, _ = by_trials.predict([strategy for strategy, _ in raced])
+        level = math.exp(float(expected.mean()) - statistics.fmean(math.log(loss) for _, loss in raced))
+        return [Known(strategy, level * loss, error) for strategy, loss in raced]
 
     def finals(self) -> dict[int, Final]:
         """The race's figures by trial; none where it did not get to two rounds."""
-        found = self.race.finals() if self.race and self.race.num_rounds >= MIN_RACED else []
-        return {final.trial.number: final for final in found}
+        return {final.trial.number: final for final in _finals(self.race)}
 
     def speedup(self, trial: Trial) -> Interval:
         """Over the baseline, by the race; by the trials where not both were in it."""
@@ -75,10 +104,14 @@ class Standings:
         least = min_speed * max((final.measurement.samples_per_s for final in rivals), default=0.0)
         return [final for final in rivals if final.measurement.samples_per_s >= least]
 
-    def loss(self, final: Final, aim: Aim = FASTEST) -> float:
+    def _loss(self, final: Final, aim: Aim) -> float:
         """What the aim minimises, by a race's figures; infinite where they lack it."""
         loss = loss_of(_remeasured(final.trial, final.measurement), aim, self._task.planned)
         return math.inf if loss is None else loss  # a counter that could not be read in the end
+
+
+def _finals(race: Race | None) -> list[Final]:
+    return race.finals() if race and race.num_rounds >= MIN_RACED else []
 
 
 def _remeasured(trial: Trial, measurement: Measurement) -> Trial:

@@ -1,0 +1,117 @@
+"""Who is the best, by made-up trials and races."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import msgspec
+import pytest
+
+from autotune.measurement import Trial
+from autotune.search.finals import OF_PROCESSES, Final, Race, log_error
+from autotune.search.history import History
+from autotune.search.objective import FASTEST
+from autotune.search.settings import Settings
+from autotune.search.standings import Standings
+from autotune.search.task import Task
+from tests import factories
+from tests.scripted import CPU, Prepared
+
+BASELINE_S = 100.0
+"""What an epoch of the plain baseline takes."""
+
+
+class Raced:
+    """A race that is over."""
+
+    def __init__(self, epoch_s: Mapping[Trial, Sequence[float]], lives: Sequence[int] | None) -> None:
+        self._epoch_s, self._lives = epoch_s, tuple(lives) if lives else None
+        self.num_rounds = min(map(len, epoch_s.values()))
+
+    def finals(self) -> list[Final]:
+        """With the rates that the rounds' means have."""
+        return [
+            Final(
+                trial=trial,
+                measurement=factories.measurement(1000 * len(epoch_s) / sum(epoch_s)),
+                epoch_s=tuple(epoch_s),
+                lives=self._lives,
+            )
+            for trial, epoch_s in self._epoch_s.items()
+        ]
+
+
+def race(epoch_s: Mapping[Trial, Sequence[float]], lives: Sequence[int] | None = None) -> Race:
+    return cast("Race", Raced(epoch_s, lives))
+
+
+@pytest.fixture
+def task(prepared: Prepared) -> Task:
+    ref, workload = prepared
+    return Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
+
+
+def tried(task: Task, seconds: dict[str, float]) -> tuple[History, Trial, Trial]:
+    """Trials of the baseline and of two settings that differ in their micro batch, with beats."""
+    strategies = [
+        task.baseline,
+        *(
+            msgspec.structs.replace(task.baseline, padding="buckets", micro_batch=m, accumulation=32 // m)
+            for m in (8, 16)
+        ),
+    ]
+    trials = [
+        factories.trial(number, strategy, measurement=factories.measurement(1000 / epoch_s), has_beats=True)
+        for number, (strategy, epoch_s) in enumerate(zip(strategies, seconds.values(), strict=True))
+    ]
+    return History(task, trials), trials[1], trials[2]
+
+
+def test_three_rounds_do_not_outvote_a_trial_that_said_more(task: Task) -> None:
+    history, eight, sixteen = tried(task, {"baseline": BASELINE_S, "eight": 50.0, "sixteen": 53.0})
+    standings = Standings(task, history)
+    assert standings.best(FASTEST) is eight
+    rounds = {history.reference: (100.0, 101.0, 99.0), eight: (51.0, 50.0, 52.0), sixteen: (50.0, 49.0, 51.0)}
+    standings.race = race(rounds)
+    assert standings.best(FASTEST) is eight, "by the trials 6 % faster, by the race 2 % slower"
+    assert standings.speedup(eight).ratio == pytest.approx(100 / 51, rel=0.001), (
+        "what is said of it is the race's alone"
+    )
+
+
+def test_a_race_of_many_processes_decides(task: Task) -> None:
+    history, eight, sixteen = tried(task, {"baseline": BASELINE_S, "eight": 50.0, "sixteen": 53.0})
+    standings = Standings(task, history)
+    rounds = {history.reference: 24 * (100.0, 101.0), eight: 24 * (51.0, 51.5), sixteen: 24 * (49.5, 50.0)}
+    standings.race = race(rounds, lives=[number // 2 for number in range(48)])
+    assert standings.best(FASTEST) is sixteen
+
+
+def test_the_heat_counts_with_the_race(task: Task) -> None:
+    history, eight, sixteen = tried(task, {"baseline": BASELINE_S, "eight": 51.0, "sixteen": 50.0})
+    standings = Standings(task, history)
+    standings.race = race(
+        {history.reference: (100.0, 101.0, 99.0), eight: (50.5, 51.0, 51.5), sixteen: (49.5, 50.0, 50.5)}
+    )
+    assert standings.best(FASTEST) is sixteen
+    standings.heat = race({eight: (50.0, 51.0, 49.0), sixteen: (56.0, 55.0, 57.0)})
+    assert standings.best(FASTEST) is eight
+
+
+def test_how_sure_a_race_is_goes_by_its_rounds_and_its_processes(task: Task) -> None:
+    history, eight, _ = tried(task, {"baseline": BASELINE_S, "eight": 50.0, "sixteen": 53.0})
+
+    def error(slow: Sequence[float], fast: Sequence[float], lives: Sequence[int] | None = None) -> float:
+        return log_error(race({history.reference: slow, eight: fast}, lives).finals())
+
+    drifting = (100.0, 150.0, 120.0, 90.0)
+    together = tuple(0.5 * seconds for seconds in drifting)
+    assert error(drifting, together) == pytest.approx(OF_PROCESSES), "what hits both alike is no doubt"
+    assert error(drifting, together, lives=(0, 1, 2, 3)) == pytest.approx(OF_PROCESSES / 2)
+    # each log is off by half of 0.1, up and down: a variance of 4 x 2 x 0.05^2 over (2 - 1) x (4 - 1), over 4 rounds
+    rough = tuple(seconds * math.exp(0.1 * sign) for seconds, sign in zip(together, (1, -1, 1, -1), strict=True))
+    assert error(drifting, rough) == pytest.approx(math.hypot(OF_PROCESSES, math.sqrt(8 * 0.05**2 / 3 / 4)))
+    assert math.isinf(error((100.0,), (50.0,)))
+    assert math.isinf(log_error(race({eight: (50.0, 51.0)}).finals()))

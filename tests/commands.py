@@ -8,16 +8,21 @@ import sys
 from pathlib import Path
 
 
-def autotune(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def autotune(*arguments: str | Path, module: str = "autotune", **environment: str) -> subprocess.CompletedProcess[str]:
     """One call, to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "autotune", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, **environment},
         check=False,
     )
+
+
+def briefly(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same, but that a search's timings are short."""
+    return autotune(*arguments, module="tests.brief")
 
 
 def called(*arguments: str | Path) -> int:

@@ -252,7 +252,7 @@ def test_ctrl_c_in_mid_search_saves_the_best_so_far_and_leaves_no_process(
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "autotune", "search", "--model", "imdb", "--data", str(tiny_reviews)),
+            *(sys.executable, "-m", "tests.brief", "search", "--model", "imdb", "--data", str(tiny_reviews)),
             *("--limit", "8", "--trials", "50", "--profiles", str(tmp_path)),
         ],
         stdin=follower,

@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import msgspec
 import psutil
 import pytest
 
 from autotune import backends
 from autotune.measurement import Outcome, Trial
-from autotune.search import finals, study, surrogate, trials
+from autotune.search import study, surrogate, trials
 from autotune.search.result import Result
 from autotune.search.settings import Settings
 from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.strategy import Strategy
-from autotune.trial import runner
 from autotune.trial.pulse import Pulse
 from tests import factories
+from tests.brief import short_timings
 from tests.faulty import BASELINE, BEST, FAULTY, WORKLOAD
 from tests.observing import Silent, SilentPulse
 
@@ -148,13 +147,9 @@ def search_with(fault: str, folder: Path) -> Seen:
 def quick() -> Iterator[None]:
     """Hangs are found sooner, trials and races are shorter than a user would want; and the search expects what is so
     here, that the micro batch tells."""
-    short = msgspec.structs.replace(runner.ORDINARY, min_s=0.3, narrow=float("inf"))
-    once = msgspec.structs.replace(runner.ONCE, min_s=0.3, narrow=float("inf"))
     with (
+        short_timings(),
         mock.patch.object(trials, "SILENCE_S", 3.0),
-        mock.patch.object(finals, "MAX_ROUNDS", 3),
-        mock.patch.multiple(runner, ORDINARY=short, WITH_BEATS=short),
-        mock.patch.object(trials, "ONCE", once),
         mock.patch.dict(surrogate.USUAL, {**dict.fromkeys(surrogate.USUAL, 0.01), "micro_batch": 2.0}),
         mock.patch.dict(surrogate.JOINT, dict.fromkeys(surrogate.JOINT, 0.001)),
     ):

@@ -21,7 +21,7 @@ import pytest
 from autotune.profile import format_profile, read_profile, write_profile
 from autotune.store import profile_path
 from tests import factories
-from tests.commands import autotune, refused
+from tests.commands import briefly, refused
 from tests.faulty import NAME
 
 pytestmark = [pytest.mark.xdist_group("interrupted"), pytest.mark.usefixtures("probed")]
@@ -31,9 +31,9 @@ SEARCH = ("search", "--model", NAME, "--trials", "5", "--epochs", "1000")
 
 @contextmanager
 def searching(until: str, profiles: Path) -> Iterator[subprocess.Popen[str]]:
-    """A search that has printed a line that starts so."""
+    """A search, its timings short, that has printed a line that starts so."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "autotune", *SEARCH, "--profiles", str(profiles)],
+        [sys.executable, "-m", "tests.brief", *SEARCH, "--profiles", str(profiles)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -61,7 +61,7 @@ def test_after_a_kill_the_same_command_goes_on_with_nothing_lost_and_nothing_run
         process.wait()
         assert len(family) >= 3, "the server, a guard and its trial, at least"
         assert_gone(family)
-    done = autotune(*SEARCH, "--profiles", tmp_path, "--json")
+    done = briefly(*SEARCH, "--profiles", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     assert "going on after 3 trials" in done.stderr
     trials = json.loads(done.stdout)["trials"]
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_ends_the_search_with_a_line_and_leaves_the_old_pro
     write_profile(factories.profile(), path)
     before = path.read_bytes()
     (small_disk / "other").write_bytes(b"x" * (116 * 1024))
-    done = autotune(*SEARCH, "--profiles", small_disk)
+    done = briefly(*SEARCH, "--profiles", small_disk)
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert "cannot be written: No space left on device" in last
@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_ends_the_search_with_a_line_and_leaves_the_old_pro
     assert "Traceback" not in done.stderr
     assert path.read_bytes() == before
     (small_disk / "other").unlink()
-    done = autotune(*SEARCH, "--profiles", small_disk)
+    done = briefly(*SEARCH, "--profiles", small_disk)
     assert done.returncode == 0, done.stderr
     assert path.read_bytes() != before
 
@@ -161,6 +161,6 @@ def test_an_interrupt_is_not_lost_in_a_search_without_a_terminal(tmp_path: Path)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert_gone(family)
-    done = autotune(*SEARCH, "--profiles", tmp_path)
+    done = briefly(*SEARCH, "--profiles", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on after" in done.stderr

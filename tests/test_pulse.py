@@ -24,7 +24,9 @@ from tests import factories, marks
 
 
 def counts(connection: Connection, seconds: float) -> None:
-    """Says when it was held up for more than 5 ms, in seconds of the clock that all processes share."""
+    """Says that it has begun, then when it was held up for more than 5 ms, in seconds of the clock that all processes
+    share."""
+    connection.send("begun")
     gaps, last = [], time.perf_counter()
     end = last + seconds
     while (now := time.perf_counter()) < end:
@@ -65,6 +67,7 @@ def beats_of(path: str | None) -> list[Beat]:
 def test_what_is_timed_stands_still_while_a_beat_is_taken(pulse: Pulse) -> None:
     path = pulse.file()
     with Child(counts, 2.0) as child:
+        child.receive(30)
         with pulse.pausing(child.pid, path):
             gaps = child.receive(30)
         beats = [beat for beat in beats_of(path) if beat.end_s < max(end for _, end in gaps)]

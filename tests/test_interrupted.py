@@ -30,10 +30,10 @@ SEARCH = ("search", "--model", NAME, "--trials", "5", "--epochs", "1000")
 
 
 @contextmanager
-def searching(until: str, profiles: Path) -> Iterator[subprocess.Popen[str]]:
+def searching(until: str, profiles: Path, module: str = "tests.brief") -> Iterator[subprocess.Popen[str]]:
     """A search, its timings short, that has printed a line that starts so."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.brief", *SEARCH, "--profiles", str(profiles)],
+        [sys.executable, "-m", module, *SEARCH, "--profiles", str(profiles)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,7 +84,7 @@ def test_a_search_outlives_its_warm_server(tmp_path: Path) -> None:
 
 
 def test_a_second_search_on_the_device_is_refused_in_a_line(tmp_path: Path) -> None:
-    with searching("trial  0", tmp_path):
+    with searching("trial  0", tmp_path, module="autotune"):  # goes on for a minute
         line = refused(1, *SEARCH, "--profiles", tmp_path / "others")
         assert "another search is measuring on this device" in line
 

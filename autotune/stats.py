@@ -92,8 +92,8 @@ def _signed_rank(values: Values) -> tuple[float, float, float]:
 
 
 def _clustered_signed_rank(values: Values, clusters: Sequence[int]) -> tuple[float, float, float]:
-    """The shifts that the clustered test does not reject, and the middle one, which is always one of them: where many
-    values are equal, as a coarse clock's, the test could reject all.
+    """The shifts that the clustered test does not reject, and the middle one. Where many values are equal, as a coarse
+    clock's, it may reject all: then the values' range.
 
     The sum of the signed ranks over the root of the summed squares of its clusters' parts is a mean of k cluster sums
     over its own spread about zero: of the size z where Student's t of k - 1 degrees is z sqrt((k - 1) / (k - z^2)).
@@ -107,9 +107,9 @@ def _clustered_signed_rank(values: Values, clusters: Sequence[int]) -> tuple[flo
     sums = (np.sign(distances) * ranks) @ (cluster_of[:, None] == np.arange(count))
     quantile = _t_quantile(count - 1)
     limit = quantile * math.sqrt(count / (count - 1 + quantile**2))
-    middle = np.median(averages)
-    kept = np.append(shifts[np.abs(sums.sum(1)) <= limit * np.sqrt((sums**2).sum(1))], middle)
-    return float(kept.min()), float(middle), float(kept.max())
+    kept = shifts[np.abs(sums.sum(1)) <= limit * np.sqrt((sums**2).sum(1))]
+    ends = kept if kept.size else values
+    return float(ends.min()), float(np.median(averages)), float(ends.max())
 
 
 def _walsh_averages(values: Values) -> Values:

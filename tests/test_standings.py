@@ -12,7 +12,7 @@ import pytest
 from autotune.measurement import Trial
 from autotune.search.finals import OF_PROCESSES, Final, Race, log_error
 from autotune.search.history import History
-from autotune.search.objective import FASTEST
+from autotune.search.objective import FASTEST, LEANEST
 from autotune.search.settings import Settings
 from autotune.search.standings import Standings
 from autotune.search.task import Task
@@ -21,13 +21,16 @@ from tests.scripted import CPU, Prepared
 
 BASELINE_S = 100.0
 """What an epoch of the plain baseline takes."""
+PEAKS = (3000, 1000, 1000)
 
 
 class Raced:
     """A race that is over."""
 
-    def __init__(self, epoch_s: Mapping[Trial, Sequence[float]], lives: Sequence[int] | None) -> None:
-        self._epoch_s, self._lives = epoch_s, tuple(lives) if lives else None
+    def __init__(
+        self, epoch_s: Mapping[Trial, Sequence[float]], lives: Sequence[int] | None, peaks: Sequence[int]
+    ) -> None:
+        self._epoch_s, self._lives, self._peaks = epoch_s, tuple(lives) if lives else None, peaks
         self.num_rounds = min(map(len, epoch_s.values()))
 
     def finals(self) -> list[Final]:
@@ -35,16 +38,18 @@ class Raced:
         return [
             Final(
                 trial=trial,
-                measurement=factories.measurement(1000 * len(epoch_s) / sum(epoch_s)),
+                measurement=factories.measurement(1000 * len(epoch_s) / sum(epoch_s), peak_memory_bytes=peak),
                 epoch_s=tuple(epoch_s),
                 lives=self._lives,
             )
-            for trial, epoch_s in self._epoch_s.items()
+            for (trial, epoch_s), peak in zip(self._epoch_s.items(), self._peaks, strict=False)
         ]
 
 
-def race(epoch_s: Mapping[Trial, Sequence[float]], lives: Sequence[int] | None = None) -> Race:
-    return cast("Race", Raced(epoch_s, lives))
+def race(
+    epoch_s: Mapping[Trial, Sequence[float]], lives: Sequence[int] | None = None, peaks: Sequence[int] = PEAKS
+) -> Race:
+    return cast("Race", Raced(epoch_s, lives, peaks))
 
 
 @pytest.fixture
@@ -53,8 +58,8 @@ def task(prepared: Prepared) -> Task:
     return Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
 
 
-def tried(task: Task, seconds: dict[str, float]) -> tuple[History, Trial, Trial]:
-    """Trials of the baseline and of two settings that differ in their micro batch, with beats."""
+def tried(task: Task, seconds: Sequence[float], peaks: Sequence[int] = PEAKS) -> tuple[History, Trial, Trial]:
+    """Trials of the baseline and of two settings that differ in their micro batch, 8 and 16, with beats."""
     strategies = [
         task.baseline,
         *(
@@ -63,18 +68,24 @@ def tried(task: Task, seconds: dict[str, float]) -> tuple[History, Trial, Trial]
         ),
     ]
     trials = [
-        factories.trial(number, strategy, measurement=factories.measurement(1000 / epoch_s), has_beats=True)
-        for number, (strategy, epoch_s) in enumerate(zip(strategies, seconds.values(), strict=True))
+        factories.trial(
+            number,
+            strategy,
+            measurement=factories.measurement(1000 / epoch_s, peak_memory_bytes=peak),
+            has_beats=True,
+        )
+        for number, (strategy, epoch_s, peak) in enumerate(zip(strategies, seconds, peaks, strict=True))
     ]
     return History(task, trials), trials[1], trials[2]
 
 
 def test_three_rounds_do_not_outvote_a_trial_that_said_more(task: Task) -> None:
-    history, eight, sixteen = tried(task, {"baseline": BASELINE_S, "eight": 50.0, "sixteen": 53.0})
+    history, eight, sixteen = tried(task, (BASELINE_S, 50.0, 53.0))
     standings = Standings(task, history)
     assert standings.best(FASTEST) is eight
     rounds = {history.reference: (100.0, 101.0, 99.0), eight: (51.0, 50.0, 52.0), sixteen: (50.0, 49.0, 51.0)}
     standings.race = race(rounds)
+    standings.races = [standings.race]
     assert standings.best(FASTEST) is eight, "by the trials 6 % faster, by the race 2 % slower"
     assert standings.speedup(eight).ratio == pytest.approx(100 / 51, rel=0.001), (
         "what is said of it is the race's alone"
@@ -82,26 +93,36 @@ def test_three_rounds_do_not_outvote_a_trial_that_said_more(task: Task) -> None:
 
 
 def test_a_race_of_many_processes_decides(task: Task) -> None:
-    history, eight, sixteen = tried(task, {"baseline": BASELINE_S, "eight": 50.0, "sixteen": 53.0})
+    history, eight, sixteen = tried(task, (BASELINE_S, 50.0, 53.0))
     standings = Standings(task, history)
     rounds = {history.reference: 24 * (100.0, 101.0), eight: 24 * (51.0, 51.5), sixteen: 24 * (49.5, 50.0)}
     standings.race = race(rounds, lives=[number // 2 for number in range(48)])
+    standings.races = [standings.race]
     assert standings.best(FASTEST) is sixteen
 
 
 def test_the_heat_counts_with_the_race(task: Task) -> None:
-    history, eight, sixteen = tried(task, {"baseline": BASELINE_S, "eight": 51.0, "sixteen": 50.0})
+    history, eight, sixteen = tried(task, (BASELINE_S, 51.0, 50.0))
     standings = Standings(task, history)
-    standings.race = race(
-        {history.reference: (100.0, 101.0, 99.0), eight: (50.5, 51.0, 51.5), sixteen: (49.5, 50.0, 50.5)}
-    )
+    rounds = {history.reference: (100.0, 101.0, 99.0), eight: (50.5, 51.0, 51.5), sixteen: (49.5, 50.0, 50.5)}
+    final = race(rounds)
+    standings.races, standings.race = [final], final
     assert standings.best(FASTEST) is sixteen
-    standings.heat = race({eight: (50.0, 51.0, 49.0), sixteen: (56.0, 55.0, 57.0)})
+    standings.races = [race({eight: (50.0, 51.0, 49.0), sixteen: (56.0, 55.0, 57.0)}), final]
     assert standings.best(FASTEST) is eight
 
 
+def test_the_leanest_is_told_by_the_peaks_that_the_race_saw(task: Task) -> None:
+    history, eight, sixteen = tried(task, (BASELINE_S, 50.0, 50.0), peaks=(3000, 1000, 1030))
+    rounds = {history.reference: (100.0, 101.0), eight: (50.0, 51.0), sixteen: (50.0, 51.0)}
+    standings = Standings(task, history)
+    standings.race = race(rounds, peaks=(3000, 1050, 1030))
+    standings.races = [standings.race]
+    assert standings.best(LEANEST) is sixteen
+
+
 def test_how_sure_a_race_is_goes_by_its_rounds_and_its_processes(task: Task) -> None:
-    history, eight, _ = tried(task, {"baseline": BASELINE_S, "eight": 50.0, "sixteen": 53.0})
+    history, eight, _ = tried(task, (BASELINE_S, 50.0, 53.0))
 
     def error(slow: Sequence[float], fast: Sequence[float], lives: Sequence[int] | None = None) -> float:
         return log_error(race({history.reference: slow, eight: fast}, lives).finals())

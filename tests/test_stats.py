@@ -138,4 +138,5 @@ def test_the_margin_of_one_value_is_unknown_and_shrinks_with_their_number() -> N
 def test_rounds_of_two_values_have_an_interval() -> None:
     clusters = [number // 2 for number in range(48)]
     found = paired_ratio([2.0, 2.1] * 24, [1.0] * 48, clusters)
-    assert 2.0 <= found.low <= found.ratio <= found.high <= 2.1
+    assert (found.low, found.high) == pytest.approx((2.0, 2.1))
+    assert found.low < found.ratio < found.high

@@ -191,3 +191,26 @@ def test_what_may_well_fail_has_to_promise_more_and_what_cannot_run_is_not_propo
 
     assert proposed(1.0).precision != "fp32"
     assert proposed(0.01).precision == proposed(0.0).precision == "fp32"
+
+
+def test_a_race_tells_ratios_alone() -> None:
+    """However fast the device was in it, and however far off the baseline's trial is."""
+    one, other = (
+        Strategy(micro_batch=8, padding="packed"),
+        Strategy(micro_batch=8, padding="packed", allocator="retain"),
+    )
+
+    def told(baseline_s: float, slower: float, other_s: float) -> float:
+        known = [
+            *(Known(BASELINE, baseline_s, 0.15), Known(one, 50.0, 0.03), Known(other, 50.0, 0.07)),
+            *(
+                Known(setting, slower * s, 0.02, race=0)
+                for setting, s in ((BASELINE, 100.0), (one, 50.0), (other, other_s))
+            ),
+        ]
+        return Surrogate(VALUES, known).log_ratio(other, one)[0]
+
+    plain = told(100.0, 1.0, 50.0)
+    assert told(100.0, 1.5, 50.0) == pytest.approx(plain, abs=0.003)
+    assert told(130.0, 1.0, 50.0) == pytest.approx(plain, abs=0.003)
+    assert told(100.0, 1.0, 55.0) > plain + 0.04

@@ -86,6 +86,25 @@ def test_a_setting_that_fails_in_the_race_does_not_win(prepared: Prepared, scrip
     assert result.trials[best_trial.number].outcome == "oom"
 
 
+def test_what_failed_in_a_race_does_not_win_where_that_is_interrupted(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    best_trial = searched(prepared).best
+
+    class FailsAndStops(ScriptedRace):
+        """The best runs out of memory; then comes Ctrl-C."""
+
+        def run(self, **_: Any) -> None:
+            self.failures = {best_trial.number: TrialEndedError("oom", "scripted")}
+            raise KeyboardInterrupt
+
+    scripted_device.setattr(races, "Race", FailsAndStops)
+    result = searched(prepared)
+    assert result.was_interrupted
+    assert result.best.strategy != best_trial.strategy
+    assert result.trials[best_trial.number].outcome == "oom"
+
+
 def test_when_only_the_baseline_survives_the_race_the_next_best_trial_wins(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from autotune.measurement import Interval, Trial
-from autotune.search.finals import MIN_ROUNDS, TIE, Race, ratio
+from autotune.search.finals import MIN_ROUNDS, Race, ratio
 from autotune.search.space import Space
 from autotune.search.surrogate import Surrogate
 from autotune.strategy import Strategy
@@ -23,6 +23,8 @@ from autotune.strategy import Strategy
 _START_S, _WARM_UP_STEPS = 1.5, 3
 """What each setting's process takes before it is timed, and its first steps."""
 _Z_975 = 1.96
+NOTHING = 0.02
+"""What brings less, and perhaps nothing, is set back."""
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +45,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     def brings_nothing(self) -> bool:
         """Whether it was measured to be as fast with the plain value."""
         found = self.ratio
-        return self.num_rounds > 0 and found is not None and found.low <= 1.0 and found.ratio <= 1 + TIE
+        return self.num_rounds > 0 and found is not None and found.low <= 1.0 and found.ratio <= 1 + NOTHING
 
 
 def taken_back(best: Strategy, baseline: Strategy, space: Space) -> dict[str, Strategy]:

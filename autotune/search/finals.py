@@ -47,9 +47,10 @@ batches."""
 NARROW = 0.02
 """A race may end when every ratio's 95 % interval reaches no further than this to either side."""
 TIE = 0.01
-"""Entrants this close whose interval holds 1 are as fast as one another: the simpler and leaner wins."""
-OF_PROCESSES = 0.025
-"""Standard deviation of the logarithm of what processes of one setting take (docs/LOG.md 2026-11-23)."""
+"""Entrants expected this close whose interval holds 1 are as fast as one another: the simpler and leaner wins."""
+OF_PROCESSES = 0.017
+"""Standard deviation of the logarithm of what processes of one setting take: the ratios of two differ by 2.4 %
+(docs/LOG.md 2026-11-23)."""
 
 
 class Final(msgspec.Struct, frozen=True, kw_only=True):
@@ -353,10 +354,10 @@ def log_error(finals: Sequence[Final]) -> float:
     """Standard error of the logarithm of what a race says that each entrant takes beside the others: by how they differ
     from round to round beyond what a round did to all, and by how many processes each had. Infinite where there is
     nobody to compare with, or a single round."""
+    if len(finals) < 2 or len(finals[0].epoch_s) < 2:
+        return math.inf
     logs = np.log([final.epoch_s for final in finals])
     num_entrants, num_rounds = logs.shape
-    if num_entrants < 2 or num_rounds < 2:
-        return math.inf
     rests = logs - logs.mean(0) - logs.mean(1, keepdims=True) + logs.mean()
     of_rounds = float(np.square(rests).sum()) / ((num_entrants - 1) * (num_rounds - 1)) / num_rounds
     lives = finals[0].lives

@@ -58,12 +58,12 @@ class Races:
         field = self._field(share_s)
         if not field:
             return self._history.finalists()
-        heat = self._standings.heat = self.race_of(field)
+        heat = self.race_of(field)
         spare_s = share_s - self._heat_s(field)
         enough_s = self.shortest_s(field, with_baseline=False) + spare_s / 2
         self._run(heat, enough_s, f"heat: the best {len(field)} in turns")
         rivals = [final for final in heat.finals() if self._history.may_win(final.trial, final.measurement)]
-        through = [final.trial for final in self._standings.ranked(rivals)][:NUM_THROUGH] if rivals else []
+        through = [final.trial for final in self._standings.in_order(rivals)][:NUM_THROUGH]
         return through or self._history.finalists()
 
     def run(self, finalists: Sequence[Trial], *, in_any_case: bool = False) -> None:
@@ -111,9 +111,12 @@ class Races:
     def _run(self, race: Race, enough_s: float, name: str) -> None:
         """Those that fail in it are not to win."""
         self._observer.on_race(name, 0)
-        race.run(enough_s=enough_s, on_round=lambda done: self._observer.on_race(name, done))
-        for number, end in race.failures.items():
-            self._history.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
+        self._standings.races.append(race)
+        try:
+            race.run(enough_s=enough_s, on_round=lambda done: self._observer.on_race(name, done))
+        finally:  # an interrupt, too, must not let a failed one win
+            for number, end in race.failures.items():
+                self._history.failures[number] = Proof(outcome=end.outcome, reason=f"in the final: {end.reason}")
         if race.failures:
             self._trials.reconsider()
 

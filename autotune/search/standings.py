@@ -7,7 +7,6 @@ trial. Speed-ups are the race's alone.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 
 import msgspec
@@ -28,17 +27,20 @@ MIN_RACED = 2
 
 
 class Standings:
-    """What trials and races say together; ``race`` is the last that the baseline was in, ``heat`` one before it."""
+    """What trials and races say together."""
 
     def __init__(self, task: Task, history: History) -> None:
         self._task, self._history = task, history
+        self.races: list[Race] = []
+        """All that were run, heats among them."""
         self.race: Race | None = None
-        self.heat: Race | None = None
+        """The last that the baseline was in, whose figures are shown."""
         self.cold_warm_up_s: dict[int, float] = {}
         """Seconds of a first start by the trial's number, where the trial itself did not have to compile."""
 
     def best(self, aim: Aim) -> Trial | None:
-        """The best by the race; by the trials where that is no help, or where those who raced have failed since."""
+        """The best of those in the last race; of those tried where that is no help, or where all who raced have failed
+        since."""
         reference, best = self._history.reference, self._history.best(aim)
         rivals = [final for final in self.finals().values() if self._history.may_win(final.trial, final.measurement)]
         raced = {final.trial.number for final in rivals}
@@ -47,29 +49,27 @@ class Standings:
             return best  # the race has no say where one of those that it is about was not in it
         rivals = self._fast_enough(rivals, aim)
         if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
-            return self.ranked(rivals, aim)[0].trial
+            return self.in_order(rivals, aim)[0].trial
         return best
 
-    def ranked(self, rivals: Sequence[Final], aim: Aim = FASTEST) -> list[Final]:
-        """The best first, by all trials and races; those that tie go by simplicity, then by memory."""
-        task, known = self._task, self._history.known(aim)
-        by_trials = Surrogate(task.space.values, known, task.prior(aim))
-        for race in (self.heat, self.race):
-            known += self._known(_finals(race), by_trials, aim)
-        by_all = Surrogate(task.space.values, known, task.prior(aim))
-        expected, _ = by_all.predict([final.trial.strategy for final in rivals])
+    def in_order(self, rivals: Sequence[Final], aim: Aim = FASTEST) -> list[Final]:
+        """The best first; those that tie go by simplicity, then by memory. The fastest is told by trials and races
+        together; other aims by the race alone, whose doubt is known of times only."""
+        if aim != FASTEST:
+            return ranked(rivals, lambda final: self._loss(final, aim))
+        known = self._history.known(FASTEST)
+        for number, race in enumerate(self.races):
+            entered = _finals(race)
+            error = log_error(entered)
+            known += [
+                Known(final.trial.strategy, self._loss(final, FASTEST), error, race=number)
+                for final in entered
+                if math.isfinite(error)
+            ]
+        surrogate = Surrogate(self._task.space.values, known, self._task.prior(FASTEST))
+        expected, _ = surrogate.predict([final.trial.strategy for final in rivals])
         losses = dict(zip((final.trial.number for final in rivals), np.exp(expected).tolist(), strict=True))
         return ranked(rivals, lambda final: losses[final.trial.number])
-
-    def _known(self, finals: Sequence[Final], by_trials: Surrogate, aim: Aim) -> list[Known]:
-        """What a race says of its entrants beside one another, as if trials had said it."""
-        raced = [(final.trial.strategy, loss) for final in finals if math.isfinite(loss := self._loss(final, aim))]
-        error = log_error(finals) if raced else math.inf
-        if math.isinf(error):
-            return []
-        expected, _ = by_trials.predict([strategy for strategy, _ in raced])
-        level = math.exp(float(expected.mean()) - statistics.fmean(math.log(loss) for _, loss in raced))
-        return [Known(strategy, level * loss, error) for strategy, loss in raced]
 
     def finals(self) -> dict[int, Final]:
         """The race's figures by trial; none where it did not get to two rounds."""

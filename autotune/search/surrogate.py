@@ -117,6 +117,8 @@ class Known(NamedTuple):
     """The loss's relative standard deviation."""
     may_win: bool = True
     """Whether it is measured to the end, fits the limits and has not failed."""
+    race: int | None = None
+    """Which race said so: its entrants share an unknown speed of the device, so that it tells their ratios alone."""
 
 
 class Surrogate:
@@ -135,7 +137,7 @@ class Surrogate:
         self._known = self._encoded([one.strategy for one in known])
         logs = np.log([one.loss for one in known]) - self._known[:, -1]
         self._mean = float(logs.mean())
-        noise = np.diag(np.square([one.noise for one in known]))
+        noise = np.diag(np.square([one.noise for one in known])) + _LEVEL**2 * _of_one_race(known)
         usual = self._variances
         self.log_likelihood = -math.inf
         """Of what is known, but for a constant."""
@@ -193,6 +195,12 @@ class Surrogate:
         beyond = (np.prod(1 + joint, -1) - 1 - joint.sum(-1)) / self._together**2
         summed: Matrix = _LEVEL**2 + alike @ self._variances + beyond + _POWER**2 * work
         return summed
+
+
+def _of_one_race(known: Sequence[Known]) -> Matrix:
+    races = np.array([math.nan if one.race is None else one.race for one in known])  # which equals nothing
+    are_one: Matrix = np.equal.outer(races, races).astype(float)
+    return are_one
 
 
 def expected_gain(best_log: float, mean: Matrix, deviation: Matrix) -> Matrix:

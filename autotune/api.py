@@ -43,7 +43,7 @@ class Tuned:
         module = workloads.get(self.name)
         ref = module.prepare(self.data, limit=self.limit, on_progress=lambda _: None)
         if ref.notice:
-            warnings.warn(ref.notice, stacklevel=2)
+            warnings.warn(ref.notice, stacklevel=4)  # where ``apply`` is called
         return module.open_workload(ref)
 
     def apply(

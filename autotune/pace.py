@@ -116,6 +116,11 @@ def measured_at(measurement: Measurement, pulse_s: float | None) -> Measurement:
     if not measurement.pulse_s or not pulse_s:
         return measurement
     slower = (measurement.pulse_s / pulse_s) ** WITHIN.power
+    return msgspec.structs.replace(sped_up(measurement, slower), pulse_s=pulse_s)
+
+
+def sped_up(measurement: Measurement, slower: float) -> Measurement:
+    """The figures as they would have been where the device had not been so many times slower."""
     return msgspec.structs.replace(
         measurement,
         samples_per_s=measurement.samples_per_s * slower,
@@ -124,7 +129,6 @@ def measured_at(measurement: Measurement, pulse_s: float | None) -> Measurement:
         step_ms=measurement.step_ms / slower,
         warm_up_s=measurement.warm_up_s / slower,
         epoch_s=tuple(seconds / slower for seconds in measurement.epoch_s),
-        pulse_s=pulse_s,
     )
 
 

@@ -99,8 +99,11 @@ def test_separate_trials_are_compared_at_one_speed(prepared: Prepared) -> None:
         factories.trial(0, task.baseline, pulse_s=0.01, has_beats=True),
         factories.trial(1, slow, pulse_s=0.02, has_beats=True),
     ]
-    speedup = Standings(task, History(task, found)).speedup(found[1])
-    assert speedup.ratio == pytest.approx(2**WITHIN.power)
+    standings = Standings(task, History(task, found))
+    ratio = standings.speedup(found[1]).ratio
+    assert ratio == pytest.approx(2**WITHIN.power)
+    rates = [standings.at_last(trial).samples_per_s or 0.0 for trial in found]
+    assert rates[1] / rates[0] == pytest.approx(ratio), "what is shown of both bears out the speed-up"
 
 
 def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(prepared: Prepared) -> None:

@@ -146,7 +146,7 @@ def _read(path: Path) -> tuple[str, list[Review], list[Review] | None]:
     """What kind of data it is, the train split, and the test split where there is one."""
     try:
         if not path.exists():
-            raise AutotuneError(f"no review data at {path}: there is no such file or folder")
+            raise AutotuneError(f"no review data at {path}: there is no such file or folder; it should be {ACCEPTED}")
         if not path.is_dir():
             return path.name, _read_file(path), None
         if not any(path.iterdir()):

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from autotune.measurement import Interval, Measurement, Trial
-from autotune.pace import slowdown
+from autotune.pace import slowdown, sped_up
 from autotune.search import finals
 from autotune.search.finals import Final, Race, log_error, ranked
 from autotune.search.history import History
@@ -81,21 +81,23 @@ class Standings:
         if {reference.number, trial.number} <= entered.keys() and trial is not reference:
             return finals.ratio(entered[reference.number], entered[trial.number])
         if trial is not reference and trial.measurement and reference.measurement:
-            slower = slowdown(trial, reference.pulse_s)
-            epoch_s = [seconds / slower for seconds in trial.measurement.epoch_s]
-            return ratio_of_means(reference.measurement.epoch_s, epoch_s)
+            return ratio_of_means(reference.measurement.epoch_s, self._beside_the_baseline(trial).epoch_s)
         return Interval(ratio=1.0, low=1.0, high=1.0)
 
     def at_last(self, trial: Trial, peak_bytes: int = 0) -> Trial:
-        """The trial with the race's figures, a first start's warm-up, and the larger peak, if another was seen."""
+        """The trial with the race's figures, or else at the speed that the device had in the baseline's; with a first
+        start's warm-up, and the larger peak, if another was seen."""
         final = self.finals().get(trial.number)
-        measured = final.measurement if final else trial.measurement
-        assert measured is not None
+        measured = final.measurement if final else self._beside_the_baseline(trial)
         measured = msgspec.structs.replace(measured, peak_memory_bytes=max(measured.peak_memory_bytes, peak_bytes))
         if trial.number in self.cold_warm_up_s:
             warm_up_s = max(measured.warm_up_s, self.cold_warm_up_s[trial.number])
             measured = msgspec.structs.replace(measured, warm_up_s=warm_up_s, is_from_cache=False)
         return _remeasured(trial, measured)
+
+    def _beside_the_baseline(self, trial: Trial) -> Measurement:
+        assert trial.measurement is not None
+        return sped_up(trial.measurement, slowdown(trial, self._history.reference.pulse_s))
 
     def _fast_enough(self, rivals: list[Final], aim: Aim) -> list[Final]:
         min_speed = self._task.settings.min_speed

@@ -29,6 +29,8 @@ from benchmarks.recorded import Recorded, job_of
 
 MAX_ASKED = 3000
 """A sampler that has repeated itself so often is left alone."""
+STUCK = 300
+"""The same in a row, for one that is deterministic: it learns nothing from what cannot run, and names it for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +174,10 @@ def _grid_order(recorded: Recorded, _: int) -> list[Strategy]:
 
 
 def _optuna(
-    sampler: Callable[[int], optuna.samplers.BaseSampler], *, is_helped: bool = False
+    sampler: Callable[[int], optuna.samplers.BaseSampler], *, is_helped: bool = False, patience: int = MAX_ASKED
 ) -> Callable[..., list[Held]]:
-    """``is_helped`` gives it what ours has beside the sampler: the expert's guess, and giving up what is hopeless."""
+    """``is_helped`` gives it what ours has beside the sampler: the expert's guess, and giving up what is hopeless. When it has
+    named what was tried or cannot run ``patience`` times in a row, it is left alone."""
 
     def method(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
         rival, space = _Rival(recorded, budget_s, gives_up=is_helped), recorded.space
@@ -186,9 +189,11 @@ def _optuna(
         if is_helped:
             guess = space.params(_guess(recorded))
             study.enqueue_trial({knob: guess[knob] for knob in knobs})
+        num_in_vain = 0
         for _ in range(MAX_ASKED):
-            if rival.is_over:
+            if rival.is_over or num_in_vain >= patience:
                 break
+            num_tried = len(rival.losses)
             trial = study.ask()
             chosen = {knob: trial.suggest_categorical(knob, values) for knob, values in knobs.items()}
             strategy = space.strategy({**plain, **chosen})
@@ -196,6 +201,7 @@ def _optuna(
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 study.tell(trial, rival.loss(strategy))
+            num_in_vain = 0 if len(rival.losses) > num_tried else num_in_vain + 1
         return rival.held
 
     return method
@@ -247,7 +253,7 @@ METHODS: dict[str, Callable[..., list[Held]]] = {
     "Optuna TPE multivariate group": _optuna(
         lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
     ),
-    "Optuna GP": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed)),
+    "Optuna GP": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed), patience=STUCK),
     "random": _in_order(_shuffled),
     "grid order": _in_order(_grid_order),
     "one knob at a time": one_knob_at_a_time,

@@ -176,8 +176,10 @@ def _grid_order(recorded: Recorded, _: int) -> list[Strategy]:
 def _optuna(
     sampler: Callable[[int], optuna.samplers.BaseSampler], *, is_helped: bool = False, patience: int = MAX_ASKED
 ) -> Callable[..., list[Held]]:
-    """``is_helped`` gives it what ours has beside the sampler: the expert's guess, and giving up what is hopeless. When it has
-    named what was tried or cannot run ``patience`` times in a row, it is left alone."""
+    """``is_helped`` gives it what ours has beside the sampler: the expert's guess, and giving up what is hopeless.
+
+    Where it names what was tried or cannot run ``patience`` times in a row, it is left alone.
+    """
 
     def method(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
         rival, space = _Rival(recorded, budget_s, gives_up=is_helped), recorded.space

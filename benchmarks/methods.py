@@ -30,7 +30,7 @@ from benchmarks.recorded import Recorded, job_of
 MAX_ASKED = 3000
 """A sampler that has repeated itself so often is left alone."""
 STUCK = 300
-"""The same in a row, for one that is deterministic: it learns nothing from what cannot run, and names it for ever."""
+"""The same in a row: the GP learns nothing from what cannot run, and names it for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +174,11 @@ def _grid_order(recorded: Recorded, _: int) -> list[Strategy]:
 
 
 def _optuna(
-    sampler: Callable[[int], optuna.samplers.BaseSampler], *, is_helped: bool = False, patience: int = MAX_ASKED
+    sampler: Callable[[int], optuna.samplers.BaseSampler], *, is_helped: bool = False
 ) -> Callable[..., list[Held]]:
     """``is_helped`` gives it what ours has beside the sampler: the expert's guess, and giving up what is hopeless.
 
-    Where it names what was tried or cannot run ``patience`` times in a row, it is left alone.
+    Where it names what was tried or cannot run ``STUCK`` times in a row, it is left alone.
     """
 
     def method(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
@@ -193,7 +193,7 @@ def _optuna(
             study.enqueue_trial({knob: guess[knob] for knob in knobs})
         num_in_vain = 0
         for _ in range(MAX_ASKED):
-            if rival.is_over or num_in_vain >= patience:
+            if rival.is_over or num_in_vain >= STUCK:
                 break
             num_tried = len(rival.losses)
             trial = study.ask()
@@ -255,7 +255,7 @@ METHODS: dict[str, Callable[..., list[Held]]] = {
     "Optuna TPE multivariate group": _optuna(
         lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
     ),
-    "Optuna GP": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed), patience=STUCK),
+    "Optuna GP": _optuna(lambda seed: optuna.samplers.GPSampler(seed=seed)),
     "random": _in_order(_shuffled),
     "grid order": _in_order(_grid_order),
     "one knob at a time": one_knob_at_a_time,

@@ -26,8 +26,7 @@ USUAL_DEVIATION = 0.03
 """Of the logarithm of a setting's loss, where nothing was recorded twice."""
 LEAST_DEVIATION = 0.01
 USUAL, TOGETHER, REACH = 0.1, 10.0, 0.5
-"""Where the sizes begin. Neighbours are hardly alike unless the records say so: where those are few or rough, a setting
-keeps its rank among its neighbours."""
+"""Where the sizes begin: neighbours are hardly alike unless the records say so."""
 SWEEPS, FACTORS, CLEARLY = 4, (1 / 4, 1 / 1.5, 1.5, 4.0), 0.5
 """So often is each size in turn multiplied by whichever factor makes the records most likely, where it raises the
 logarithm of that by so much; else it is left. The reach comes last: before the sizes are right, it makes up for

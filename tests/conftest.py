@@ -18,8 +18,10 @@ from hypothesis import settings
 from autotune import backends, store, workloads
 from autotune.probe import probe
 from autotune.search import races, study, trials
+from autotune.search.settings import Settings
+from autotune.search.task import Task
 from autotune.workloads.base import Workload, WorkloadRef
-from tests import scripted
+from tests import factories, scripted
 from tests.observing import SilentPulse
 
 # How long an example takes says nothing here: tests run beside each other, on machines of any speed.
@@ -88,6 +90,13 @@ def prepared(tiny_reviews: Path) -> tuple[WorkloadRef, Workload]:
     module = workloads.get("imdb")
     ref = module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None)
     return ref, module.open_workload(ref)
+
+
+@pytest.fixture
+def task(prepared: tuple[WorkloadRef, Workload]) -> Task:
+    """A search of that workload on made-up hardware."""
+    ref, workload = prepared
+    return Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=scripted.CPU, settings=Settings())
 
 
 @pytest.fixture

@@ -74,19 +74,24 @@ def test_the_truth_is_what_was_recorded_at_one_speed(path: Path) -> None:
     assert recorded.loss(grid.records[0]) == pytest.approx(1000 / 2**AROUND.power / (slow.trial.samples_per_s or 0))
 
 
+def with_luck(grid: Grid, lucky: Strategy, times: float) -> Recorded:
+    """The grid, where one setting's first record was so many times faster than it is, and four others were not."""
+    place = SETTINGS.index(lucky)
+    found = grid.records[place].trial
+    assert found.measurement is not None
+    faster = msgspec.structs.replace(found.measurement, samples_per_s=times * found.measurement.samples_per_s)
+    trial = msgspec.structs.replace(found, measurement=faster)
+    grid.records[place] = msgspec.structs.replace(grid.records[place], trial=trial)
+    return Recorded(Grid(grid.path, grid.header, [*grid.records, *(record(lucky, 100 + n) for n in range(4))]))
+
+
 def test_the_truth_is_smoothed_from_all_records_so_that_luck_does_not_win(path: Path) -> None:
     grid = read_grid(path)
     plain = Recorded(grid)
     losses = [plain.loss(one) for one in grid.records[: len(SETTINGS)]]
     assert [plain.truth[strategy] for strategy in SETTINGS] == pytest.approx(losses, rel=0.05)
     best = min(plain.truth, key=plain.truth.__getitem__)
-    lucky = SETTINGS[1]  # recorded twice as fast as it is, once out of five times
-    others = [record(lucky, 100 + number) for number in range(4)]
-    found = grid.records[1].trial
-    assert found.measurement is not None
-    faster = msgspec.structs.replace(found.measurement, samples_per_s=2 * found.measurement.samples_per_s)
-    grid.records[1] = msgspec.structs.replace(grid.records[1], trial=msgspec.structs.replace(found, measurement=faster))
-    noisy = Recorded(Grid(grid.path, grid.header, [*grid.records, *others]))
+    noisy = with_luck(grid, SETTINGS[1], 2.0)
     assert noisy.deviation > 0.2
     assert min(noisy.truth, key=noisy.truth.__getitem__) == best
 
@@ -96,15 +101,8 @@ def test_the_luckiest_of_all_records_does_not_win(path: Path) -> None:
     plain = Recorded(grid)
     best, second = sorted(plain.truth, key=plain.truth.__getitem__)[:2]
     assert plain.truth[second] < 1.06 * plain.truth[best]
-    lucky = msgspec.structs.replace(best, precision="fp32")  # half as fast as the best; once out of five times, faster
-    others = [record(lucky, 100 + number) for number in range(4)]
-    place = SETTINGS.index(lucky)
-    found = grid.records[place].trial
-    assert found.measurement is not None
-    faster = msgspec.structs.replace(found.measurement, samples_per_s=2.2 * found.measurement.samples_per_s)
-    trial = msgspec.structs.replace(found, measurement=faster)
-    grid.records[place] = msgspec.structs.replace(grid.records[place], trial=trial)
-    noisy = Recorded(Grid(grid.path, grid.header, [*grid.records, *others]))
+    lucky = msgspec.structs.replace(best, precision="fp32")  # half as fast as the best
+    noisy = with_luck(grid, lucky, 2.2)
     assert noisy.deviation > 0.2
     assert min(noisy.truth, key=lambda strategy: noisy.loss(noisy.by_strategy[strategy][0])) == lucky
     assert min(noisy.truth, key=noisy.truth.__getitem__) in (best, second)

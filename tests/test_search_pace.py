@@ -14,7 +14,6 @@ from autotune.search import study, trials
 from autotune.search.finals import shortest_s
 from autotune.search.history import History
 from autotune.search.objective import FASTEST
-from autotune.search.settings import Settings
 from autotune.search.standings import Standings
 from autotune.search.task import Task
 from autotune.strategy import Strategy, baseline
@@ -24,7 +23,6 @@ from autotune.trial.worker import Command, Job, Progress
 from tests import factories
 from tests.observing import Silent, SilentPulse
 from tests.scripted import (
-    CPU,
     Prepared,
     run_scripted,
     scripted,
@@ -71,10 +69,8 @@ def test_trials_with_beats_are_shorter_and_keep_their_own(
     assert [trial.pulse_s for trial in found] == pytest.approx([0.01, 0.02, 0.03])
 
 
-def test_figures_with_beats_are_believed_more(prepared: Prepared) -> None:
+def test_figures_with_beats_are_believed_more(task: Task) -> None:
     """So that a setting must have come closer to the best to be raced with it."""
-    ref, workload = prepared
-    task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
     best, other = (
         msgspec.structs.replace(task.baseline, padding="buckets", allocator=a) for a in ("retain", "default")
     )
@@ -91,9 +87,7 @@ def test_figures_with_beats_are_believed_more(prepared: Prepared) -> None:
     assert all(many > few > 0 for many, few in zip(noise, less, strict=True))
 
 
-def test_separate_trials_are_compared_at_one_speed(prepared: Prepared) -> None:
-    ref, workload = prepared
-    task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
+def test_separate_trials_are_compared_at_one_speed(task: Task) -> None:
     slow = msgspec.structs.replace(task.baseline, padding="buckets")
     found = [
         factories.trial(0, task.baseline, pulse_s=0.01, has_beats=True),
@@ -106,9 +100,7 @@ def test_separate_trials_are_compared_at_one_speed(prepared: Prepared) -> None:
     assert rates[1] / rates[0] == pytest.approx(ratio), "what is shown of both bears out the speed-up"
 
 
-def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(prepared: Prepared) -> None:
-    ref, workload = prepared
-    task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
+def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(task: Task) -> None:
     pulses = (1.0, 2.0, 2.0)
     found = History(task, [factories.trial(n, task.baseline, pulse_s=pulse) for n, pulse in enumerate(pulses)])
     assert found.slowdown_since(found.all[0]) == 2.0**AROUND.power > 1.2

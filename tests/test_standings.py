@@ -13,11 +13,9 @@ from autotune.measurement import Trial
 from autotune.search.finals import OF_PROCESSES, Final, Race, log_error
 from autotune.search.history import History
 from autotune.search.objective import FASTEST, LEANEST
-from autotune.search.settings import Settings
 from autotune.search.standings import Standings
 from autotune.search.task import Task
 from tests import factories
-from tests.scripted import CPU, Prepared
 
 BASELINE_S = 100.0
 """What an epoch of the plain baseline takes."""
@@ -50,12 +48,6 @@ def race(
     epoch_s: Mapping[Trial, Sequence[float]], lives: Sequence[int] | None = None, peaks: Sequence[int] = PEAKS
 ) -> Race:
     return cast("Race", Raced(epoch_s, lives, peaks))
-
-
-@pytest.fixture
-def task(prepared: Prepared) -> Task:
-    ref, workload = prepared
-    return Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
 
 
 def tried(task: Task, seconds: Sequence[float], peaks: Sequence[int] = PEAKS) -> tuple[History, Trial, Trial]:

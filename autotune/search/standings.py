@@ -60,12 +60,8 @@ class Standings:
         known = self._history.known(FASTEST)
         for number, race in enumerate(self.races):
             entered = _finals(race)
-            error = log_error(entered)
-            known += [
-                Known(final.trial.strategy, self._loss(final, FASTEST), error, race=number)
-                for final in entered
-                if math.isfinite(error)
-            ]
+            if math.isfinite(error := log_error(entered)):
+                known += [Known(one.trial.strategy, self._loss(one, FASTEST), error, race=number) for one in entered]
         surrogate = Surrogate(self._task.space.values, known, self._task.prior(FASTEST))
         expected, _ = surrogate.predict([final.trial.strategy for final in rivals])
         losses = dict(zip((final.trial.number for final in rivals), np.exp(expected).tolist(), strict=True))

@@ -35,7 +35,7 @@ replay_args=(--seeds 100)
 test_args=(-m gpu tests/gpu tests/backends)
 if [ -n "$REHEARSE" ]; then
     search_args=(--trials 2 --limit 256 --epochs 1)
-    study_args=(--steps 2 --batch-size 2 --batch-size 4 --limit 64)
+    study_args=(--steps 2 --only baseline,checkpointing --batch-size 2 --batch-size 4 --limit 64)
     train_args=(--epochs 1 --limit 64)
     grid_minutes=0.5
     replay_args=(--seeds 2 --methods autotune,random)

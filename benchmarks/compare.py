@@ -1,7 +1,7 @@
 """Settings timed in turns on one workload: python -m benchmarks.compare [--data PATH] [--rounds 6] A.toml B.toml ...
 
 Each argument is a profile's file, or ``none`` for the plain baseline. They are timed in turns by the search's own race;
-the ratios to the first are paired by round, with a 95 % interval.
+the ratios to the first are paired by round, with a 95 % interval. Ctrl-C ends it with the rounds that are done.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import click
 from autotune import backends, workloads
 from autotune.measurement import Trial
 from autotune.report.terminal import describe, interval_words
-from autotune.search.finals import Entrant, Race, ratio
+from autotune.search.finals import MIN_ROUNDS, Entrant, Race, ratio
 from autotune.trial.pulse import Pulse
 from autotune.trial.worker import Job
 from benchmarks import strategy_of
@@ -24,19 +24,23 @@ from benchmarks import strategy_of
 @click.argument("settings", nargs=-1, required=True)
 @click.option("--model", default="imdb", show_default=True)
 @click.option("--data", type=click.Path(path_type=Path))
-@click.option("--rounds", default=6, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=MIN_ROUNDS), default=6, show_default=True)
 def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) -> None:
     module = workloads.get(model)
     ref = module.prepare(data, limit=None, on_progress=lambda _: None)
     workload = module.open_workload(ref)
     backend = backends.find()
-    print(f"{backend.device().name}, torch {backend.device().versions['torch']}, {ref.source}, {rounds} rounds")
+    print(f"{backend.device().name}, torch {backend.device().versions['torch']}, {ref.source}")
 
     def entrant(number: int, name: str) -> Entrant:
         strategy = strategy_of(name, workload)
         job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0)
         return Entrant(trial=Trial(number=number, strategy=strategy, outcome="ok"), job=job)
 
+    def told(done: int) -> None:
+        print(f"{done} of {rounds} rounds", file=sys.stderr, flush=True)
+
+    status = 0
     with Pulse(backend.name) as pulse:
         race = Race(
             [entrant(number, name) for number, name in enumerate(settings)],
@@ -44,12 +48,17 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
             memory_limit_bytes=int(0.9 * backend.device().memory_free_bytes),
             pulse=pulse,
         )
-        race.run(enough_s=float("inf"), max_rounds=rounds)
+        try:
+            race.run(enough_s=float("inf"), max_rounds=rounds, on_round=told)
+        except KeyboardInterrupt:
+            status = 130
+    disturbed = f", {race.num_disturbed} disturbed by other work, which do not count" if race.num_disturbed else ""
+    print(f"{race.num_rounds} rounds{', interrupted' if status else ''}{disturbed}")
+    if not race.num_rounds:
+        sys.exit(status)
     for number, failure in race.failures.items():
         print(f"{settings[number]}: {failure.outcome}, {failure.reason}")
     finals = race.finals()
-    if race.num_disturbed:
-        print(f"{race.num_disturbed} of {race.num_rounds} rounds were disturbed by other work and do not count")
     if not finals or finals[0].trial.number != 0:
         sys.exit(f"{settings[0]} has failed: there is nothing to compare with")
     first = finals[0]
@@ -60,6 +69,7 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
             f"{describe(final.trial.strategy)}: samples/s {rates[0]:.1f} .. {rates[len(rates) // 2]:.1f} .. "
             f"{rates[-1]:.1f}; {words} the first; peak {final.measurement.peak_memory_bytes / 2**30:.2f} GiB"
         )
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,7 @@ from autotune.workloads.base import Workload, WorkloadRef
 from benchmarks.recorded import Recorded, job_of
 
 MAX_ASKED = 3000
-"""A sampler that has repeated itself so often is left alone."""
-STUCK = 300
-"""The same in a row: the GP learns nothing from what cannot run, and names it for ever."""
+"""At most so many trials, repeats included: a sampler that repeats itself is left alone then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,34 +174,28 @@ def _grid_order(recorded: Recorded, _: int) -> list[Strategy]:
 def _optuna(
     sampler: Callable[[int], optuna.samplers.BaseSampler], *, is_helped: bool = False
 ) -> Callable[..., list[Held]]:
-    """``is_helped`` gives it what ours has beside the sampler: the expert's guess, and giving up what is hopeless.
-
-    Where it names what was tried or cannot run ``STUCK`` times in a row, it is left alone.
-    """
+    """The sampler is told that a combination that was not recorded takes for ever: it would learn nothing from trials
+    that fail, and the GP would name the same again and again. ``is_helped`` gives it what ours has beside the sampler:
+    the expert's guess, and giving up what is hopeless."""
 
     def method(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
         rival, space = _Rival(recorded, budget_s, gives_up=is_helped), recorded.space
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            study = optuna.create_study(sampler=sampler(seed))
         knobs = {knob: values for knob, values in space.values.items() if len(values) > 1}
         plain = {knob: values[0] for knob, values in space.values.items()}
-        if is_helped:
-            guess = space.params(_guess(recorded))
-            study.enqueue_trial({knob: guess[knob] for knob in knobs})
-        num_in_vain = 0
-        for _ in range(MAX_ASKED):
-            if rival.is_over or num_in_vain >= STUCK:
-                break
-            num_tried = len(rival.losses)
-            trial = study.ask()
-            chosen = {knob: trial.suggest_categorical(knob, values) for knob, values in knobs.items()}
-            strategy = space.strategy({**plain, **chosen})
-            if space.refusal(strategy) is not None or not math.isfinite(rival.loss(strategy)):
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                study.tell(trial, rival.loss(strategy))
-            num_in_vain = 0 if len(rival.losses) > num_tried else num_in_vain + 1
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", message="Clip non-finite values")  # the GP does, as it should
+            study = optuna.create_study(sampler=sampler(seed))
+            if is_helped:
+                guess = space.params(_guess(recorded))
+                study.enqueue_trial({knob: guess[knob] for knob in knobs})
+            for _ in range(MAX_ASKED):
+                if rival.is_over:
+                    break
+                trial = study.ask()
+                chosen = {knob: trial.suggest_categorical(knob, values) for knob, values in knobs.items()}
+                strategy = space.strategy({**plain, **chosen})
+                study.tell(trial, math.inf if space.refusal(strategy) is not None else rival.loss(strategy))
         return rival.held
 
     return method

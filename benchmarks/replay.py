@@ -4,9 +4,10 @@ A trial costs the seconds that it took when it was recorded. Its figures are dra
 ones, as far as records of one setting differ; what is true is smoothed from all records (benchmarks/truth.py). Every
 method is judged by the true loss of what it holds for the best at any time; ours, too, by its trials alone, without the
 race that it ends with.
-Rivals learn what was measured before at no cost, and what cannot run; they measure whole trials, where ours gives up
-what is far behind, and starts from the expert's guess (``helped`` ones do both). Ours and ``one knob at a time`` pay
-for the plain baseline. What our surrogate expects of knobs is rounded from what fits the grids that are recorded.
+Rivals learn at no cost what was measured before, and that what was not recorded is the slowest; they measure whole
+trials, where ours gives up what is far behind, and starts from the expert's guess (``helped`` ones do both). Ours and
+``one knob at a time`` pay for the plain baseline. What our surrogate expects of knobs is rounded from what fits the
+grids that are recorded.
 
 Then the same search under a memory budget that half of the settings stay below: how often it runs out of memory where
 it could have known, beyond the first two trials that differ in their micro batch alone.

@@ -50,7 +50,7 @@ def test_loading_a_profile_imports_no_optuna(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["search", "train"])
 def test_an_unknown_model_is_refused_with_the_nearest_name(verb: str) -> None:
-    assert "did you mean 'imdb'?" in refused(2, verb, "--model", "imbd")
+    assert "did you mean 'imdb'? (your own model: FILE.py:FUNCTION, " in refused(2, verb, "--model", "imbd")
 
 
 def test_an_unknown_verb_is_refused_with_the_nearest_name() -> None:
@@ -211,6 +211,7 @@ def test_profiles_are_listed_shown_verified_and_exported(found: Found) -> None:
     path = report["profile_path"]
     listed = autotune("profiles", "list", "--profiles", folder)
     assert "imdb" in listed.stdout
+    assert f"  {path}" in listed.stdout.splitlines(), "whole, to be copied"
     assert "Speed-up" in autotune("profiles", "show", path).stdout
     assert "ok, schema 1" in autotune("profiles", "verify", path).stdout
     exported = json.loads(autotune("profiles", "export", path, "--json").stdout)
@@ -255,6 +256,7 @@ def test_ctrl_c_in_mid_search_saves_the_best_so_far_and_leaves_no_process(
             *(sys.executable, "-m", "tests.brief", "search", "--model", "imdb", "--data", str(tiny_reviews)),
             *("--limit", "8", "--trials", "50", "--profiles", str(tmp_path)),
         ],
+        env={**os.environ, "COLUMNS": "40"},
         stdin=follower,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -273,8 +275,8 @@ def test_ctrl_c_in_mid_search_saves_the_best_so_far_and_leaves_no_process(
     os.close(leader)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "Saved" in output
-    assert list(tmp_path.glob("*/imdb.toml"))
+    (saved,) = tmp_path.glob("*/imdb.toml")
+    assert f"Saved {saved}. To use it:" in output, "whole, to be copied, however narrow the terminal"
     assert len(family) >= 2, "the forkserver and a trial, at least"
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -39,7 +39,7 @@ BEST = Strategy(
 
 def rendered(what: RenderableType, width: int) -> list[str]:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False, color_system=None)
-    console.print(what)
+    console.print(what, crop=False)
     assert isinstance(console.file, io.StringIO)
     return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in console.file.getvalue().splitlines()]
 
@@ -113,6 +113,14 @@ def test_for_a_loop_of_ones_own_the_summary_shows_that_loop() -> None:
     assert not any("autotune train" in line for line in lines)
 
 
+def test_what_is_to_be_copied_is_whole_however_long() -> None:
+    path = Path("/home/somebody/a/long/way/down/profiles/cpu-intel-xeon-2-cores-c93d2b7e9805/my_train.py-workload.toml")
+    found = summary.search_summary(result(), "my_train.py:workload", path, has_own_loop=True)
+    text = "\n".join(rendered(found, 80))
+    assert f"Saved {path}. To use it:" in text
+    assert 'autotune.load("my_train.py:workload").apply(model, optimizer=make_optimizer)' in text
+
+
 def test_a_speed_up_whose_interval_holds_one_is_called_uncertain() -> None:
     doubtful = msgspec.structs.replace(result(), speedup=Interval(ratio=1.3, low=0.9, high=1.8))
     assert "1.30x faster, not certain" in "\n".join(rendered(summary.search_summary(doubtful, "imdb", Path("p")), 80))
@@ -146,6 +154,17 @@ def test_the_names_of_the_lines_are_whole_on_a_narrow_terminal() -> None:
     lines = rendered(search_display().render(), 80)
     assert [line for line in lines if line.startswith("best  ")]
     assert [line for line in lines if line.startswith("time  ")]
+    (setting,) = (line for line in lines if "trial 1: bf16" in line)
+    assert setting.rstrip().endswith("…")
+
+
+def test_the_best_so_far_is_compared_at_one_speed_of_the_device() -> None:
+    display = SearchDisplay("autotune search", budget_s=300, max_trials=None)
+    slowed = msgspec.structs.replace(result().best, pulse_s=0.02, has_beats=True)
+    for trial in (msgspec.structs.replace(result().trials[0], pulse_s=0.01, has_beats=True), slowed):
+        display.on_trial_end(trial, slowed)
+    text = "\n".join(rendered(display.render(), 80))
+    assert f"50.0 samples/s, about {5 * 2**0.8:.2f}x the baseline" in text
 
 
 def test_the_last_column_gives_way_and_the_others_stay_whole() -> None:

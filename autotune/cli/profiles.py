@@ -22,7 +22,7 @@ def list_(profiles: Path | None, device_name: str | None) -> None:
     """Every profile there is; * marks this device's."""
     from autotune import store
     from autotune.profile import read_profile
-    from autotune.report.terminal import profile_table, stdout
+    from autotune.report.terminal import profile_lines
 
     fingerprint = find_backend(device_name).device().fingerprint
     rows = []
@@ -36,7 +36,7 @@ def list_(profiles: Path | None, device_name: str | None) -> None:
     if not rows:
         click.echo("no profiles; make one: autotune search --model imdb")
         return
-    stdout().print(profile_table(rows))
+    click.echo("\n".join(profile_lines(rows)))
 
 
 @command.command("show")

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from autotune.backends.base import Capability
 from autotune.measurement import Trial
+from autotune.pace import slowdown
 from autotune.report.terminal import (
     capability_row,
     describe,
@@ -41,6 +42,11 @@ _LAST_TRIALS = 8
 _EVERY_ROUND = 10
 """In a pipe, so many rounds of the final are told of one by one; then one in so many."""
 _REFRESH_PER_S = 8
+
+
+def _one_line(words: str, style: str = "") -> Text:
+    """Cut with an ellipsis where the terminal is too narrow."""
+    return Text(words, style=style, no_wrap=True, overflow="ellipsis")
 
 
 class _Display:
@@ -126,7 +132,7 @@ class ProbeDisplay(_Display):
         table.add_column()
         for capability in self._rows[-self._num_rows :]:
             name, verdict, figures = capability_row(capability)
-            table.add_row(name, verdict, Text(figures, no_wrap=True, overflow="ellipsis"))
+            table.add_row(name, verdict, _one_line(figures))
         self._spinner.update(
             text=f"probing {self._current}, {len(self._rows)} done, {time.monotonic() - self._start:.0f} s"
         )
@@ -225,28 +231,30 @@ class SearchDisplay(_Display, Observer):
         """The whole display."""
         now = time.monotonic()
         grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="bold", no_wrap=True, min_width=4)
-        grid.add_column(no_wrap=True, overflow="ellipsis")
-        grid.add_row("now", Text(self._current))
-        grid.add_row("", Text(f"{self._doing}, {format_duration(now - self._trial_start)}", style="bright_black"))
-        grid.add_row("best", self._best_words())
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column()
+        grid.add_row("now", _one_line(self._current))
+        grid.add_row("", _one_line(f"{self._doing}, {format_duration(now - self._trial_start)}", "bright_black"))
+        for name, line in zip(("best", ""), self._best_lines(), strict=False):
+            grid.add_row(name, line)
         grid.add_row("time", self._time_words(now - self._start))
         parts: list[RenderableType] = [Text(self._title, style="bold"), Text(self._space_words, style="bright_black")]
         if self._left_out_words:
-            parts.append(Text(self._left_out_words, style="bright_black", overflow="ellipsis", no_wrap=True))
+            parts.append(_one_line(self._left_out_words, "bright_black"))
         parts += ["", grid]
         if self._budget_s is not None:
             parts.append(ProgressBar(total=self._budget_s, completed=min(now - self._start, self._budget_s)))
         return Group(*parts, "", trial_table(list(reversed(self._trials[-_LAST_TRIALS:]))))
 
-    def _best_words(self) -> Text:
+    def _best_lines(self) -> list[Text]:
         if self._best is None or not self._best.samples_per_s:
-            return Text("none yet", style="bright_black")
+            return [_one_line("none yet", "bright_black")]
         words = Text(f"{format_rate(self._best.samples_per_s)} samples/s", style="green")
-        reference = self._trials[0].samples_per_s
-        if reference:
-            words.append(f", {self._best.samples_per_s / reference:.2f}x the baseline")
-        return words.append(f"  trial {self._best.number}: {describe(self._best.strategy)}", style="default")
+        reference = self._trials[0]
+        if reference.samples_per_s:
+            ratio = self._best.samples_per_s / reference.samples_per_s * slowdown(self._best, reference.pulse_s)
+            words.append(f", about {ratio:.2f}x the baseline")
+        return [words, _one_line(f"trial {self._best.number}: {describe(self._best.strategy)}", "bright_black")]
 
     def _time_words(self, elapsed_s: float) -> Text:
         words = Text(f"{format_duration(elapsed_s)} elapsed")
@@ -361,7 +369,7 @@ class StudyDisplay(_Display, study_runner.Observer):
 
     def render(self) -> RenderableType:
         """The cells so far and the bar."""
-        lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in self._lines[-2 * _LAST_TRIALS :]]
+        lines = [_one_line(line) for line in self._lines[-2 * _LAST_TRIALS :]]
         return Group(Text(self._title, style="bold"), *lines, self._progress)
 
     def _tell(self, line: str) -> None:

@@ -83,10 +83,15 @@ def search_summary(
         *found,
         knobs,
         "",
-        Text.assemble("Saved ", (str(path), "bold"), ". To use it:"),
+        _unbroken("Saved ", (str(path), "bold"), ". To use it:"),
         "",
-        *(Text(f"    {line}", style="cyan") for line in _uses(name, has_own_loop)),
+        *(_unbroken((f"    {line}", "cyan")) for line in _uses(name, has_own_loop)),
     )
+
+
+def _unbroken(*parts: str | tuple[str, str]) -> Text:
+    """To be copied: the terminal may wrap it, where it is printed without being cropped."""
+    return Text.assemble(*parts, no_wrap=True, overflow="ignore")
 
 
 def _uses(name: str, has_own_loop: bool) -> tuple[str, ...]:

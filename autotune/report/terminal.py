@@ -269,20 +269,13 @@ def epoch_row(epoch: Epoch) -> tuple[str, ...]:
     )
 
 
-def profile_table(rows: list[tuple[Path, Profile, bool]]) -> Table:
-    """Profiles, a row each; ``is_own`` marks this device's."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("workload", no_wrap=True)
-    table.add_column("speed-up", justify="right", no_wrap=True)
-    table.add_column("samples/s", justify="right", no_wrap=True)
-    table.add_column("device and file", overflow="fold")
+def profile_lines(rows: list[tuple[Path, Profile, bool]]) -> list[str]:
+    """Profiles, two lines each, the second its file, to be copied whole; ``is_own`` marks this device's."""
+    width = max(map(len, ["workload", *(profile.workload.name for _, profile, _ in rows)]))
+    lines = [f"  {'workload':{width}}  speed-up  samples/s  device"]
     for path, profile, is_own in rows:
-        table.add_row(
-            Text("*" if is_own else "", style="green"),
-            profile.workload.name,
-            f"{profile.evidence.speedup.ratio:.2f}x",
-            format_rate(profile.evidence.best.samples_per_s),
-            f"{profile.device.name}\n{path}",
-        )
-    return table
+        ratio, rate = f"{profile.evidence.speedup.ratio:.2f}x", format_rate(profile.evidence.best.samples_per_s)
+        own = "*" if is_own else " "
+        lines.append(f"{own} {profile.workload.name:{width}}  {ratio:>8}  {rate:>9}  {profile.device.name}")
+        lines.append(f"  {path}")
+    return lines

@@ -52,7 +52,7 @@ def get(name: str) -> WorkloadModule:
         if name not in REGISTRY:
             if name.endswith(".py"):
                 raise UsageError(f"name the function in {name} that gives the workload: --model {name}:FUNCTION")
-            others = "; your own model is FILE.py:FUNCTION, a library's hf:NAME or timm:NAME"
+            others = " (your own model: FILE.py:FUNCTION, a library's: hf:NAME or timm:NAME)"
             raise UsageError(f"no workload is called {name!r}{nearest(name, list(REGISTRY))}{others}")
         return REGISTRY[name]
     is_file = place.endswith(".py")

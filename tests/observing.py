@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from unittest import mock
 
 import torch
 
 from autotune.apply import Run
 from autotune.measurement import Trial
+from autotune.process import Child
 from autotune.search.settings import Observer
 from autotune.strategy import Strategy
+from autotune.trial import pulse
 from autotune.trial.pulse import Pulse
 
 
@@ -36,6 +41,22 @@ class SilentPulse(Pulse):
 
     def file(self) -> None:
         return None
+
+
+class SleepingPulse(Pulse):
+    """Its fixed work is a sleep. For models that sleep, too: those are as fast on a busy machine, whose own speed would
+    make them out to be faster than they are."""
+
+    def _start(self) -> Child:
+        if self._child is None:
+            self._child = Child(_serve_sleeping, self._backend_name, self.pauses)
+        return self._child
+
+
+def _serve_sleeping(connection: Connection, backend_name: str, pauses: bool) -> None:
+    work = pulse._Work({lambda: time.sleep(0.01): 1})
+    with mock.patch.multiple(pulse, _paused_work=lambda: work, _unpaused_work=lambda _: work):
+        pulse._serve(connection, backend_name, pauses)
 
 
 def matmul_dtypes(run: Run) -> list[torch.dtype]:

@@ -27,11 +27,10 @@ from autotune.search.settings import Settings
 from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.strategy import Strategy
-from autotune.trial.pulse import Pulse
 from tests import factories
 from tests.brief import short_timings
 from tests.faulty import BASELINE, BEST, FAULTY, WORKLOAD
-from tests.observing import Silent, SilentPulse
+from tests.observing import Silent, SilentPulse, SleepingPulse
 
 MEMORY_BUDGET = 400 * 2**20
 """More than a healthy trial takes, less than a growing one is let have."""
@@ -120,7 +119,7 @@ def search_with(fault: str, folder: Path) -> Seen:
     settings = Settings(budget_s=None, max_trials=4, epochs=1000, memory_budget_bytes=MEMORY_BUDGET, explains=False)
     clock = Clock()
     before = set(psutil.Process().children(recursive=True))
-    pulse = SilentPulse if fault == SIGSTOP else Pulse
+    pulse = SilentPulse if fault == SIGSTOP else SleepingPulse
     with (
         quick(),
         mock.patch.object(study, "Pulse", pulse),

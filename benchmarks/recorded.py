@@ -19,7 +19,7 @@ from autotune.measurement import Trial
 from autotune.pace import slowdown
 from autotune.search.space import Space
 from autotune.strategy import Strategy, baseline
-from autotune.trial.worker import Job, Progress
+from autotune.trial.worker import Command, Job, Progress
 from autotune.workloads.base import WorkloadRef
 from benchmarks.grid import Grid, Record
 from benchmarks.truth import Truth, at_one_speed, truth_of
@@ -77,11 +77,14 @@ class Recorded:
         job: Job,
         *,
         memory_limit_bytes: int,
+        command: Command | None = None,
         hopeless: Callable[[Progress], str | None] = lambda _: None,
         **_: Any,
     ) -> Trial:
-        """Stands in for ``run_trial``."""
+        """Stands in for ``run_trial``. A ``command`` may end before all laps that were recorded."""
         record, factor = self.drawn(job.strategy)
+        if command is not None:
+            record = shortened(record, command)
         found = msgspec.structs.replace(record.trial, number=number, pulse_s=None, wall_s=record.trial.wall_s * factor)
         peak_bytes = found.measurement.peak_memory_bytes if found.measurement else 0
         if peak_bytes > memory_limit_bytes and record.laps:
@@ -115,6 +118,25 @@ class Recorded:
     def space(self) -> GridSpace:
         """The grid's."""
         return space_of(self.grid)
+
+
+def shortened(record: Record, command: Command) -> Record:
+    """A record as it were with no more laps than the command times. The first is warm-up."""
+    measured = record.trial.measurement
+    ends_s = [at_s for at_s, _ in record.laps]
+    for place in range(command.least_laps, len(ends_s) - 1):
+        if measured is None or ends_s[place] - ends_s[0] < command.enough_s:
+            continue
+        rate, saved_s = record.laps[place][1], ends_s[-1] - ends_s[place]
+        slower = measured.samples_per_s / rate
+        found = msgspec.structs.replace(
+            measured, samples_per_s=rate, step_ms=slower * measured.step_ms, epoch_s=measured.epoch_s[:place]
+        )
+        trial = msgspec.structs.replace(
+            record.trial, measurement=found, samples_per_s=rate, wall_s=record.trial.wall_s - saved_s
+        )
+        return Record(trial=trial, laps=record.laps[: place + 1])
+    return record
 
 
 def space_of(grid: Grid) -> GridSpace:

@@ -30,10 +30,10 @@ FAMILY_POLL_S = 1.0
 ORDINARY = Command(min_laps=5, min_s=1.0, enough_s=10.0, narrow=NARROW, longest=True, eval_batches=8)
 """How an ordinary trial is timed: laps that cover the lengths until their mean is known, for ten seconds at most
 but where a single step takes seconds."""
-ONCE = msgspec.structs.replace(ORDINARY, least_laps=1)
-"""The same, but where a step takes those ten seconds it is timed once."""
 WITH_BEATS = msgspec.structs.replace(ORDINARY, enough_s=6.0, least_laps=2)
 """As an ordinary trial where the device's speed is known all along: fewer laps tell as much."""
+ONCE = msgspec.structs.replace(WITH_BEATS, least_laps=1)
+"""The same, but where a step takes those six seconds it is timed once."""
 
 
 def ordinary(pulse: Pulse) -> Command:

@@ -7,6 +7,7 @@ their functions: naming the module costs nothing.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -67,6 +68,8 @@ class Backend(Protocol):
     """torch's device type: what tensors, autocast and GradScaler are given."""
     attention: tuple[Attention, ...]
     """Attention settings worth trying on this family."""
+    same_kernel: Mapping[Attention, Attention]
+    """Of these, those that run the kernel of another wherever they run at all."""
     precisions: tuple[Precision, ...]
     """Precisions worth trying."""
     compile_modes: tuple[Compile, ...]

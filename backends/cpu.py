@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 name: str = "cpu"
 device_type: str = "cpu"
 attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash", *SPARSE)
+# torch's own choice is its flash kernel wherever that runs (aten/native/transformers/sdp_utils_cpp.cpp)
+same_kernel: Mapping[Attention, Attention] = {"sdpa_flash": "sdpa"}
 precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "bf16_weights")
 # reduce-overhead is CUDA graphs: on a CPU it is `default` by another name
 compile_modes: tuple[Compile, ...] = ("none", "default")

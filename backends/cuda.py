@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import platform
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from autotune.backends import cpu
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 name: str = "cuda"
 device_type: str = "cuda"
 attention: tuple[Attention, ...] = get_args(Attention)
+same_kernel: Mapping[Attention, Attention] = {}
 precisions: tuple[Precision, ...] = get_args(Precision)
 compile_modes: tuple[Compile, ...] = get_args(Compile)
 allocators: tuple[Allocator, ...] = ("default",)

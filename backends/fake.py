@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -20,6 +20,7 @@ from autotune.units import format_bytes, parse_bytes
 name: str = "fake"
 device_type: str = "cpu"
 attention: tuple[Attention, ...] = ("eager", "sdpa")
+same_kernel: Mapping[Attention, Attention] = {}
 precisions: tuple[Precision, ...] = ("fp32", "bf16")
 compile_modes: tuple[Compile, ...] = ("none",)
 allocators: tuple[Allocator, ...] = ("default",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from autotune.backends import cpu
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 name: str = "mps"
 device_type: str = "mps"
 attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", *SPARSE)
+same_kernel: Mapping[Attention, Attention] = {}
 precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "bf16_weights")
 compile_modes: tuple[Compile, ...] = ("none", "default")
 allocators: tuple[Allocator, ...] = ("default",)

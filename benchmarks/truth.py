@@ -14,12 +14,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
+from autotune import backends
 from autotune.pace import slowdown
 from autotune.search.objective import PlannedRun
 from autotune.search.surrogate import Known, Prior, Surrogate
-from autotune.strategy import Strategy
+from autotune.strategy import Attention, Strategy
 from benchmarks.grid import Grid, Record
 
 USUAL_DEVIATION = 0.03
@@ -55,26 +57,32 @@ def at_one_speed(record: Record, planned: PlannedRun, usual_pulse_s: float) -> f
 def truth_of(grid: Grid, values: Mapping[str, Sequence[Any]]) -> Truth:
     """By all records; ``values`` are the knobs'. Takes seconds for hundreds of records."""
     usual_pulse_s = statistics.median(record.trial.pulse_s for record in grid.records if record.trial.pulse_s)
+    same_kernel = backends.get(grid.header.hardware.device.kind).same_kernel
     losses: dict[Strategy, list[float]] = {}
+    repeats: dict[Strategy, list[float]] = {}
     failed = {record.trial.strategy for record in grid.records if not record.trial.measurement}
     for record in grid.records:
-        if record.trial.strategy not in failed:
+        if (strategy := record.trial.strategy) not in failed:
             loss = at_one_speed(record, grid.header.planned, usual_pulse_s)
-            losses.setdefault(record.trial.strategy, []).append(loss)
-    spread = [(len(found) - 1, statistics.variance(map(math.log, found))) for found in losses.values() if found[1:]]
+            losses.setdefault(strategy, []).append(loss)
+            kernel = same_kernel.get(strategy.attention, strategy.attention)
+            repeats.setdefault(msgspec.structs.replace(strategy, attention=kernel), []).append(math.log(loss))
+    spread = [(len(found) - 1, statistics.variance(found)) for found in repeats.values() if found[1:]]
     freedom = sum(degrees for degrees, _ in spread)
     pooled = sum(degrees * variance for degrees, variance in spread) / freedom if freedom else USUAL_DEVIATION**2
     deviation = math.sqrt(pooled)
     noise = max(deviation, LEAST_DEVIATION)
     known = [Known(strategy, loss, noise) for strategy, found in losses.items() for loss in found]
-    mean, doubt = Surrogate(values, known, fitted(values, known)).predict(list(losses))
+    mean, doubt = Surrogate(values, known, fitted(values, known, same_kernel)).predict(list(losses))
     return Truth(dict(zip(losses, np.exp(mean).tolist(), strict=True)), float(doubt.mean()), deviation, usual_pulse_s)
 
 
-def fitted(values: Mapping[str, Sequence[Any]], known: Sequence[Known]) -> Prior:
+def fitted(
+    values: Mapping[str, Sequence[Any]], known: Sequence[Known], same_kernel: Mapping[Attention, Attention]
+) -> Prior:
     """The likeliest sizes, but for what a coordinate search misses."""
     sizes = {knob: USUAL for knob, found in values.items() if len(found) > 1}
-    best = Prior(sizes, sizes, TOGETHER, reach=REACH)
+    best = Prior(sizes, sizes, TOGETHER, reach=REACH, same_kernel=same_kernel)
     likelihood = Surrogate(values, known, best).log_likelihood
     for _ in range(SWEEPS):
         before = best

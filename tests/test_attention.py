@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from autotune.backends import cpu
 from autotune.models import attention, flash
 from autotune.models.attention import SDPA_KERNELS, SelfAttention, attend, set_attention
 from autotune.models.blocks import set_checkpoint
@@ -39,9 +40,10 @@ def test_every_backend_computes_the_same_attention_and_gradients(backend: Attent
     [
         ("sdpa_math", "_scaled_dot_product_attention_math"),
         ("sdpa_flash", "_scaled_dot_product_flash_attention_for_cpu"),
+        *((other, "_scaled_dot_product_flash_attention_for_cpu") for other in cpu.same_kernel.values()),
     ],
 )
-def test_a_pinned_backend_runs_its_own_kernel(backend: Attention, kernel: str) -> None:
+def test_a_backend_runs_the_kernel_that_it_says(backend: Attention, kernel: str) -> None:
     q, k, v, mask = tensors(torch.float32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         attend(q, k, v, mask, backend)

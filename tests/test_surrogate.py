@@ -71,6 +71,17 @@ def test_what_knobs_do_apart_predicts_what_they_do_together() -> None:
     assert deviation[1] < 0.02 < deviation[0]
 
 
+def test_what_is_known_of_a_kernel_is_known_of_it_under_another_name() -> None:
+    known = [Known(strategy, seconds(strategy), 0.01) for strategy in (BASELINE, *SPACE.neighbours(BASELINE))]
+    sdpa, flash = (SPACE.strategy({**SPACE.params(BASELINE), "attention": name}) for name in ("sdpa", "sdpa_flash"))
+    known = [one for one in known if one.strategy != flash]
+    mean, deviation = Surrogate(VALUES, known, Prior(same_kernel={"sdpa_flash": "sdpa"})).predict([sdpa, flash])
+    assert (mean[0], deviation[0]) == (mean[1], deviation[1])
+    apart_mean, apart_deviation = Surrogate(VALUES, known).predict([sdpa, flash])
+    assert apart_mean[1] != apart_mean[0]
+    assert apart_deviation[1] > 5 * apart_deviation[0]
+
+
 def test_what_three_knobs_do_only_together_is_learnt() -> None:
     """As on a CPU, where an allocator that retains memory helps eager attention on padded batches alone."""
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.strategy import Strategy
+from autotune.strategy import Attention, Strategy
 
 USUAL: dict[str, float] = {
     "precision": 0.6,
@@ -79,6 +79,8 @@ class Prior(NamedTuple):
     """Where values have an order, what they do has in common ``exp(-1 / reach)`` with what their neighbours do."""
     work: Callable[[Strategy], float] = lambda strategy: 1.0
     """What a setting's loss is in proportion to, but for what trials tell."""
+    same_kernel: Mapping[Attention, Attention] = {}
+    """Attention settings that run the kernel of another."""
 
 
 PRIOR_OF_TIME = Prior(scales=(1.0, 1 / 6))
@@ -131,6 +133,8 @@ class Surrogate:
         self._usual_work = math.exp(np.mean([math.log(prior.work(one.strategy)) for one in known]))
         self._knobs = [knob for knob in values if len(values[knob]) > 1]
         self._places = {knob: {value: place for place, value in enumerate(values[knob])} for knob in self._knobs}
+        kernels = self._places.get("attention", {})
+        kernels |= {one: kernels[other] for one, other in prior.same_kernel.items() if {one, other} <= kernels.keys()}
         self._variances = np.square([prior.usual.get(knob, _OTHER) for knob in self._knobs])
         self._joint = np.square([self._together * prior.joint.get(knob, _OTHER) for knob in self._knobs])
         self._is_ordered = np.array([knob in ORDERED for knob in self._knobs])

@@ -122,7 +122,7 @@ class Task:
             tokens = self.tokens(strategy.padding, strategy.micro_batch)
             return work_of(strategy, tokens, measured.get(THREADS_SPEED, 1.0))
 
-        return prior_of(aim.memory, work)
+        return prior_of(aim.memory, work)._replace(same_kernel=self.backend.same_kernel)
 
     @property
     def context_bytes(self) -> int:

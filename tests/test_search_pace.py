@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from autotune.measurement import Trial
 from autotune.pace import AROUND, WITHIN
 from autotune.search import study, trials
 from autotune.search.finals import shortest_s
-from autotune.search.history import History
+from autotune.search.history import NOISE_LAP, NOISE_WITHIN, History
 from autotune.search.objective import FASTEST
 from autotune.search.standings import Standings
 from autotune.search.task import Task
@@ -98,6 +99,23 @@ def test_separate_trials_are_compared_at_one_speed(task: Task) -> None:
     assert ratio == pytest.approx(2**WITHIN.power)
     rates = [standings.at_last(trial).samples_per_s or 0.0 for trial in found]
     assert rates[1] / rates[0] == pytest.approx(ratio), "what is shown of both bears out the speed-up"
+
+
+def test_a_baseline_that_was_timed_once_is_as_sure_as_a_lap_is_where_the_speed_is_known(task: Task) -> None:
+    once, several = factories.measurement(10.0, epoch_s=(10.0,)), factories.measurement(40.0, epoch_s=(2.5, 2.5, 2.5))
+    fast = msgspec.structs.replace(task.baseline, padding="buckets")
+    for has_beats in (True, False):
+        found = [
+            factories.trial(0, task.baseline, measurement=once, pulse_s=0.01, has_beats=has_beats),
+            factories.trial(1, fast, measurement=several, pulse_s=0.01, has_beats=has_beats),
+        ]
+        interval = Standings(task, History(task, found)).speedup(found[1])
+        assert interval.ratio == pytest.approx(4.0)
+        if has_beats:
+            assert math.log(interval.high / 4) == pytest.approx(1.96 * math.hypot(NOISE_LAP, NOISE_WITHIN), rel=0.01)
+            assert interval.low * interval.high == pytest.approx(16.0)
+        else:
+            assert interval.high == math.inf
 
 
 def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(task: Task) -> None:

@@ -171,10 +171,11 @@ class History:
             loss = self.loss(trial, aim, bar)
             # what is over the limit would draw the search to more of its kind
             if loss is not None and (trial.measurement is None or self._task.fits(trial.measurement)):
-                known.append(Known(trial.strategy, loss, self._noise(trial, aim), may_win=trial.number in may_win))
+                known.append(Known(trial.strategy, loss, self.noise(trial, aim), may_win=trial.number in may_win))
         return known
 
-    def _noise(self, trial: Trial, aim: Aim) -> float:
+    def noise(self, trial: Trial, aim: Aim) -> float:
+        """How sure a trial's loss is: a relative standard deviation."""
         if aim.memory == 1:
             return memory.NOISE
         drift = drift_doubt(trial, self._usual_pulse_s)

@@ -24,6 +24,8 @@ from autotune.stats import ratio_of_means
 
 MIN_RACED = 2
 """Rounds that a race's figures need: each entrant came first and last."""
+WITHIN_95 = 1.96
+"""Standard deviations that 95 of 100 figures are within."""
 
 
 class Standings:
@@ -72,12 +74,19 @@ class Standings:
         return {final.trial.number: final for final in _finals(self.race)}
 
     def speedup(self, trial: Trial) -> Interval:
-        """Over the baseline, by the race; by the trials where not both were in it."""
+        """Over the baseline, by the race; by the trials where not both were in it. What was timed once has no spread of
+        its own to tell how sure it is: where the device's speed is known all along, it is as sure as such figures are.
+        """
         reference, entered = self._history.reference, self.finals()
         if {reference.number, trial.number} <= entered.keys() and trial is not reference:
             return finals.ratio(entered[reference.number], entered[trial.number])
         if trial is not reference and trial.measurement and reference.measurement:
-            return ratio_of_means(reference.measurement.epoch_s, self._beside_the_baseline(trial).epoch_s)
+            found = ratio_of_means(reference.measurement.epoch_s, self._beside_the_baseline(trial).epoch_s)
+            if math.isinf(found.high) and reference.has_beats and trial.has_beats:
+                error = math.hypot(self._history.noise(reference, FASTEST), self._history.noise(trial, FASTEST))
+                factor = math.exp(WITHIN_95 * error)
+                return Interval(ratio=found.ratio, low=found.ratio / factor, high=found.ratio * factor)
+            return found
         return Interval(ratio=1.0, low=1.0, high=1.0)
 
     def at_last(self, trial: Trial, peak_bytes: int = 0) -> Trial:

@@ -53,7 +53,7 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
         except KeyboardInterrupt:
             status = 130
     disturbed = f", {race.num_disturbed} disturbed by other work, which do not count" if race.num_disturbed else ""
-    print(f"{race.num_rounds} rounds{', interrupted' if status else ''}{disturbed}")
+    print(f"rounds: {race.num_rounds}{', interrupted' if status else ''}{disturbed}")
     if not race.num_rounds:
         sys.exit(status)
     for number, failure in race.failures.items():

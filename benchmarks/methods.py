@@ -78,14 +78,18 @@ class _Noting(Observer):
             self.held.append(Held(self._recorded.clock, best.strategy))
 
 
-class _NoPulse(Pulse):
-    """Records are moved to one speed by their own pulses."""
+class _RecordedPulse(Pulse):
+    """Records are moved to one speed by their own pulses; ``file`` says whether trials had beats of their own."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        super().__init__(recorded.grid.header.hardware.device.kind)
+        self._has_beats = any(record.trial.has_beats for record in recorded.grid.records)
 
     def beat(self) -> None:
         return None
 
-    def file(self) -> None:
-        return None
+    def file(self) -> str | None:
+        return "recorded" if self._has_beats else None
 
 
 def ours(recorded: Recorded, seed: int, budget_s: float) -> list[Held]:
@@ -110,7 +114,7 @@ def search_on(recorded: Recorded, settings: Settings) -> tuple[list[Held], list[
         settings=settings,
     )
     noting, journal = _Noting(recorded), Journal(optuna.create_study())
-    trials = Trials(task, noting, journal, _NoPulse(task.backend.name), run=recorded.run, clock=lambda: recorded.clock)
+    trials = Trials(task, noting, journal, _RecordedPulse(recorded), run=recorded.run, clock=lambda: recorded.clock)
     trials.run(reserved_s=lambda: 0.0)
     return noting.held, trials.history.all
 

@@ -19,7 +19,7 @@ from autotune.search.standings import Standings
 from autotune.search.task import Task
 from autotune.strategy import Strategy, baseline
 from autotune.trial.pulse import Pulse
-from autotune.trial.runner import ONCE, ORDINARY, WITH_BEATS
+from autotune.trial.runner import ONCE, ONCE_WITH_BEATS, ORDINARY, WITH_BEATS
 from autotune.trial.worker import Command, Job, Progress
 from tests import factories
 from tests.observing import Silent, SilentPulse
@@ -66,7 +66,7 @@ def test_trials_with_beats_are_shorter_and_keep_their_own(
     scripted_device.setattr(trials, "run_trial", run)
     scripted_device.setattr(study, "Pulse", BeatingPulse)
     found = searched(prepared, max_trials=3).trials
-    assert commands == [ONCE, WITH_BEATS, WITH_BEATS]
+    assert commands == [ONCE_WITH_BEATS, WITH_BEATS, WITH_BEATS]
     assert [trial.pulse_s for trial in found] == pytest.approx([0.01, 0.02, 0.03])
 
 

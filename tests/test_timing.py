@@ -22,7 +22,7 @@ from autotune.pace import LAP_POWER, Beats, usual_pulse_s
 from autotune.stats import relative_margin
 from autotune.strategy import Padding, Strategy
 from autotune.timing import Timer, _low_discrepancy, steady, time_until
-from autotune.trial.runner import ONCE, ORDINARY, WITH_BEATS
+from autotune.trial.runner import ONCE, ONCE_WITH_BEATS, ORDINARY, WITH_BEATS
 from autotune.trial.worker import Command
 from tests.factories import lap
 
@@ -211,9 +211,11 @@ class Ticking:
         (ONCE, 12.0, 2),
         (ORDINARY, 40.0, 2),
         (ORDINARY, 4.0, 4),
-        (ONCE, 4.0, 3),
-        (ONCE, 8.0, 2),
+        (ONCE, 4.0, 4),
         (ONCE, 1.0, 6),
+        (ONCE_WITH_BEATS, 8.0, 2),
+        (ONCE_WITH_BEATS, 4.0, 3),
+        (ONCE_WITH_BEATS, 1.0, 6),
     ],
     ids=str,
 )

@@ -197,7 +197,7 @@ class SearchDisplay(_Display, Observer):
         if done == 0:
             self._trial_start = time.monotonic()
         self._current = name
-        self._doing = f"{done} rounds done" if done else "starting"
+        self._doing = f"round {done} done" if done else "starting"
         if done < _EVERY_ROUND or done % _EVERY_ROUND == 0:
             self.say(f"{self._current}, {self._doing}")
 
@@ -206,7 +206,7 @@ class SearchDisplay(_Display, Observer):
         if done == 0:
             self._trial_start = time.monotonic()
         self._current = f"what each knob brings: the best in turns with {num_knobs} that lack one"
-        self._doing = f"{done} rounds done" if done else "starting"
+        self._doing = f"round {done} done" if done else "starting"
         self.say(f"{self._current}, {self._doing}")
 
     def on_cold_start(self, trial: Trial) -> None:

@@ -23,7 +23,7 @@ from autotune.search.space import expert_guess
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
-from autotune.trial.runner import ONCE, ORDINARY, ordinary, run_trial
+from autotune.trial.runner import ONCE, ORDINARY, once, ordinary, run_trial
 from autotune.trial.worker import Progress
 
 MIN_TIMEOUT_S = 20.0
@@ -183,7 +183,7 @@ class Trials:
             timeout_s=self.timeout_s(strategy),
             silence_s=self.silence_s(strategy),
             memory_limit_bytes=task.memory_limit_bytes if number else task.machine_limit_bytes,
-            command=ordinary(self.pulse) if number else ONCE,  # a race times the baseline again
+            command=ordinary(self.pulse) if number else once(self.pulse),
             pulse=self.pulse,
             hopeless=give_up,
             on_progress=self._observer.on_progress,

@@ -32,13 +32,18 @@ ORDINARY = Command(min_laps=5, min_s=1.0, enough_s=10.0, narrow=NARROW, longest=
 but where a single step takes seconds."""
 WITH_BEATS = msgspec.structs.replace(ORDINARY, enough_s=6.0, least_laps=2)
 """As an ordinary trial where the device's speed is known all along: fewer laps tell as much."""
-ONCE = msgspec.structs.replace(WITH_BEATS, least_laps=1)
-"""The same, but where a step takes those six seconds it is timed once."""
+ONCE, ONCE_WITH_BEATS = (msgspec.structs.replace(command, least_laps=1) for command in (ORDINARY, WITH_BEATS))
+"""The same, but where a step takes those ten or six seconds it is timed once."""
 
 
 def ordinary(pulse: Pulse) -> Command:
     """How a trial is timed beside this pulse."""
     return WITH_BEATS if pulse.file() else ORDINARY
+
+
+def once(pulse: Pulse) -> Command:
+    """How the plain baseline is timed, which a race times again."""
+    return ONCE_WITH_BEATS if pulse.file() else ONCE
 
 
 class TrialEndedError(Exception):

@@ -22,7 +22,7 @@ from autotune.apply import Run
 from autotune.cost import BY_TOKENS, Cost, Work, fit, total
 from autotune.data.batching import MicroBatch, PlannedBatch
 from autotune.measurement import Lap, Measurement
-from autotune.pace import Beats, at_pulse, even, lap_slowdown, usual_pulse_s
+from autotune.pace import Beats, at_pulse, even, usual_pulse_s
 from autotune.stats import relative_margin
 from autotune.strategy import Strategy
 
@@ -35,7 +35,7 @@ NARROW = 0.03
 MIN_LOSS_SCALE = 1.0
 """An fp16 run whose loss scale has fallen below this from 65536 has overflowed at sixteen steps more than it should."""
 MIN_EVAL_BATCHES = 2
-"""However long they take."""
+"""However long they take, where so many may be timed."""
 SOAK_EVAL_BATCHES = 4
 _MAX_STREAM = 200_000
 
@@ -52,25 +52,27 @@ class Timer:
     """Times one run; laps accumulate over calls, so that rivals can be timed in turns.
 
     ``start`` says where in the order of the batches it begins, as a share of them, 0 to 1: timers of one run that begin
-    apart do not all time the same few batches.
+    apart do not all time the same few batches. With ``longest_first`` the first lap, which is warm-up, begins with the
+    longest batch: the peak memory is the worst case, and what does not fit fails at once.
     """
 
-    def __init__(self, run: Run, start: float = 0.0, beats: Beats | None = None) -> None:
+    def __init__(
+        self, run: Run, start: float = 0.0, beats: Beats | None = None, *, longest_first: bool = False
+    ) -> None:
         self._run, self._beats = run, beats or Beats()
         self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
-        self._order = list(_low_discrepancy(len(self._plan)))
-        first = int(start * len(self._order))
-        self._order = self._order[first:] + self._order[:first]
-        self._visited = cycle(self._order)
-        self._batches = run.loader.over([self._plan[index] for index in islice(cycle(self._order), _MAX_STREAM)])
+        order = [self._plan[index] for index in _low_discrepancy(len(self._plan))]
+        first = int(start * len(order))
+        stream = list(islice(cycle(order[first:] + order[:first]), _MAX_STREAM))
+        if longest_first:
+            stream.insert(0, self._plan[-1])
+        self._planned, self._batches = iter(stream), run.loader.over(stream)
         self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
         self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None
-        self._eval_laps: list[tuple[float, float | None]] = []
-        """Seconds and pulses of the evaluated batches."""
-        self._eval_work = Work(0, 0, 0)
+        self._eval_laps: list[Lap] = []
+        """Of a batch each."""
         self._fitted: tuple[int, Cost] = (0, BY_TOKENS)
         self._num_steps = 0
-        self._longest_tokens = 0
         self.laps: list[Lap] = []
 
     def lap(self) -> Lap:
@@ -94,7 +96,7 @@ class Timer:
                 losses.append(run.step(batch))
                 if run.step.grad_norm is not None:
                     norms.append(run.step.grad_norm)
-                planned.append(self._next_planned())
+                planned.append(next(self._planned))
                 num_samples += sum(micro.num_samples for micro in batch)
                 num_tokens += sum(micro.num_tokens for micro in batch)
                 now = time.perf_counter()
@@ -126,17 +128,8 @@ class Timer:
         long again, by chance, as threads wake and caches fill."""
         if self.laps and self.laps[-1].num_steps > 1:
             self._run.step(next(self._batches))
-            self._next_planned()
+            next(self._planned)
             self._num_steps += 1
-
-    def longest(self) -> None:
-        """Trains on the longest batch, untimed, so that the peak memory is the worst case; not where a lap had one as
-        long."""
-        if self._longest_tokens >= self._plan[-1].padded_tokens:
-            return
-        for batch in self._run.loader.over([self._plan[-1]]):
-            self._run.step(batch)
-        self._run.backend.synchronize()
 
     def soak(self, *, enough_steps: int, enough_s: float, on_step: Callable[[int], None] = lambda _: None) -> int:
         """Trains on the longest samples there are, all in one batch, again and again; then evaluates the longest; then
@@ -165,32 +158,47 @@ class Timer:
     def evaluate(self, max_batches: int, enough_s: float) -> None:
         """Times an evaluation of some batches that cover the test set's lengths, until all calls have timed enough.
 
-        One loader serves all calls, as one serves an epoch's evaluation; the very first batch is not timed.
+        One loader serves all calls, as one serves an epoch's evaluation.
         """
-        if self._is_evaluated(enough_s):
-            return
         if self._eval_batches is None:
             plan = [self._eval_plan[index] for index in _low_discrepancy(len(self._eval_plan))]
             stream = list(islice(cycle(plan), _MAX_STREAM))
             self._eval_batches = zip(stream, self._run.evaluation_batches(stream), strict=True)
-            self._run.evaluate([next(self._eval_batches)[1]])
         synchronize = self._run.backend.synchronize
         for _ in range(max_batches):
+            timed = self._evaluated()
+            if len(timed) >= MIN_EVAL_BATCHES and sum(lap.seconds for lap in timed) >= enough_s:
+                return
+            compiled_before = num_compiled()
             synchronize()
             start = time.perf_counter()
             planned, batch = next(self._eval_batches)
+            wait_s = time.perf_counter() - start
             self._run.evaluate([batch])
             synchronize()
             end = time.perf_counter()
             paused_s, pulse_s = self._beats.during(start, end)
-            self._eval_laps.append((end - start - paused_s, pulse_s))
-            self._eval_work += _work(planned)
-            if self._is_evaluated(enough_s):
-                return
+            self._eval_laps.append(
+                Lap(
+                    seconds=end - start - paused_s,
+                    wait_s=wait_s,
+                    num_steps=1,
+                    num_samples=planned.num_samples,
+                    num_tokens=sum(micro.num_tokens for micro in batch),
+                    padded_tokens=planned.padded_tokens,
+                    padded_squares=planned.padded_squares,
+                    losses=(),
+                    num_compiled=num_compiled() - compiled_before,
+                    pulse_s=pulse_s,
+                )
+            )
 
-    def _is_evaluated(self, enough_s: float) -> bool:
-        seconds = sum(seconds for seconds, _ in self._eval_laps)
-        return len(self._eval_laps) >= MIN_EVAL_BATCHES and seconds >= enough_s
+    def _evaluated(self) -> list[Lap]:
+        """The evaluated batches that count: the first is warm-up where it costs clearly more than those after it, and
+        so are those in which something was compiled."""
+        first, later = self._eval_laps[:1], self._eval_laps[1:]
+        is_warm_up = bool(later) and self._rate(first) > STEADY * self._rate(later)
+        return uncompiled(later if is_warm_up else self._eval_laps)
 
     @functools.cached_property
     def epoch(self) -> Epoch:
@@ -228,8 +236,8 @@ class Timer:
         power_w, eval_samples_per_s = _power_w(timed), math.inf
         num_breaks, graph_break = _graph_breaks()
         if self._eval_laps:
-            seconds = sum(seconds / lap_slowdown(pulse_s, self.pulse_s) for seconds, pulse_s in self._eval_laps)
-            eval_s = seconds / cost.of(self._eval_work) * cost.of(total(map(_work, self._eval_plan)))
+            evaluated = [at_pulse(lap, self.pulse_s, self.pulse_s) for lap in self._evaluated()]
+            eval_s = self._rate(evaluated) * cost.of(total(map(_work, self._eval_plan)))
             eval_samples_per_s = self._run.workload.num_test / eval_s
         return Measurement(
             samples_per_s=self.samples_per_s(),
@@ -275,11 +283,6 @@ class Timer:
             if not math.isfinite(norm):
                 raise FloatingPointError(f"gradient norm {norm} at step {step}")
         return found
-
-    def _next_planned(self) -> PlannedBatch:
-        planned = self._plan[next(self._visited)]
-        self._longest_tokens = max(self._longest_tokens, planned.padded_tokens)
-        return planned
 
 
 def epoch_seconds(rounds: Sequence[Sequence[Lap]], epoch: Work) -> list[float]:

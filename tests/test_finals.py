@@ -65,7 +65,7 @@ class Scripted:
         self.padding, self.start = job.strategy.padding, job.start
         self.pulse = limits["pulse"]
         self.turns = 0
-        self.longest = False
+        self.longest_first = job.longest_first
         self.is_closed = False
 
     def __enter__(self) -> Scripted:
@@ -81,7 +81,6 @@ class Scripted:
 
     def time(self, command: Command, *, timeout_s: float) -> Done:
         self.turns += 1
-        self.longest = self.longest or command.longest
         seconds = type(self).lap_s(self)
         self.clock.sleep(0.006)
         # ten steps are an epoch
@@ -167,7 +166,7 @@ def test_a_trials_peak_serves_where_every_entrant_has_one(prepared: Prepared, mo
     race, sessions = scripted_race(prepared, monkeypatch, lambda _: 1.0, (large, usual, usual))
     race.run(enough_s=60, max_rounds=3)
     assert [final.measurement.peak_memory_bytes for final in race.finals()] == [2**31, 2**30, 2**30]
-    assert not any(session.longest for session in sessions)
+    assert not any(session.longest_first for session in sessions)
 
 
 def test_all_train_on_their_longest_batch_where_one_had_no_trial(
@@ -176,7 +175,7 @@ def test_all_train_on_their_longest_batch_where_one_had_no_trial(
     usual = factories.measurement()
     race, sessions = scripted_race(prepared, monkeypatch, lambda _: 1.0, (usual, None, usual))
     race.run(enough_s=60, max_rounds=3)
-    assert [session.longest for session in sessions[:3]] == [True] * 3
+    assert [session.longest_first for session in sessions[:3]] == [True] * 3
 
 
 class Cores(Load):

@@ -98,7 +98,7 @@ def test_figures_come_from_real_steps_and_stand_for_a_whole_epoch(tiny_reviews: 
     )
 
 
-def test_the_longest_batch_is_trained_on_for_the_peak_memory(tiny_reviews: Path) -> None:
+def test_the_longest_batch_comes_first_for_the_peak_memory(tiny_reviews: Path) -> None:
     module = workloads.get("imdb")
     workload = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
     run = apply(
@@ -107,19 +107,15 @@ def test_the_longest_batch_is_trained_on_for_the_peak_memory(tiny_reviews: Path)
         backends.get("cpu"),
         model=EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1),
     )
-    widths: list[int] = []
+    tokens: list[int] = []
     run.model.register_forward_pre_hook(
-        lambda module, args, inputs: widths.append(inputs["ids_BT"].shape[1]), with_kwargs=True
+        lambda module, args, inputs: tokens.append(inputs["ids_BT"].numel()), with_kwargs=True
     )
-    timer = Timer(run)
-    timer.longest()
-    longest = max(width for batch in run.loader.plan(0) for width in batch.widths)
-    assert widths == [longest]
-    while longest not in widths[1:]:
-        timer.lap()
-    num_trained = len(widths)
-    timer.longest()
-    assert len(widths) == num_trained, "a lap had one as long"
+    timer = Timer(run, start=0.5, longest_first=True)
+    first, second = timer.lap(), timer.lap()
+    assert tokens[0] == max(batch.padded_tokens for batch in run.loader.plan(0))
+    assert first.padded_tokens == sum(tokens[: first.num_steps])
+    assert second.padded_tokens == sum(tokens[first.num_steps :])
 
 
 class HalfPaused(Beats):
@@ -164,7 +160,7 @@ def test_all_that_is_timed_is_moved_to_the_speed_of_the_timed_laps(tiny_reviews:
     workload = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
     model = EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1)
     run = apply(Strategy(micro_batch=32, padding="buckets"), workload, backends.get("cpu"), model=model)
-    timer = Timer(run, beats=Uneven(0.09, 0.01, 0.04, 0.16, 0.16))
+    timer = Timer(run, beats=Uneven(0.09, 0.01, 0.04, 0.16, 0.16, 0.16))
     raw = [timer.lap() for _ in range(3)]
     speed_s = usual_pulse_s(raw[1:])
     assert speed_s is not None
@@ -178,7 +174,7 @@ def test_all_that_is_timed_is_moved_to_the_speed_of_the_timed_laps(tiny_reviews:
     assert measured.pulse_s == speed_s
     seconds = sum(found.seconds for found in timed)
     assert measured.tokens_per_s == pytest.approx(sum(found.num_tokens for found in timed) / seconds)
-    timer._eval_laps = [(seconds, None) for seconds, _ in timer._eval_laps]
+    timer._eval_laps = [msgspec.structs.replace(found, pulse_s=None) for found in timer._eval_laps]
     as_it_was = timer.measurement().eval_samples_per_s
     assert measured.eval_samples_per_s == pytest.approx(as_it_was * (0.16 / speed_s) ** LAP_POWER)
 
@@ -243,11 +239,36 @@ def test_an_evaluation_is_not_timed_again_once_there_is_enough(
     model = EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1)
     run = apply(Strategy(micro_batch=4, accumulation=8), workload, backends.get("cpu"), model=model)
     calls: list[int] = []
-    monkeypatch.setattr(Run, "evaluate", lambda *_: calls.append(1))
+
+    def evaluate(*_: object) -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
     timer = Timer(run)
     timer.evaluate(8, 0.0)
-    assert len(calls) == 1 + 2, "the first is not timed, two are however long they take"
+    assert len(calls) == 2, "two are timed however long they take"
     timer.evaluate(8, 0.0)
-    assert len(calls) == 1 + 2
+    assert len(calls) == 2
     timer.evaluate(4, 60.0)
-    assert len(calls) == 1 + 2 + 4
+    assert len(calls) == 2 + 4
+
+
+@pytest.mark.parametrize("compiled", [0, 1])
+def test_a_first_evaluation_that_takes_longer_by_its_nature_is_warm_up(
+    tiny_reviews: Path, monkeypatch: pytest.MonkeyPatch, compiled: int
+) -> None:
+    module = workloads.get("imdb")
+    workload = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    model = EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1)
+    run = apply(Strategy(micro_batch=32, padding="max"), workload, backends.get("cpu"), model=model)
+    seconds = iter([0.3, 0.1, 0.1, 0.1] if not compiled else [0.1, 0.3, 0.1, 0.1])
+    counts = iter([0, 0] * 4 if not compiled else [0, 0, 0, 1, 1, 1, 1, 1])
+    monkeypatch.setattr(Run, "evaluate", lambda *_: time.sleep(next(seconds)))
+    timer = Timer(run)
+    timer.lap()
+    monkeypatch.setattr("autotune.timing.num_compiled", lambda: next(counts))
+    timer.evaluate(3, 0.0)
+    assert len(timer._eval_laps) == 3, "one of them counts as warm-up"
+    batch = len(timer._eval_plan) / workload.num_test
+    assert timer.measurement().eval_samples_per_s * batch == pytest.approx(1 / 0.1, rel=0.15)

@@ -207,7 +207,8 @@ class Race:
             if number in self._sessions:
                 self._sessions.pop(number).close()
             try:
-                job = msgspec.structs.replace(entrant.job, start=start)
+                longest_first = self._asks_peaks and not self._measurements[number]
+                job = msgspec.structs.replace(entrant.job, start=start, longest_first=longest_first)
                 session = Session(
                     job, memory_limit_bytes=self._memory_limit_bytes, silence_s=entrant.silence_s, pulse=self._pulse
                 )
@@ -216,8 +217,7 @@ class Race:
                 self._leave(entrant, end)
                 continue
             laps = COMPILED_LAPS if entrant.compiles else 0
-            longest = self._asks_peaks and not self._measurements[number]
-            if (done := self._turn(entrant, Command(min_laps=laps, longest=longest))) is not None:
+            if (done := self._turn(entrant, Command(min_laps=laps))) is not None:
                 self._measurements[number].append(done.measurement)
                 self._epochs[number] = done.epoch
 

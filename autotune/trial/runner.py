@@ -27,7 +27,7 @@ MEMORY_POLL_S = 0.1
 """Between two looks at the trial's own memory."""
 FAMILY_POLL_S = 1.0
 """Between two looks at what it started, which takes a look at every process there is."""
-ORDINARY = Command(min_laps=5, min_s=1.0, enough_s=10.0, narrow=NARROW, longest=True, eval_batches=8)
+ORDINARY = Command(min_laps=5, min_s=1.0, enough_s=10.0, narrow=NARROW, eval_batches=8)
 """How an ordinary trial is timed: laps that cover the lengths until their mean is known, for ten seconds at most
 but where a single step takes seconds."""
 WITH_BEATS = msgspec.structs.replace(ORDINARY, enough_s=6.0, least_laps=2)

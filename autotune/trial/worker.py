@@ -39,6 +39,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     start: float = 0.0
     """Where in the order of the timed batches it begins, as a share of them."""
+    longest_first: bool = True
+    """Whether the longest batch comes before them, untimed, for the peak memory."""
     recipe: Recipe | None = None
     """In place of the workload's own."""
     total_steps: int | None = None
@@ -59,8 +61,6 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """However many seconds are spent, unless a lap takes as long as all of these should."""
     narrow: float = float("inf")
     """Half the 95 % interval of the mean, relative, at which timing may end."""
-    longest: bool = False
-    """Afterwards the longest batch, untimed, for the peak memory."""
     eval_batches: int = 0
     """Afterwards evaluation batches, at most so many."""
 
@@ -166,7 +166,7 @@ def _serve(connection: Connection, job: Job) -> None:
         os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), job.compiles_into)
     backend.start_memory_window()
     run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
-    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats)))
+    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats), longest_first=job.longest_first))
     connection.send(Progress(stage="first step"))
     say = _seldom(connection)
 
@@ -215,8 +215,6 @@ def _serve(connection: Connection, job: Job) -> None:
             on_lap=report,
         )
         check_compiled(job.strategy)
-        if command.longest:
-            timer().longest()
         if command.eval_batches:
             connection.send(Progress(stage="evaluating"))
             timer().evaluate(command.eval_batches, EVAL_ENOUGH_S)

@@ -28,10 +28,17 @@ PRODUCTS: dict[tuple[str, str], tuple[dict[str, tuple[Any, ...]], ...]] = {
         {
             "micro_batch": (4, 8, 16, 32),
             "attention": ("eager", "sdpa"),
-            "precision": ("fp32", "bf16", "fp16"),
+            "precision": ("bf16", "fp16"),
             "padding": ("max", "longest", "buckets", "packed"),
             "allocator": ("default", "retain"),
             "checkpoint": ("none", "every_2nd"),
+        },
+        {
+            "micro_batch": (8, 32),
+            "attention": ("eager", "sdpa"),
+            "precision": ("fp32",),
+            "padding": ("max", "longest", "buckets", "packed"),
+            "allocator": ("default", "retain"),
         },
         {
             "micro_batch": (4, 8, 16, 32),
@@ -42,7 +49,47 @@ PRODUCTS: dict[tuple[str, str], tuple[dict[str, tuple[Any, ...]], ...]] = {
             "checkpoint": ("none",),
             "compile": ("default",),
         },
-        # where there is no other precision
+        {
+            "micro_batch": (4, 8, 16, 32),
+            "attention": ("eager", "sdpa", "sdpa_math"),
+            "precision": ("bf16",),
+            "padding": ("longest", "buckets", "packed"),
+            "allocator": ("default", "retain"),
+            "optimizer": ("default", "foreach", "fused"),
+        },
+        {
+            "micro_batch": (1, 2),
+            "attention": ("eager", "sdpa"),
+            "precision": ("bf16",),
+            "padding": ("longest", "buckets", "packed"),
+            "allocator": ("default", "retain"),
+        },
+        {
+            "micro_batch": (8, 32),
+            "attention": ("eager", "sdpa"),
+            "precision": ("bf16",),
+            "padding": ("buckets", "packed"),
+            "allocator": ("retain",),
+            "workers": (1, 2),
+        },
+        {
+            "micro_batch": (16, 32),
+            "attention": ("eager", "sdpa"),
+            "precision": ("bf16",),
+            "padding": ("buckets", "packed"),
+            "allocator": ("retain",),
+            "checkpoint": ("selective", "every_block"),
+        },
+    ),
+    ("imdb", "cpu in fp32"): (
+        {
+            "micro_batch": (4, 8, 16, 32),
+            "attention": ("eager", "sdpa"),
+            "precision": ("fp32",),
+            "padding": ("max", "longest", "buckets", "packed"),
+            "allocator": ("default", "retain"),
+            "checkpoint": ("none", "every_2nd"),
+        },
         {
             "micro_batch": (4, 8, 16, 32),
             "attention": ("eager", "sdpa", "sdpa_math", "sdpa_flash"),
@@ -87,7 +134,8 @@ PRODUCTS: dict[tuple[str, str], tuple[dict[str, tuple[Any, ...]], ...]] = {
         },
     ),
 }
-"""By model and kind of device: the products of knob values that are recorded; knobs that are not named stay plain."""
+"""By model and kind of device: the products of knob values that are recorded, as far as the device has them; knobs that
+are not named stay plain."""
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +178,12 @@ def read_grid(path: Path) -> Grid:
     first, *rest = lzma.decompress(path.read_bytes()).splitlines()
     records = [msgspec.json.decode(line, type=Record) for line in rest]
     return Grid(path, msgspec.json.decode(first, type=Header), records)
+
+
+def products_of(model: str, kind: str, space: Space) -> tuple[dict[str, tuple[Any, ...]], ...]:
+    """What is recorded on a device with such a space. Raises KeyError where nothing is laid out."""
+    is_single = kind == "cpu" and space.values["precision"] == ("fp32",)
+    return PRODUCTS[model, "cpu in fp32" if is_single else kind]
 
 
 def settings_of(space: Space, products: tuple[dict[str, tuple[Any, ...]], ...]) -> list[Strategy]:

@@ -33,7 +33,7 @@ from autotune.trial.pulse import WORK, Pulse
 from autotune.trial.runner import ordinary, run_trial
 from autotune.trial.worker import Progress
 from autotune.units import format_duration
-from benchmarks.grid import FOLDER, PRODUCTS, Grid, Header, Record, read_grid, settings_of
+from benchmarks.grid import FOLDER, PRODUCTS, Grid, Header, Record, products_of, read_grid, settings_of
 from benchmarks.recorded import space_of
 from benchmarks.truth import truth_of
 
@@ -68,7 +68,7 @@ def main(model: str, device_name: str | None, minutes: float, repeats: int, top:
         if what_of(grid.header) != what_of(header):
             raise click.ClickException(f"{path} was recorded with other data or versions; move it away to start anew")
         grid.header = msgspec.structs.replace(grid.header, tokens=header.tokens)
-        settings = settings_of(task.space, PRODUCTS[model, backend.name])
+        settings = settings_of(task.space, products_of(model, backend.name, task.space))
         random.Random(SEED).shuffle(settings)
         settings.sort(key=lambda strategy: strategy != task.baseline)  # what every search begins with
         print(f"{path.name}: {len(settings)} settings, {len(grid.records)} trials so far", flush=True)

@@ -43,7 +43,7 @@ JOINT: dict[str, float] = {
     "compile_scope": 0.05,
     "threads": 0.05,
     "workers": 0.05,
-    "micro_batch": 0.035,
+    "micro_batch": 0.05,
     "compile": 0.03,
     "checkpoint": 0.02,
     "prefetch": 0.01,
@@ -51,8 +51,8 @@ JOINT: dict[str, float] = {
 }
 TOGETHER = 10.0
 """What two knobs do beyond their sum has this times the product of their joint sizes; what three do beyond that, its
-square times the product of theirs; and so on. Rounded from what makes two recorded grids most likely (docs/LOG.md
-2026-11-23)."""
+square times the product of theirs; and so on. Rounded from what makes the recorded grids likely (docs/LOG.md
+2026-11-23 and 24)."""
 USUAL_OF_MEMORY: dict[str, float] = {
     **dict.fromkeys(USUAL, 0.1),
     "micro_batch": 1.0,

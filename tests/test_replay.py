@@ -14,16 +14,17 @@ from click.testing import CliRunner
 
 from autotune.pace import AROUND
 from autotune.search.objective import PlannedRun
+from autotune.search.space import Space
 from autotune.search.task import LONG_RUN_SHARE
 from autotune.search.trials import Trials
 from autotune.strategy import Strategy
 from autotune.trial.runner import ORDINARY
 from autotune.trial.worker import Command
 from benchmarks import methods, replay
-from benchmarks.grid import Grid, Header, Record, read_grid
+from benchmarks.grid import FOLDER, Grid, Header, Record, products_of, read_grid, settings_of
 from benchmarks.methods import METHODS, Replayed
 from benchmarks.record import wanted
-from benchmarks.recorded import Recorded, job_of
+from benchmarks.recorded import Recorded, job_of, space_of
 from benchmarks.replay import cost_to_come_within, cost_to_stay_within, regret_at, replayed
 from tests import factories
 
@@ -64,6 +65,19 @@ def test_a_grid_reads_back_as_it_was_recorded(path: Path) -> None:
     assert [one.trial.strategy for one in grid.records] == SETTINGS + FAILING
     assert grid.records[3] == record(SETTINGS[3], 3)
     assert grid.header.planned == PLANNED
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.xz")), ids=lambda path: path.name)
+def test_what_is_laid_out_for_a_device_has_at_least_400_settings_and_was_recorded(path: Path) -> None:
+    grid = read_grid(path)
+    space = space_of(grid)
+    unrestricted = Space(
+        global_batch=space.global_batch, values=space.values, left_out=space.left_out, pairs=space.pairs
+    )
+    laid_out = set(settings_of(unrestricted, products_of("imdb", "cpu", unrestricted)))
+    recorded = {record.trial.strategy for record in grid.records}
+    assert len(recorded) >= 400
+    assert laid_out <= recorded
 
 
 def test_the_truth_is_what_was_recorded_at_one_speed(path: Path) -> None:

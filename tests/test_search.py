@@ -20,6 +20,7 @@ from autotune.search.settings import Settings
 from autotune.search.space import build_space
 from autotune.search.study import search
 from autotune.search.task import Task
+from autotune.search.work import ATTENTION
 from autotune.strategy import Attention, Checkpoint, Strategy, baseline
 from autotune.trial.worker import Job
 from tests import factories
@@ -67,6 +68,18 @@ def test_the_tokens_that_a_setting_computes_are_known_without_a_trial(prepared: 
     assert work["every_block"] > work["every_2nd"] > work["every_4th"] > work["none"] == work["memory_budget"]
     halved = msgspec.structs.replace(task.baseline, threads=1)
     assert prior.work(halved) == 2 * prior.work(task.baseline), "the probe found one thread half as fast as all"
+
+
+def test_attention_kernels_are_expected_to_be_as_fast_as_the_probe_found_them(prepared: Prepared) -> None:
+    ref, workload = prepared
+    prior = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings()).prior(
+        FASTEST
+    )
+    names: tuple[Attention, ...] = ("sdpa", "sdpa_flash", "eager", "flash_attn")
+    sdpa, flash, eager, unknown = (prior.work(Strategy(attention=name, micro_batch=32)) for name in names)
+    assert eager / sdpa == pytest.approx((5 / 4) ** ATTENTION), "4 + 1 ms instead of 3 + 1, a part of the step"
+    assert flash == sdpa, "on a CPU they are one kernel, which was timed twice"
+    assert unknown == sdpa, "nothing is held against what has no figure"
 
 
 def test_a_device_that_does_not_heed_the_work_is_searched_to_its_best(

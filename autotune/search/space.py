@@ -260,16 +260,18 @@ def build_space(
     )
 
 
+def attention_ms(hardware: Hardware, attention: Attention, precision: Precision) -> float:
+    """What the probe's forward and backward pass through a kernel took; infinite where it has no figure."""
+    measured = hardware.capability(f"attention.{attention}.{_ATTENTION_DTYPE[precision]}").measured
+    if UNMASKED_MS in measured:  # which only models without a mask get to
+        return measured[UNMASKED_MS]
+    return measured.get("forward_ms", math.inf) + measured.get("backward_ms", math.inf)
+
+
 def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy:
     """What a person who reads the probe would write down: the fastest precision and attention it measured, no padding
     waste, no recomputation, memory retained; micro batch and compilation as usually pays on this device family."""
     most = backend.guess_micro_batch or space.global_batch
-
-    def attention_ms(attention: Attention, precision: Precision) -> float:
-        measured = hardware.capability(f"attention.{attention}.{_ATTENTION_DTYPE[precision]}").measured
-        if UNMASKED_MS in measured:  # which only models without a mask get to
-            return measured[UNMASKED_MS]
-        return measured.get("forward_ms", float("inf")) + measured.get("backward_ms", float("inf"))
 
     def optimizer_ms(optimizer: Optimizer) -> float:
         return hardware.capability(f"optimizer.{optimizer}").measured.get("step_ms", float("inf"))
@@ -291,7 +293,7 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
     fitting = [size for size in micro_batches if size <= most] or micro_batches[:1]
     return space.strategy(
         {
-            "attention": min(attentions, key=lambda a: attention_ms(a, precision)),
+            "attention": min(attentions, key=lambda a: attention_ms(hardware, a, precision)),
             "precision": precision,
             "checkpoint": "none",
             "micro_batch": max(fitting),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -17,10 +18,10 @@ from autotune.measurement import Measurement
 from autotune.probe import Hardware
 from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
 from autotune.search.settings import Settings
-from autotune.search.space import Space, build_space
+from autotune.search.space import Space, attention_ms, build_space
 from autotune.search.surrogate import Prior, prior_of
 from autotune.search.work import tokens_of, work_of
-from autotune.strategy import SPARSE, Padding, Precision, Strategy
+from autotune.strategy import SPARSE, Attention, Padding, Precision, Strategy
 from autotune.trial import pulse
 from autotune.trial.worker import Job
 from autotune.workloads.base import Workload, WorkloadRef
@@ -114,13 +115,31 @@ class Task:
             tokens_of(workload.train.lengths, workload.recipe.global_batch, max_tokens=workload.max_tokens)
         )
 
+    @functools.cached_property
+    def attention_slowdown(self) -> Callable[[Attention, Precision], float]:
+        """How many times as long as the fastest of that precision the probe found a kernel to take; 1 where it has no
+        figure of it."""
+
+        @functools.cache
+        def slowdown(attention: Attention, precision: Precision) -> float:
+            same = self.backend.same_kernel
+            kernels = {one: same.get(one, one) for one in (attention, *self.space.values["attention"])}
+            found = {one: attention_ms(self.hardware, kernel, precision) for one, kernel in kernels.items()}
+            return found[attention] / min(found.values()) if math.isfinite(found[attention]) else 1.0
+
+        return slowdown
+
     def prior(self, aim: Aim) -> Prior:
         """What is expected of settings before any is tried: that their time, or energy, goes by their work."""
 
         def work(strategy: Strategy) -> float:
             measured = self.hardware.capability(f"threads.{strategy.threads}").measured
-            tokens = self.tokens(strategy.padding, strategy.micro_batch)
-            return work_of(strategy, tokens, measured.get(THREADS_SPEED, 1.0))
+            return work_of(
+                strategy,
+                self.tokens(strategy.padding, strategy.micro_batch),
+                threads_speed=measured.get(THREADS_SPEED, 1.0),
+                attention_slowdown=self.attention_slowdown(strategy.attention, strategy.precision),
+            )
 
         return prior_of(aim.memory, work)._replace(same_kernel=self.backend.same_kernel)
 

@@ -1,12 +1,12 @@
 """What a setting has to do beside others, as far as that is known without a trial. Only ratios mean something.
 
 The surrogate divides by it: a trial tells how far a setting is from what its work makes it take. What a number of
-threads is worth is the probe's; its times of single kernels are not in it: replayed, they misled (docs/LOG.md
-2026-11-23).
+threads is worth and how fast attention kernels are is the probe's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +28,10 @@ RECOMPUTED: dict[Checkpoint, float] = {
 }
 """Share of the forward pass that is done twice; of what ``selective`` does not keep, a guess."""
 
+ATTENTION = 0.3
+"""A step is expected to take the probe's time of its attention kernel to the power of this, beside other kernels:
+attention is a part of it (docs/LOG.md 2026-11-26)."""
+
 
 def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[[Padding, int], float]:
     """Gives the tokens that a sample takes on average under a padding and a micro batch, the padding's own included."""
@@ -42,6 +46,8 @@ def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[
     return tokens
 
 
-def work_of(strategy: Strategy, tokens: float, threads_speed: float) -> float:
-    """Of a sample that takes so many tokens, on threads that are so many times as fast as torch's own choice."""
-    return tokens * (1 + FORWARD_SHARE * RECOMPUTED[strategy.checkpoint]) / threads_speed
+def work_of(strategy: Strategy, tokens: float, *, threads_speed: float = 1.0, attention_slowdown: float = 1.0) -> float:
+    """Of a sample that takes so many tokens, on threads that are so many times as fast as torch's own choice, by an
+    attention kernel that takes so many times as long as the fastest."""
+    recomputed = 1 + FORWARD_SHARE * RECOMPUTED[strategy.checkpoint]
+    return tokens * recomputed * math.pow(attention_slowdown, ATTENTION) / threads_speed

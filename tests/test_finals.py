@@ -65,7 +65,6 @@ class Scripted:
         self.padding, self.start = job.strategy.padding, job.start
         self.pulse = limits["pulse"]
         self.turns = 0
-        self.longest_first = job.longest_first
         self.is_closed = False
 
     def __enter__(self) -> Scripted:
@@ -163,19 +162,9 @@ def test_an_entrant_whose_turns_were_all_in_slow_moments_is_moved_as_a_trial_wou
 
 def test_a_trials_peak_serves_where_every_entrant_has_one(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     large, usual = factories.measurement(peak_memory_bytes=2**31), factories.measurement()
-    race, sessions = scripted_race(prepared, monkeypatch, lambda _: 1.0, (large, usual, usual))
+    race, _ = scripted_race(prepared, monkeypatch, lambda _: 1.0, (large, usual, usual))
     race.run(enough_s=60, max_rounds=3)
     assert [final.measurement.peak_memory_bytes for final in race.finals()] == [2**31, 2**30, 2**30]
-    assert not any(session.longest_first for session in sessions)
-
-
-def test_all_train_on_their_longest_batch_where_one_had_no_trial(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = factories.measurement()
-    race, sessions = scripted_race(prepared, monkeypatch, lambda _: 1.0, (usual, None, usual))
-    race.run(enough_s=60, max_rounds=3)
-    assert [session.longest_first for session in sessions[:3]] == [True] * 3
 
 
 class Cores(Load):

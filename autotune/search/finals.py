@@ -115,7 +115,6 @@ class Race:
         """The latest of each of an entrant's processes."""
         self._epochs: dict[int, Epoch] = {}
         self._rounds: list[Round] = []
-        self._asks_peaks = any(entrant.trial.measurement is None for entrant in entrants)
         self._num_cores = usable_cores()
         self._num_lives = 0
         self._life_s = math.inf
@@ -199,7 +198,8 @@ class Race:
         return finals
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        """Fresh processes for all, warmed up; the first ones with their longest batch, where some had no trial."""
+        """Fresh processes for all, warmed up on their longest batch: where memory is kept, it is as large as training's
+        soon is."""
         start = GOLDEN * self._num_lives % 1
         self._num_lives += 1
         for entrant in list(self._running):
@@ -207,8 +207,7 @@ class Race:
             if number in self._sessions:
                 self._sessions.pop(number).close()
             try:
-                longest_first = self._asks_peaks and not self._measurements[number]
-                job = msgspec.structs.replace(entrant.job, start=start, longest_first=longest_first)
+                job = msgspec.structs.replace(entrant.job, start=start)
                 session = Session(
                     job, memory_limit_bytes=self._memory_limit_bytes, silence_s=entrant.silence_s, pulse=self._pulse
                 )
@@ -312,8 +311,9 @@ def _at_rate(final: Final, epoch: Epoch, epoch_s: float) -> Final:
 def shortest_s(
     baseline_step_s: float, finalists: Sequence[Trial], slowdown_since: Callable[[Trial], float] = lambda _: 1.0
 ) -> float:
-    """Seconds that the shortest race of these and the baseline takes: starting, a step and an evaluation each, or more
-    steps where they compile, then the rounds. ``slowdown_since`` says how much slower each is now than in its trial."""
+    """Seconds that the shortest race of these and the baseline takes: starting, the longest batch (two usual ones, but
+    the baseline's, which are all padded to it) and an evaluation each, or more steps where they compile, then the
+    rounds. ``slowdown_since`` says how much slower each is now than in its trial."""
     if not finalists:
         return 0.0
     steps_s = warm_up_s = 0.0
@@ -324,7 +324,7 @@ def shortest_s(
             steps_s += step_s
             is_compiled = trial.strategy.compile != "none"
             warm_up_s += slowdown * trial.measurement.warm_up_s + (COMPILED_LAPS * step_s if is_compiled else 0.0)
-    start_s = 2 * (baseline_step_s + steps_s) + warm_up_s + 1
+    start_s = 2 * baseline_step_s + 3 * steps_s + warm_up_s + 1
     return start_s + MIN_ROUNDS * (baseline_step_s + MAX_LAPS * steps_s)
 
 

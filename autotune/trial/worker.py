@@ -39,8 +39,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     start: float = 0.0
     """Where in the order of the timed batches it begins, as a share of them."""
-    longest_first: bool = True
-    """Whether the longest batch comes before them, untimed, for the peak memory."""
     recipe: Recipe | None = None
     """In place of the workload's own."""
     total_steps: int | None = None
@@ -166,7 +164,7 @@ def _serve(connection: Connection, job: Job) -> None:
         os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), job.compiles_into)
     backend.start_memory_window()
     run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
-    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats), longest_first=job.longest_first))
+    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats), longest_first=True))
     connection.send(Progress(stage="first step"))
     say = _seldom(connection)
 

@@ -52,20 +52,16 @@ class Timer:
     """Times one run; laps accumulate over calls, so that rivals can be timed in turns.
 
     ``start`` says where in the order of the batches it begins, as a share of them, 0 to 1: timers of one run that begin
-    apart do not all time the same few batches. With ``longest_first`` the first lap, which is warm-up, begins with the
-    longest batch: the peak memory is the worst case, and what does not fit fails at once.
+    apart do not all time the same few batches. The first lap, which is warm-up, begins with the longest batch: the peak
+    memory is the worst case, and what does not fit fails at once.
     """
 
-    def __init__(
-        self, run: Run, start: float = 0.0, beats: Beats | None = None, *, longest_first: bool = False
-    ) -> None:
+    def __init__(self, run: Run, start: float = 0.0, beats: Beats | None = None) -> None:
         self._run, self._beats = run, beats or Beats()
         self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
         order = [self._plan[index] for index in _low_discrepancy(len(self._plan))]
         first = int(start * len(order))
-        stream = list(islice(cycle(order[first:] + order[:first]), _MAX_STREAM))
-        if longest_first:
-            stream.insert(0, self._plan[-1])
+        stream = [self._plan[-1], *islice(cycle(order[first:] + order[:first]), _MAX_STREAM)]
         self._planned, self._batches = iter(stream), run.loader.over(stream)
         self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
         self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None

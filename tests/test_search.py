@@ -12,6 +12,8 @@ import msgspec
 import pytest
 import torch
 
+from autotune.backends.base import Capability
+from autotune.checks.kernels import UNMASKED_MS
 from autotune.errors import AutotuneError
 from autotune.measurement import Outcome, Trial
 from autotune.search import trials
@@ -20,7 +22,7 @@ from autotune.search.settings import Settings
 from autotune.search.space import build_space
 from autotune.search.study import search
 from autotune.search.task import Task
-from autotune.search.work import ATTENTION
+from autotune.search.work import ATTENTION_POWER
 from autotune.strategy import Attention, Checkpoint, Strategy, baseline
 from autotune.trial.worker import Job
 from tests import factories
@@ -72,14 +74,22 @@ def test_the_tokens_that_a_setting_computes_are_known_without_a_trial(prepared: 
 
 def test_attention_kernels_are_expected_to_be_as_fast_as_the_probe_found_them(prepared: Prepared) -> None:
     ref, workload = prepared
-    prior = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings()).prior(
-        FASTEST
+    plain = factories.hardware()
+    others = tuple(one for one in plain.capabilities if not one.name.startswith("attention.sdpa_math"))
+    maskless = Capability(name="attention.sdpa_math.fp32", value=False, reason="no mask", measured={UNMASKED_MS: 1.0})
+    window = Capability(
+        name="attention.window.fp32", value=True, reason="ok", measured={"forward_ms": 40.0, "backward_ms": 1.0}
     )
-    names: tuple[Attention, ...] = ("sdpa", "sdpa_flash", "eager", "flash_attn")
-    sdpa, flash, eager, unknown = (prior.work(Strategy(attention=name, micro_batch=32)) for name in names)
-    assert eager / sdpa == pytest.approx((5 / 4) ** ATTENTION), "4 + 1 ms instead of 3 + 1, a part of the step"
-    assert flash == sdpa, "on a CPU they are one kernel, which was timed twice"
-    assert unknown == sdpa, "nothing is held against what has no figure"
+    hardware = msgspec.structs.replace(plain, capabilities=(*others, maskless, window))
+    task = Task(ref=ref, workload=workload, hardware=hardware, backend=CPU, settings=Settings())
+    names: tuple[Attention, ...] = ("sdpa", "sdpa_flash", "eager", "flash_attn", "sdpa_math", "window")
+    works = {name: task.prior(FASTEST).work(Strategy(attention=name, micro_batch=32)) for name in names}
+    slower = works["eager"] / works["sdpa"]
+    assert slower == pytest.approx((5 / 4) ** ATTENTION_POWER), "4 + 1 ms instead of 3 + 1, a part of the step"
+    assert works["sdpa_flash"] == works["sdpa"], "on a CPU they are one kernel, which was timed twice"
+    assert works["flash_attn"] == works["sdpa"], "nothing is held against what has no figure"
+    assert works["sdpa_math"] == works["sdpa"], "nor held for what was timed without the mask that others had"
+    assert works["window"] == works["sdpa"], "the probe's window leaves nothing out"
 
 
 def test_a_device_that_does_not_heed_the_work_is_searched_to_its_best(

@@ -127,6 +127,9 @@ def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(task
     compiled = msgspec.structs.replace(measured[0], strategy=Strategy(micro_batch=32, compile="default"))
     assert shortest_s(0.0, measured, lambda _: 2.0) - 1 == pytest.approx(2 * (shortest_s(0.0, measured) - 1))
     assert shortest_s(0.0, [compiled]) == pytest.approx(shortest_s(0.0, measured) + 3)
+    bucketed = msgspec.structs.replace(measured[0], strategy=Strategy(micro_batch=32, padding="buckets"))
+    assert shortest_s(0.0, measured) == pytest.approx(1 + 1 + 1 + 3 * 2), "start, longest, evaluation, three rounds"
+    assert shortest_s(0.0, [bucketed]) == pytest.approx(shortest_s(0.0, measured) + 1), "longer than its usual ones"
 
 
 class DriftingPulse(SilentPulse):

@@ -111,7 +111,7 @@ def test_the_longest_batch_comes_first_for_the_peak_memory(tiny_reviews: Path) -
     run.model.register_forward_pre_hook(
         lambda module, args, inputs: tokens.append(inputs["ids_BT"].numel()), with_kwargs=True
     )
-    timer = Timer(run, start=0.5, longest_first=True)
+    timer = Timer(run, start=0.5)
     first, second = timer.lap(), timer.lap()
     assert tokens[0] == max(batch.padded_tokens for batch in run.loader.plan(0))
     assert first.padded_tokens == sum(tokens[: first.num_steps])

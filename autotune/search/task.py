@@ -117,15 +117,20 @@ class Task:
 
     @functools.cached_property
     def attention_slowdown(self) -> Callable[[Attention, Precision], float]:
-        """How many times as long as the fastest of that precision the probe found a kernel to take; 1 where it has no
-        figure of it."""
+        """How many times as long as the fastest of that precision the probe found a kernel to take on padded batches;
+        1, as if it were the fastest, where it has no figure that says so. It has none of windows, as it tries but one
+        that leaves nothing out."""
 
         @functools.cache
         def slowdown(attention: Attention, precision: Precision) -> float:
-            same = self.backend.same_kernel
-            kernels = {one: same.get(one, one) for one in (attention, *self.space.values["attention"])}
-            found = {one: attention_ms(self.hardware, kernel, precision) for one, kernel in kernels.items()}
-            return found[attention] / min(found.values()) if math.isfinite(found[attention]) else 1.0
+            def kernel_ms(name: Attention) -> float:
+                kernel = self.backend.same_kernel.get(name, name)
+                is_known = name not in SPARSE
+                return attention_ms(self.hardware, kernel, precision, is_masked=True) if is_known else math.inf
+
+            own_ms = kernel_ms(attention)
+            fastest_ms = min(own_ms, *map(kernel_ms, self.space.values["attention"]))
+            return own_ms / fastest_ms if math.isfinite(own_ms) else 1.0
 
         return slowdown
 

@@ -28,9 +28,9 @@ RECOMPUTED: dict[Checkpoint, float] = {
 }
 """Share of the forward pass that is done twice; of what ``selective`` does not keep, a guess."""
 
-ATTENTION = 0.3
-"""A step is expected to take the probe's time of its attention kernel to the power of this, beside other kernels:
-attention is a part of it (docs/LOG.md 2026-11-26)."""
+ATTENTION_POWER = 0.3
+"""A step is expected to take longer by its attention kernel's slowdown to this power: attention is a part of the step
+only (docs/LOG.md 2026-11-26)."""
 
 
 def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[[Padding, int], float]:
@@ -46,8 +46,8 @@ def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[
     return tokens
 
 
-def work_of(strategy: Strategy, tokens: float, *, threads_speed: float = 1.0, attention_slowdown: float = 1.0) -> float:
+def work_of(strategy: Strategy, tokens: float, *, threads_speed: float, attention_slowdown: float) -> float:
     """Of a sample that takes so many tokens, on threads that are so many times as fast as torch's own choice, by an
     attention kernel that takes so many times as long as the fastest."""
     recomputed = 1 + FORWARD_SHARE * RECOMPUTED[strategy.checkpoint]
-    return tokens * recomputed * math.pow(attention_slowdown, ATTENTION) / threads_speed
+    return tokens * recomputed * math.pow(attention_slowdown, ATTENTION_POWER) / threads_speed

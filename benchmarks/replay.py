@@ -177,6 +177,7 @@ def show(path: Path, seeds: int, methods: Sequence[str], processes: int) -> None
         }
         for name, found in futures.items():
             runs = [future.result() for future in found]
+            click.echo(f"{name}: {len(runs)} seeds done", err=True)
             table.add_row(name if len(runs) == seeds else f"{name} ({len(runs)} seeds)", *_row(runs))
         under = [search.result() for search in searches]
     console.print(table)

@@ -81,7 +81,7 @@ def load(
     name: str,
     *,
     pick: str | None = None,
-    profiles: Path | None = None,
+    profiles: Path | str | None = None,
     data: Path | None = None,
     limit: int | None = None,
 ) -> Tuned:
@@ -94,7 +94,7 @@ def load(
     from autotune import workloads
 
     wanted, backend = workloads.wanted(name), backends.find()
-    found = store.find_profile(backend.device(), wanted, profiles)
+    found = store.find_profile(backend.device(), wanted, None if profiles is None else Path(profiles))
     if found is None and pick is not None:
         raise AutotuneError(f"there is no profile for {name} to pick {pick!r} from; make one: autotune search")
     if found is None:

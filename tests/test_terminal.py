@@ -113,6 +113,20 @@ def test_for_a_loop_of_ones_own_the_summary_shows_that_loop() -> None:
     assert not any("autotune train" in line for line in lines)
 
 
+def test_a_folder_that_is_not_looked_in_is_named_in_what_to_type() -> None:
+    for has_own_loop in (False, True):
+        found = summary.search_summary(
+            result(),
+            "imdb",
+            Path("my profiles/cpu/imdb.toml"),
+            has_own_loop=has_own_loop,
+            elsewhere=Path("my profiles"),
+        )
+        text = "\n".join(rendered(found, 120))
+        assert 'autotune.load("imdb", profiles="my profiles").apply(' in text
+        assert has_own_loop or "autotune train --model imdb --profiles 'my profiles'" in text
+
+
 def test_what_is_to_be_copied_is_whole_however_long() -> None:
     path = Path("/home/somebody/a/long/way/down/profiles/cpu-intel-xeon-2-cores-c93d2b7e9805/my_train.py-workload.toml")
     found = summary.search_summary(result(), "my_train.py:workload", path, has_own_loop=True)

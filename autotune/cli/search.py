@@ -176,7 +176,14 @@ def command(
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(_report(result, device, workload, path)), indent=2).decode())
     else:
-        found = search_summary(result, name, path, is_saved=is_saved, has_own_loop=workload.split is not None)
+        found = search_summary(
+            result,
+            name,
+            path,
+            is_saved=is_saved,
+            has_own_loop=workload.split is not None,
+            elsewhere=None if profiles is None or profiles.resolve() == store.stores()[0].resolve() else profiles,
+        )
         stdout().print(found, crop=False)
     return 130 if result.was_interrupted else 0
 

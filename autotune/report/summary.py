@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,9 +23,16 @@ _BAR = 14
 
 
 def search_summary(
-    result: Result, name: str, path: Path, *, is_saved: bool = True, has_own_loop: bool = False
+    result: Result,
+    name: str,
+    path: Path,
+    *,
+    is_saved: bool = True,
+    has_own_loop: bool = False,
+    elsewhere: Path | None = None,
 ) -> RenderableType:
-    """Baseline beside best, what changed, and what to do with it: in a loop of the user's, where they have one."""
+    """Baseline beside best, what changed, and what to do with it: in a loop of the user's, where they have one.
+    ``elsewhere`` is the folder of profiles that has to be named, where it is not the one that is looked in first."""
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None
     assert best is not None
@@ -85,7 +93,7 @@ def search_summary(
         "",
         _unbroken("Saved ", (str(path), "bold"), ". To use it:"),
         "",
-        *(_unbroken((f"    {line}", "cyan")) for line in _uses(name, has_own_loop)),
+        *(_unbroken((f"    {line}", "cyan")) for line in _uses(name, has_own_loop, elsewhere)),
     )
 
 
@@ -94,19 +102,20 @@ def _unbroken(*parts: str | tuple[str, str]) -> Text:
     return Text.assemble(*parts, no_wrap=True, overflow="ignore")
 
 
-def _uses(name: str, has_own_loop: bool) -> tuple[str, ...]:
+def _uses(name: str, has_own_loop: bool, elsewhere: Path | None) -> tuple[str, ...]:
     """What to type."""
+    load = f'autotune.load("{name}"' + (f', profiles="{elsewhere}")' if elsewhere else ")")
     if has_own_loop:
         return (
             "import autotune",
-            f'run = autotune.load("{name}").apply(model, optimizer=make_optimizer)',
+            f"run = {load}.apply(model, optimizer=make_optimizer)",
             "for batch in my_loader: loss = run.step(run.split(batch))",
         )
     return (
-        f"autotune train --model {name}",
+        f"autotune train --model {name}" + (f" --profiles {shlex.quote(str(elsewhere))}" if elsewhere else ""),
         "",
         "import autotune",
-        f'run = autotune.load("{name}").apply()',
+        f"run = {load}.apply()",
         "for batch in run.loader: loss = run.step(batch)",
     )
 

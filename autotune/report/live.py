@@ -216,11 +216,18 @@ class SearchDisplay(_Display, Observer):
         self._doing = "compiling"
         self.say(self._current)
 
+    def on_reference(self) -> None:
+        """The plain baseline trains the steps that the last test compares."""
+        self._trial_start = time.monotonic()
+        self._current = "the baseline's losses, with which the last test compares"
+        self._doing = "training"
+        self.say(self._current)
+
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""
         self._trial_start = time.monotonic()
         self._current = f"last test of trial {trial.number}: same losses as the baseline, the longest samples in a row"
-        self._doing = "the baseline's losses"
+        self._doing = "starting"
         self.say(self._current)
 
     def on_proof_end(self, trial: Trial, proof: Proof) -> None:

@@ -36,6 +36,8 @@ class Races:
     def __init__(self, task: Task, observer: Observer, trials: Trials, standings: Standings) -> None:
         self._task, self._observer, self._trials, self._standings = task, observer, trials, standings
         self._history: History = trials.history
+        self.has_reference = False
+        """Whether the baseline's losses for the last test are known."""
 
     def left_s(self) -> float:
         """Of the budget, but for the last test."""
@@ -68,7 +70,7 @@ class Races:
 
     def run(self, finalists: Sequence[Trial], *, in_any_case: bool = False) -> None:
         """The finalists against the baseline, which is the first entrant; not where the time is up, unless it is
-        wanted in any case."""
+        wanted in any case. Where the time is what has ended the trials, they get all that is left of it."""
         reference = self._history.reference
         entrants = [trial for trial in finalists if trial is not reference]
         share_s = self._share_s()
@@ -121,7 +123,7 @@ class Races:
             self._trials.reconsider()
 
     def _last_test_s(self) -> float:
-        return proof.needed_s(self._step_s, self.soak)
+        return proof.needed_s(self._step_s, self.soak, has_reference=self.has_reference)
 
     @property
     def soak(self) -> Soak:

@@ -61,6 +61,9 @@ class Observer:
     def on_taking_back(self, done: int, num_knobs: int) -> None:
         """A round of the best with what differs from it by one knob ended; at 0 they start."""
 
+    def on_reference(self) -> None:
+        """The plain baseline trains the steps that the last test compares."""
+
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +72,8 @@ class _Search:
         self.standings = Standings(task, self.history)
         self.races = Races(task, observer, trials, self.standings)
         self.winners: dict[Aim, tuple[Trial, Proof | None]] = {}
+        self.reference_losses: tuple[float, ...] | TrialEndedError | None = None
+        """The baseline's, or why it does not train these batches; None until they are needed."""
         self.proofs: dict[int, Proof] = {}
         """Last tests by the trial's number."""
         self.shares: tuple[Share, ...] = ()
@@ -84,7 +85,10 @@ class _Search:
         """Trials, race, what each knob brings, last test."""
         self.observer.on_space(self.task.space)
         self.trials.run(reserved_s=self.races.reserved_s)
-        self.races.run(self.races.finalists())
+        finalists = self.races.finalists()
+        if any(trial is not self.history.reference for trial in finalists):
+            self._train_reference()  # the race may take what this leaves of the budget
+        self.races.run(finalists)
         self._take_knobs_back()
         for aim in self.task.sought:
             if (winner := self._winner(aim)) is not None:
@@ -174,11 +178,12 @@ class _Search:
         return (reference, None) if fits else None
 
     def _proof(self, trial: Trial) -> Proof:
+        reference = self._train_reference()
         self.observer.on_proof(trial)
         warm_up_s = trial.measurement.warm_up_s if trial.measurement else 0.0
         found = prove(
             self.task.job(trial.strategy),
-            self._reference_losses,
+            reference,
             soak=self.races.soak,
             timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(trial.strategy) + warm_up_s),
             silence_s=self.trials.silence_s(trial.strategy),
@@ -188,20 +193,21 @@ class _Search:
         self.observer.on_proof_end(trial, found)
         return found
 
-    @functools.cached_property
-    def _reference_losses(self) -> tuple[float, ...] | TrialEndedError:
-        """The baseline's losses, or why it does not train these batches."""
-        timeout_s = MIN_LAST_TEST_S + 40 * (self.history.reference_step_s or 0.0)
-        limit_bytes = self.task.machine_limit_bytes
-        try:
-            return reference_losses(
-                self.task.job(self.task.baseline),
-                timeout_s=timeout_s,
-                silence_s=self.trials.silence_s(self.task.baseline),
-                memory_limit_bytes=limit_bytes,
-            )
-        except TrialEndedError as end:
-            return end
+    def _train_reference(self) -> tuple[float, ...] | TrialEndedError:
+        if self.reference_losses is None:
+            self.observer.on_reference()
+            timeout_s = MIN_LAST_TEST_S + 40 * (self.history.reference_step_s or 0.0)
+            try:
+                self.reference_losses = reference_losses(
+                    self.task.job(self.task.baseline),
+                    timeout_s=timeout_s,
+                    silence_s=self.trials.silence_s(self.task.baseline),
+                    memory_limit_bytes=self.task.machine_limit_bytes,
+                )
+            except TrialEndedError as end:
+                self.reference_losses = end
+            self.races.has_reference = True
+        return self.reference_losses
 
     def _start_cold(self) -> None:
         """How long the best takes to compile, where that was done before its trial: by another trial, or else, where

@@ -66,6 +66,8 @@ class Trials:
         self._pulse_s: float | None = None
         self.is_settled = False
         """Whether it ended because no other trial was expected to be worth its time."""
+        self.is_time_up = False
+        """Whether it ended because no other trial fits into the budget."""
         self._start = clock() - journal.spent_s
 
     def run(self, reserved_s: Callable[[], float]) -> None:
@@ -215,7 +217,8 @@ class Trials:
         if settings.budget_s is None or len(self.history.all) < 2:
             return True
         typical_s = statistics.median(trial.wall_s for trial in self.history.all[1:])
-        return self.elapsed_s() + typical_s < settings.budget_s - reserved_s()
+        self.is_time_up = self.elapsed_s() + typical_s >= settings.budget_s - reserved_s()
+        return not self.is_time_up
 
     @property
     def _aim(self) -> Aim:

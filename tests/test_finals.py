@@ -24,6 +24,8 @@ from tests.observing import SilentPulse
 from tests.scripted import Prepared
 
 PADDINGS: tuple[Padding, ...] = ("max", "longest", "buckets")
+QUICK, SLOW = 0.01, 1.0
+"""Steps, in seconds, whose processes live on, and whose processes are alone."""
 
 
 def test_a_tie_goes_to_the_simpler_setting() -> None:
@@ -60,6 +62,7 @@ class Scripted:
     clock: Clock
     lap_s: Callable[[Scripted], float]
     pulse_s: Callable[[Scripted], float | None]
+    step_s: float
 
     def __init__(self, job: Job, **limits: Any) -> None:
         self.padding, self.start = job.strategy.padding, job.start
@@ -84,7 +87,7 @@ class Scripted:
         self.clock.sleep(0.006)
         # ten steps are an epoch
         return Done(
-            measurement=factories.measurement(pulse_s=type(self).pulse_s(self)),
+            measurement=factories.measurement(pulse_s=type(self).pulse_s(self), step_ms=1000 * self.step_s),
             laps=(msgspec.structs.replace(factories.lap(seconds), pulse_s=type(self).pulse_s(self)),),
             epoch=Epoch(work=Work(steps=10, tokens=1000, squares=1000), num_samples=320, num_steps=10),
         )
@@ -94,8 +97,9 @@ def scripted_race(
     prepared: Prepared,
     monkeypatch: pytest.MonkeyPatch,
     seconds: Callable[[Scripted], float],
-    measurements: Sequence[Measurement | None] = (factories.measurement(),) * 3,
+    measurements: Sequence[Measurement | None] = (None,) * 3,
     pulse_s: Callable[[Scripted], float | None] = lambda _: None,
+    steps_s: float = QUICK,
 ) -> tuple[Race, list[Scripted]]:
     """A race of the three paddings, and its sessions as they are made."""
     made: list[Scripted] = []
@@ -103,6 +107,7 @@ def scripted_race(
     class Session(Scripted):
         clock = Clock()
         lap_s = staticmethod(seconds)
+        step_s = steps_s
 
         def __init__(self, job: Job, **limits: Any) -> None:
             super().__init__(job, **limits)
@@ -161,7 +166,8 @@ def test_an_entrant_whose_turns_were_all_in_slow_moments_is_moved_as_a_trial_wou
 
 
 def test_the_larger_peak_of_trial_and_race_counts(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    large, usual = factories.measurement(peak_memory_bytes=2**31), factories.measurement()
+    usual = factories.measurement(step_ms=1000 * QUICK)
+    large = msgspec.structs.replace(usual, peak_memory_bytes=2**31)
     race, _ = scripted_race(prepared, monkeypatch, lambda _: 1.0, (large, usual, None))
     race.run(enough_s=60, max_rounds=3)
     assert [final.measurement.peak_memory_bytes for final in race.finals()] == [2**31, 2**30, 2**30]
@@ -242,6 +248,35 @@ def test_processes_are_replaced_where_rounds_are_short_and_each_starts_elsewhere
     assert clustered.high - clustered.low > 1.3 * (alone.high - alone.low), "rounds of a life are no independent ones"
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_where_steps_are_long_every_turn_has_a_process_that_is_alone(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
+    """Two that are alive beside one another would make each other slower."""
+    alive: list[Scripted] = []
+
+    def seconds(session: Scripted) -> float:
+        alive[:] = [one for one in (*alive, session) if not one.is_closed and one is not session] + [session]
+        neighbours.append(len(alive) - 1)
+        return len(alive) * (2.0 if session.padding == "max" else 1.0)
+
+    neighbours: list[int] = []
+    measured = factories.measurement(step_ms=1000 * SLOW)
+    known = (measured if is_known else None,) * 3
+    with_cores(monkeypatch, lambda _: False)
+    race, sessions = scripted_race(prepared, monkeypatch, seconds, known, steps_s=SLOW)
+    race.run(enough_s=60.0, max_rounds=4)
+    first, _, third = race.finals()
+    assert finals.ratio(first, third).ratio == pytest.approx(2.0)
+    assert first.lives == third.lives == (0, 1, 2, 3)
+    told_by_opening = 0 if is_known else 3
+    assert len(sessions) == told_by_opening + 3 * 4
+    assert not any(neighbours[told_by_opening:])
+    assert [session.turns for session in sessions[told_by_opening:]] == [2] * 12, "the longest batch, then its turn"
+    assert len({session.start for session in sessions[told_by_opening:]}) == 4
+    assert all(session.is_closed for session in sessions)
+
+
 def test_an_entrant_that_fails_in_the_race_is_ended_at_once_and_the_others_go_on(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +289,7 @@ def test_an_entrant_that_fails_in_the_race_is_ended_at_once_and_the_others_go_on
 
     race, sessions = scripted_race(prepared, monkeypatch, fails)
     race.run(enough_s=60, max_rounds=3)
-    assert [session.padding for session in sessions if session.is_closed] == ["longest"]
+    assert all(session.is_closed for session in sessions)
+    assert [session.padding for session in sessions if session.turns < 4] == ["longest"]
     assert [(final.trial.number, len(final.epoch_s)) for final in race.finals()] == [(0, 3), (2, 3)]
     assert race.failures[1].outcome == "oom"

@@ -125,11 +125,17 @@ def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(task
     assert found.slowdown_since(found.all[1]) == 1.0
     measured = [factories.trial(1, task.baseline, measurement=factories.measurement(step_ms=1000.0, warm_up_s=0.0))]
     compiled = msgspec.structs.replace(measured[0], strategy=Strategy(micro_batch=32, compile="default"))
-    assert shortest_s(0.0, measured, lambda _: 2.0) - 1 == pytest.approx(2 * (shortest_s(0.0, measured) - 1))
-    assert shortest_s(0.0, [compiled]) == pytest.approx(shortest_s(0.0, measured) + 3)
     bucketed = msgspec.structs.replace(measured[0], strategy=Strategy(micro_batch=32, padding="buckets"))
-    assert shortest_s(0.0, measured) == pytest.approx(1 + 1 + 1 + 3 * 2), "start, longest, evaluation, three rounds"
-    assert shortest_s(0.0, [bucketed]) == pytest.approx(shortest_s(0.0, measured) + 1), "longer than its usual ones"
+
+    def needed_s(trial: Trial, backend: str = "cuda", *, baseline_s: float = 0.0, slowdown: float = 1.0) -> float:
+        return shortest_s(baseline_s, [trial], backend, lambda _: slowdown)
+
+    assert needed_s(measured[0]) == 1 + 1 + 1 + 3, "start, longest, evaluation, three rounds"
+    assert needed_s(measured[0], slowdown=2.0) == 1 + 2 * (1 + 1 + 3)
+    assert needed_s(compiled) == needed_s(measured[0]) + 3
+    assert needed_s(bucketed) == needed_s(measured[0]) + 1, "longer than its usual ones"
+    assert needed_s(measured[0], baseline_s=8.0) == 1 + (8 + 1) + (8 + 1) + 3 * (8 + 2)
+    assert needed_s(measured[0], "cpu", baseline_s=8.0) == 3 * (1 + 8 + 1) + (8 + 1) + 3 * (8 + 2), "a start for each turn"
 
 
 class DriftingPulse(SilentPulse):

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from autotune.measurement import Interval, Trial
-from autotune.search.finals import MIN_ROUNDS, Race, ratio
+from autotune.search.finals import MIN_ROUNDS, Race, is_alone, ratio
 from autotune.search.space import Space
 from autotune.search.surrogate import Surrogate
 from autotune.strategy import Strategy
@@ -128,12 +128,14 @@ def groups(without: Mapping[str, Strategy], peaks: Sequence[int], room_bytes: in
     return [group for group in found if group]
 
 
-def needed_s(step_s: float, warm_up_s: float, shares: Iterable[Share]) -> float:
+def needed_s(step_s: float, warm_up_s: float, shares: Iterable[Share], backend: str) -> float:
     """Seconds that measuring takes, where the best's step takes ``step_s`` after a warm-up, which each of the others
     pays anew, and each knob brings so much."""
     steps_s = [step_s, *(step_s * share.ratio.ratio for share in shares if share.ratio)]
-    starting_s = len(steps_s) * _START_S + (len(steps_s) - 1) * warm_up_s
-    return starting_s + (_WARM_UP_STEPS + MIN_ROUNDS + 1) * sum(steps_s)
+    num_rounds = MIN_ROUNDS + 1
+    num_openings = num_rounds if is_alone(backend, steps_s) else 1
+    opening_s = len(steps_s) * _START_S + (len(steps_s) - 1) * warm_up_s + _WARM_UP_STEPS * sum(steps_s)
+    return num_openings * opening_s + num_rounds * sum(steps_s)
 
 
 def _share(knob: str, best: Strategy, baseline: Strategy, found: Interval | None, **details: Any) -> Share:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import numpy as np
 
+from autotune import backends
 from autotune.backends.cpu import usable_cores
 from autotune.contention import Load
 from autotune.measurement import Interval, Lap, Measurement, Trial
@@ -44,6 +44,10 @@ PROCESSES, LIFE_S = 12, 2.0
 """Where processes are replaced, each entrant gets about so many in a race, or more where they would race for longer
 than this; two rounds each at least. They are clusters enough for an interval, with some to spare for those that were
 disturbed all along."""
+ALONE_S = 0.3
+"""Where steps of a host's entrants take so long, every turn has a process of its own: what the others' hold of the
+memory, idle though they are, can make page faults twice as dear, and a setting whose allocator gives memory back half
+as slow again (docs/LOG.md 2026-11-26). With shorter ones there would be more starting than timing."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, less their whole part, never come close to one another (Weyl 1916): every life starts at other
 batches."""
@@ -96,7 +100,8 @@ class Race:
 
     Two processes of one setting differ by some percent for as long as they live, by where their memory came to lie. So
     processes are replaced after some rounds, which the interval takes as a cluster, where enough such lives fit into
-    the time; else every process lives through the race.
+    the time; else every process lives through the race. Where steps are long (``is_alone``), each turn's process is a
+    fresh one and the only one.
 
     A turn that takes longer than ``timeout_s`` fails; ``memory_limit_bytes`` holds for each process alone. Turns that
     are long enough for beats of a ``pulse`` are moved to one speed of the device by them.
@@ -122,6 +127,10 @@ class Race:
         self._num_lives = 0
         self._life_s = math.inf
         """How long processes live before they are replaced."""
+        self._is_alone = False
+        """Whether each turn's process is a fresh one and the only one."""
+        self._closed_cpu_s = 0.0
+        """What the processes that are gone have spent."""
         self.failures: dict[int, TrialEndedError] = {}
         """Why an entrant is no longer in the race, by its trial's number."""
 
@@ -137,8 +146,8 @@ class Race:
         round_s = math.inf
         patient_until, patience = 0, 1
         max_rounds = MAX_ROUNDS if max_rounds is None else max_rounds
-        with contextlib.ExitStack() as stack:
-            self._open(stack)
+        try:
+            self._open()
             born = time.monotonic()
             opening_s = born - start
             while len(self._running) > 1 or self.num_rounds == 0:
@@ -155,13 +164,15 @@ class Race:
                 is_out = self.num_rounds >= max_rounds or 2 * now - began - start > enough_s
                 if not self._running or (self.num_rounds >= MIN_ROUNDS and (is_out or self._is_known())):
                     return
-                if self.num_rounds == 2:  # A B, B A: both came first once
+                if self.num_rounds == 2 and not self._is_alone:  # A B, B A: both came first once
                     is_cheap = not any(entrant.compiles for entrant in self._running)
                     if is_cheap and min(enough_s / (opening_s + 2 * round_s), max_rounds / 2) >= MIN_RANKED:
                         self._life_s = max(0.0, min(enough_s / PROCESSES - opening_s, LIFE_S))
                 if self.num_rounds % 2 == 0 and now - born >= self._life_s:
-                    self._open(stack)
+                    self._open()
                     born = time.monotonic()
+        finally:
+            self._close_all()
 
     @property
     def num_rounds(self) -> int:
@@ -178,7 +189,8 @@ class Race:
         """What the entrants that are still in the race have shown in the rounds that all of them finished."""
         counted = [found for found in self._rounds if found.is_quiet or not self.num_disturbed]
         pulse_s = usual_pulse_s(lap for found in counted for laps in found.laps.values() for lap in laps)
-        lives = None if math.isinf(self._life_s) else tuple(found.life for found in counted)
+        were_replaced = self._is_alone or math.isfinite(self._life_s)
+        lives = tuple(found.life for found in counted) if were_replaced else None
         finals: list[Final] = []
         for entrant in self._running if counted else ():
             number = entrant.trial.number
@@ -200,32 +212,45 @@ class Race:
             finals.append(_at_rate(final, self._epochs[number], seconds or statistics.median(epoch_s)))
         return finals
 
-    def _open(self, stack: contextlib.ExitStack) -> None:
-        """Fresh processes for all, warmed up on their longest batch: where memory is kept, it is as large as training's
-        soon is."""
-        start = GOLDEN * self._num_lives % 1
+    def _open(self) -> None:
+        """Fresh processes for all, unless each is to be alone, which may show only by them."""
         self._num_lives += 1
-        for entrant in list(self._running):
-            number = entrant.trial.number
-            if number in self._sessions:
-                self._sessions.pop(number).close()
-            try:
-                job = msgspec.structs.replace(entrant.job, start=start)
-                session = Session(
-                    job, memory_limit_bytes=self._memory_limit_bytes, silence_s=entrant.silence_s, pulse=self._pulse
-                )
-                self._sessions[number] = stack.enter_context(session)
-            except TrialEndedError as end:
-                self._leave(entrant, end)
-                continue
+        for entrant in [] if self._are_steps_long() else list(self._running):
+            self._start(entrant)
+        self._is_alone = self._are_steps_long()
+        if self._is_alone:
+            self._close_all()
+
+    def _are_steps_long(self) -> bool:
+        return bool(self._running) and is_alone(self._running[0].job.backend, map(self._step_s, self._running))
+
+    def _start(self, entrant: Entrant) -> Session | None:
+        """A fresh process, warmed up on its longest batch: where memory is kept, it is as large as training's soon is.
+        None where it fails."""
+        number = entrant.trial.number
+        self._close(number)
+        try:
+            self._sessions[number] = Session(
+                msgspec.structs.replace(entrant.job, start=GOLDEN * (self._num_lives - 1) % 1),
+                memory_limit_bytes=self._memory_limit_bytes,
+                silence_s=entrant.silence_s,
+                pulse=self._pulse,
+            )
             laps = COMPILED_LAPS if entrant.compiles else 0
-            if (done := self._turn(entrant, Command(min_laps=laps))) is not None:
-                self._measurements[number].append(done.measurement)
-                self._epochs[number] = done.epoch
+            done = self._sessions[number].time(Command(min_laps=laps), timeout_s=self._timeout_s)
+        except TrialEndedError as end:
+            self._leave(entrant, end)
+            return None
+        self._measurements[number].append(done.measurement)
+        self._epochs[number] = done.epoch
+        return self._sessions[number]
 
     def _round(self, *, gives_up: bool) -> bool:
         """One turn of each. With ``gives_up``, a round that others disturb is left unfinished: False."""
-        eval_batches = EVAL_BATCHES if self.num_rounds < EVAL_ROUNDS else 0
+        if self._is_alone and self._rounds:
+            self._num_lives += 1
+        # a process that lives on evaluates no more than it has to
+        eval_batches = EVAL_BATCHES if self.num_rounds < (1 if self._is_alone else EVAL_ROUNDS) else 0
         order = list(self._running) if self.num_rounds % 2 == 0 else list(reversed(self._running))
         before_s, load = self._cpu_s(), Load()
         laps: dict[int, tuple[Lap, ...]] = {}
@@ -235,8 +260,9 @@ class Race:
             if done is not None:
                 laps[entrant.trial.number] = tuple(uncompiled(done.laps))
                 self._measurements[entrant.trial.number][-1] = done.measurement
-            spent_s = sum(after - before_s[number] for number, after in self._cpu_s().items())
-            is_quiet = load.is_quiet(self._num_cores, spent_s)
+            if self._is_alone:
+                self._close(entrant.trial.number)
+            is_quiet = load.is_quiet(self._num_cores, self._cpu_s() - before_s)
             if gives_up and not is_quiet and entrant is not order[-1]:
                 return False
         self._rounds.append(Round(laps=laps, life=self._num_lives - 1, is_quiet=is_quiet))
@@ -252,29 +278,42 @@ class Race:
         return False
 
     def _turn(self, entrant: Entrant, command: Command) -> Done | None:
+        session = self._sessions.get(entrant.trial.number) or self._start(entrant)
         try:
-            session = self._sessions[entrant.trial.number]
-            return session.time(command, timeout_s=self._timeout_s)
+            return session.time(command, timeout_s=self._timeout_s) if session else None
         except TrialEndedError as end:
             self._leave(entrant, end)
             return None
 
     def _leave(self, entrant: Entrant, end: TrialEndedError) -> None:
         number = entrant.trial.number
-        if number in self._sessions:
-            self._sessions[number].close()
+        self._close(number)
         self._running.remove(entrant)
         self.failures[number] = end
 
+    def _close_all(self) -> None:
+        for number in list(self._sessions):
+            self._close(number)
+
+    def _close(self, number: int) -> None:
+        if (session := self._sessions.pop(number, None)) is not None:
+            self._closed_cpu_s += session.cpu_s()
+            session.close()
+
+    def _step_s(self, entrant: Entrant) -> float:
+        """Of its latest process, or else of its trial; zero where nothing is known."""
+        timed = self._measurements[entrant.trial.number]
+        found = timed[-1] if timed else entrant.trial.measurement
+        return found.step_ms / 1000 if found else 0.0
+
     def _laps(self, entrant: Entrant) -> int:
         """As many as fit into the slowest entrant's one."""
-        steps = {number: found[-1].step_ms for number, found in self._measurements.items() if found}
-        return max(1, min(MAX_LAPS, round(max(steps.values()) / steps[entrant.trial.number])))
+        return num_laps(self._step_s(entrant), max(map(self._step_s, self._running)))
 
-    def _cpu_s(self) -> dict[int | None, float]:
+    def _cpu_s(self) -> float:
+        """What the processes and the pulse have spent so far."""
         pulse_s = self._pulse.cpu_s() if self._pulse else 0.0
-        numbers = [entrant.trial.number for entrant in self._running]
-        return {None: pulse_s, **{number: self._sessions[number].cpu_s() for number in numbers}}
+        return self._closed_cpu_s + pulse_s + sum(session.cpu_s() for session in self._sessions.values())
 
     def _is_known(self) -> bool:
         if self.num_rounds < MIN_RANKED:
@@ -311,25 +350,40 @@ def _at_rate(final: Final, epoch: Epoch, epoch_s: float) -> Final:
     return msgspec.structs.replace(final, measurement=measurement)
 
 
+def is_alone(backend: str, steps_s: Iterable[float]) -> bool:
+    """Whether every turn of a race of settings with such steps has a process of its own."""
+    return backends.get(backend).is_host_memory and max(steps_s, default=0.0) >= ALONE_S
+
+
+def num_laps(step_s: float, slowest_s: float) -> int:
+    """Laps of a turn: as many as fit into the slowest entrant's one."""
+    return max(1, min(MAX_LAPS, round(slowest_s / step_s))) if step_s else 1
+
+
 def shortest_s(
-    baseline_step_s: float, finalists: Sequence[Trial], slowdown_since: Callable[[Trial], float] = lambda _: 1.0
+    baseline_step_s: float,
+    finalists: Sequence[Trial],
+    backend: str,
+    slowdown_since: Callable[[Trial], float] = lambda _: 1.0,
 ) -> float:
-    """Seconds that the shortest race of these and the baseline takes: starting, the longest batch and an evaluation (a
-    step's time) each, or more steps where they compile, then the rounds. ``slowdown_since`` says how much slower each
-    is now than in its trial."""
+    """Seconds that the shortest race of these and the baseline takes, which without one is 0: starting and the longest
+    batch, or more steps where they compile, once or for every turn; an evaluation (a step's time); then the rounds.
+    ``slowdown_since`` says how much slower each is now than in its trial."""
     if not finalists:
         return 0.0
-    steps_s = warm_up_s = 0.0
+    steps_s = [baseline_step_s]
+    opening_s = baseline_step_s + 1
     for trial in finalists:
         if trial.measurement is not None:
             slowdown = slowdown_since(trial)
             step_s = slowdown * trial.measurement.step_ms / 1000
-            steps_s += step_s
-            warm_up_s += step_s * (1 if trial.strategy.padding == "max" else LONGEST)
+            steps_s.append(step_s)
+            opening_s += step_s * (1 if trial.strategy.padding == "max" else LONGEST)
             is_compiled = trial.strategy.compile != "none"
-            warm_up_s += slowdown * trial.measurement.warm_up_s + (COMPILED_LAPS * step_s if is_compiled else 0.0)
-    start_s = 2 * baseline_step_s + steps_s + warm_up_s + 1
-    return start_s + MIN_ROUNDS * (baseline_step_s + MAX_LAPS * steps_s)
+            opening_s += slowdown * trial.measurement.warm_up_s + (COMPILED_LAPS * step_s if is_compiled else 0.0)
+    num_openings = MIN_ROUNDS if is_alone(backend, steps_s) else 1
+    round_s = sum(step_s * num_laps(step_s, max(steps_s)) for step_s in steps_s)
+    return num_openings * opening_s + sum(steps_s) + MIN_ROUNDS * round_s
 
 
 def ranked(finals: Sequence[Final], loss: Callable[[Final], float]) -> list[Final]:

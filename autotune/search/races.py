@@ -84,14 +84,16 @@ class Races:
         race, earlier = self.race_of([reference, *entrants]), self._standings.race
         self._standings.race = race
         try:
-            self._run(race, min(share_s, left_s), f"final: the best {len(entrants)} and the baseline in turns")
+            enough_s = left_s if self._trials.is_time_up and not in_any_case else min(share_s, left_s)
+            self._run(race, enough_s, f"final: the best {len(entrants)} and the baseline in turns")
         finally:
             if race.num_rounds < MIN_RACED and earlier is not None:  # interrupted
                 self._standings.race = earlier
 
     def shortest_s(self, field: Sequence[Trial], *, with_baseline: bool = True) -> float:
         """Of their race, at the speed that the device has now."""
-        return finals.shortest_s(self._step_s if with_baseline else 0.0, field, self._history.slowdown_since)
+        step_s = self._step_s if with_baseline else 0.0
+        return finals.shortest_s(step_s, field, self._task.backend.name, self._history.slowdown_since)
 
     def race_of(self, trials: Sequence[Trial]) -> Race:
         """A race of these that nothing has been run of."""
@@ -159,6 +161,9 @@ class Races:
         return self.shortest_s(field, with_baseline=False) + self.shortest_s(field[:NUM_THROUGH])
 
     def _fit_together(self, trials: Sequence[Trial]) -> bool:
+        measured = [trial.measurement for trial in trials if trial.measurement]
+        if finals.is_alone(self._task.backend.name, [found.step_ms / 1000 for found in measured]):
+            return True
         return sum(map(_peak_bytes, trials)) + len(trials) * self._task.context_bytes < self._task.machine_limit_bytes
 
 

@@ -105,7 +105,7 @@ class _Search:
             return None
         shares = self.history.estimated_shares(best.strategy)
         warm_up_s = best.measurement.warm_up_s if self.task.compiles(best.strategy) else 0.0
-        needed_s = explain.needed_s(best.measurement.step_ms / 1000, warm_up_s, shares)
+        needed_s = explain.needed_s(best.measurement.step_ms / 1000, warm_up_s, shares, self.task.backend.name)
         if not shares or (explains is None and needed_s > self.races.left_s()):
             return None
         return max(needed_s, EXPLAIN_S if explains else min(EXPLAIN_S, self.races.left_s()))

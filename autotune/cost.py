@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIN_FITTED = 5
-"""With fewer timings, time is taken to go by tokens alone."""
+"""With fewer timings, time is taken to go as the model's operations do, or by tokens alone where they are not known."""
 _ITERATIONS = 12
 
 
@@ -49,10 +49,12 @@ class Cost(NamedTuple):
 
 
 BY_TOKENS = Cost(0.0, 1.0, 0.0)
+_PARTS = (Cost(1.0, 0.0, 0.0), BY_TOKENS, Cost(0.0, 0.0, 1.0))
 
 
-def fit(works: Sequence[Work], seconds: Sequence[float]) -> Cost:
-    """The cost that explains some timings best, no part of it negative.
+def fit(works: Sequence[Work], seconds: Sequence[float], usual: Cost = BY_TOKENS) -> Cost:
+    """The cost that explains some timings best, no part of it negative; ``usual``, and what a step takes beside it, are
+    among those that may.
 
     Least absolute relative deviations, so that a disturbed timing counts for little (solved by reweighting,
     Schlossmacher 1973). Of the combinations of parts, the one with the least corrected Akaike criterion (Hurvich and
@@ -60,21 +62,20 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Cost:
     """
     count = len(works)
     if count < MIN_FITTED:
-        return BY_TOKENS
+        return usual
     shares = np.asarray(works, dtype=float) / np.asarray(seconds, dtype=float)[:, None]
-    best, best_criterion = BY_TOKENS, np.inf
-    for size in (1, 2, 3):
-        for parts in combinations(range(3), size):
-            found = _least_deviations(shares[:, parts])
-            if found is None or count - size - 2 < 1:
-                continue
-            deviation = max(float(np.abs(shares[:, parts] @ found - 1).mean()), 1e-9)
-            parameters = size + 1  # the spread is one
-            criterion = 2 * count * np.log(deviation) + 2 * parameters * count / (count - parameters - 1)
-            if criterion < best_criterion - 1e-9:
-                values = np.zeros(3)
-                values[list(parts)] = found
-                best, best_criterion = Cost(*values.tolist()), criterion
+    best, best_criterion = usual, np.inf
+    mixtures = [(usual,), (_PARTS[0], usual), *(parts for size in (1, 2, 3) for parts in combinations(_PARTS, size))]
+    for parts in mixtures:
+        found = _least_deviations(shares @ np.transpose(parts))
+        if found is None or count - len(parts) - 2 < 1:
+            continue
+        mixed = found @ np.asarray(parts)
+        deviation = max(float(np.abs(shares @ mixed - 1).mean()), 1e-9)
+        parameters = len(parts) + 1  # the spread is one
+        criterion = 2 * count * np.log(deviation) + 2 * parameters * count / (count - parameters - 1)
+        if criterion < best_criterion - 1e-9:
+            best, best_criterion = Cost(*mixed.tolist()), criterion
     return best
 
 

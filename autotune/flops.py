@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from autotune.cost import BY_TOKENS, Cost
 from autotune.strategy import Precision
 from autotune.workloads.base import Workload
 
@@ -25,6 +26,8 @@ class Flops(NamedTuple):
 
     per_sample: float | None
     reason: str = "ok"
+    cost: Cost = BY_TOKENS
+    """How they go with a sample's length; by tokens where that is not known."""
 
 
 def flops_of(workload: Workload) -> Flops:
@@ -40,7 +43,10 @@ def flops_of(workload: Workload) -> Flops:
     except Exception as exc:  # noqa: BLE001 - any model's own code, run without data: what it says is the reason
         return Flops(None, f"the model does not run without data: {type(exc).__name__}: {str(exc).split(chr(10))[0]}")
     fit = np.polyfit(list(counted), list(counted.values()), len(counted) - 1)
-    return Flops(float(np.polyval(fit, lengths).mean()))
+    per_square, per_token = fit[:2].tolist() if len(fit) == 3 else (0.0, 1.0)
+    is_known = per_token > 0 and per_square >= 0
+    cost = Cost(0.0, 1.0, per_square / per_token) if is_known else BY_TOKENS
+    return Flops(float(np.polyval(fit, lengths).mean()), cost=cost)
 
 
 def matmul_capability(precision: Precision) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from autotune import backends, workloads
+from autotune.flops import flops_of
 from autotune.measurement import Trial
 from autotune.report.terminal import describe, interval_words
 from autotune.search.finals import MIN_ROUNDS, Entrant, Race, ratio
@@ -29,12 +30,12 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
     module = workloads.get(model)
     ref = module.prepare(data, limit=None, on_progress=lambda _: None)
     workload = module.open_workload(ref)
-    backend = backends.find()
+    backend, cost = backends.find(), flops_of(workload).cost
     print(f"{backend.device().name}, torch {backend.device().versions['torch']}, {ref.source}")
 
     def entrant(number: int, name: str) -> Entrant:
         strategy = strategy_of(name, workload)
-        job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0)
+        job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0, cost=cost)
         return Entrant(trial=Trial(number=number, strategy=strategy, outcome="ok"), job=job)
 
     def told(done: int) -> None:

@@ -27,7 +27,9 @@ def test_the_encoder_s_operations_are_those_of_its_matrix_products(prepared: tup
     attention = LAYERS * 2 * WIDTH  # times the length squared: scores, and their sum of values
     forward = 2 * (per_token * lengths + attention * lengths**2 + WIDTH * 2)
     # the backward pass takes each product twice over
-    assert flops_of(workload).per_sample == pytest.approx(3 * forward.mean(), rel=0.01)
+    found = flops_of(workload)
+    assert found.per_sample == pytest.approx(3 * forward.mean(), rel=0.01)
+    assert found.cost.per_square / found.cost.per_token == pytest.approx(attention / per_token, rel=0.01)
 
 
 def test_a_user_s_linear_layer_is_counted_without_its_input_s_gradient() -> None:

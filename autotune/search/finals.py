@@ -34,6 +34,8 @@ MIN_QUIET = 5
 """With so many quiet rounds the disturbed ones do not count. Which they are is told by the cores, not by the times."""
 MAX_LAPS = 2
 """Laps of one turn at most: consecutive ones cover the lengths. The slowest entrant takes one."""
+MAX_LAPS_ALONE, TURN_S = 4, 5.0
+"""The same of a turn whose process is alone, which pays for its start: as many as take so long, one at least."""
 COMPILED_LAPS = 3
 """So many more steps do compiled settings take before the clock runs, to meet more shapes."""
 LONGEST = 2
@@ -199,7 +201,7 @@ class Race:
                 for life in {found.life for found in counted}
             }
             rounds = [[at_pulse(lap, usual_s[found.life], pulse_s) for lap in found.laps[number]] for found in counted]
-            epoch_s = tuple(epoch_seconds(rounds, self._epochs[number].work))
+            epoch_s = tuple(epoch_seconds(rounds, self._epochs[number]))
             final = Final(
                 trial=entrant.trial,
                 measurement=_middle(
@@ -307,8 +309,8 @@ class Race:
         return found.step_ms / 1000 if found else 0.0
 
     def _laps(self, entrant: Entrant) -> int:
-        """As many as fit into the slowest entrant's one."""
-        return num_laps(self._step_s(entrant), max(map(self._step_s, self._running)))
+        slowest_s = max(map(self._step_s, self._running))
+        return num_laps(self._step_s(entrant), slowest_s, is_alone=self._is_alone)
 
     def _cpu_s(self) -> float:
         """What the processes and the pulse have spent so far."""
@@ -355,9 +357,10 @@ def is_alone(backend: str, steps_s: Iterable[float]) -> bool:
     return backends.get(backend).is_host_memory and max(steps_s, default=0.0) >= ALONE_S
 
 
-def num_laps(step_s: float, slowest_s: float) -> int:
-    """Laps of a turn: as many as fit into the slowest entrant's one."""
-    return max(1, min(MAX_LAPS, round(slowest_s / step_s))) if step_s else 1
+def num_laps(step_s: float, slowest_s: float, *, is_alone: bool) -> int:
+    """Laps of a turn."""
+    enough_s, most = (TURN_S, MAX_LAPS_ALONE) if is_alone else (slowest_s, MAX_LAPS)
+    return max(1, min(most, round(enough_s / step_s))) if step_s else 1
 
 
 def shortest_s(
@@ -381,8 +384,9 @@ def shortest_s(
             opening_s += step_s * (1 if trial.strategy.padding == "max" else LONGEST)
             is_compiled = trial.strategy.compile != "none"
             opening_s += slowdown * trial.measurement.warm_up_s + (COMPILED_LAPS * step_s if is_compiled else 0.0)
-    num_openings = MIN_ROUNDS if is_alone(backend, steps_s) else 1
-    round_s = sum(step_s * num_laps(step_s, max(steps_s)) for step_s in steps_s)
+    are_alone = is_alone(backend, steps_s)
+    num_openings = MIN_ROUNDS if are_alone else 1
+    round_s = sum(step_s * num_laps(step_s, max(steps_s), is_alone=are_alone) for step_s in steps_s)
     return num_openings * opening_s + sum(steps_s) + MIN_ROUNDS * round_s
 
 

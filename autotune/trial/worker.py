@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from autotune.cost import BY_TOKENS, Cost
 from autotune.errors import AutotuneError
 from autotune.measurement import Lap, Measurement, Outcome
 from autotune.strategy import Strategy
@@ -39,6 +40,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     start: float = 0.0
     """Where in the order of the timed batches it begins, as a share of them."""
+    cost: Cost = BY_TOKENS
+    """How long batches usually take by their shape, until timings say it."""
     recipe: Recipe | None = None
     """In place of the workload's own."""
     total_steps: int | None = None
@@ -164,7 +167,7 @@ def _serve(connection: Connection, job: Job) -> None:
         os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), job.compiles_into)
     backend.start_memory_window()
     run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
-    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats)))
+    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats), job.cost))
     connection.send(Progress(stage="first step"))
     say = _seldom(connection)
 

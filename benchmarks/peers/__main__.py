@@ -24,6 +24,7 @@ from rich.table import Table
 from autotune import backends, workloads
 from autotune.api import safe_defaults
 from autotune.files import replace_file
+from autotune.flops import flops_of
 from autotune.measurement import Interval, Trial
 from autotune.report.terminal import describe, interval_words, stdout
 from autotune.search.finals import Entrant, Race, ratio
@@ -148,11 +149,11 @@ def kept_at(folder: Path, tool: str) -> Path:
 
 def in_turns(ours: Strategy, theirs: Strategy, ref: WorkloadRef, seconds: float) -> Timed | str:
     """Both in turns; the reason where theirs does not train."""
-    backend = backends.find()
+    backend, cost = backends.find(), flops_of(workloads.open_workload(ref)).cost
     entrants = [
         Entrant(
             trial=Trial(number=number, strategy=strategy, outcome="ok"),
-            job=Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0),
+            job=Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0, cost=cost),
         )
         for number, strategy in enumerate((ours, theirs))
     ]

@@ -217,6 +217,8 @@ def test_profiles_are_listed_shown_verified_and_exported(found: Found) -> None:
     exported = json.loads(autotune("profiles", "export", path, "--json").stdout)
     assert exported["strategy"] == report["best"]["strategy"]
     assert autotune("profiles", "export", path).stdout == Path(path).read_text()
+    by_name = autotune("profiles", "export", "imdb", "--profiles", folder)
+    assert by_name.stdout == Path(path).read_text(), "this device's, by the workload's name"
 
 
 def test_a_loaded_profile_gives_a_run_that_trains(

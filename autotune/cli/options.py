@@ -14,6 +14,7 @@ from autotune.workloads.base import Workload, WorkloadRef
 
 if TYPE_CHECKING:
     from autotune.probe import Hardware
+    from autotune.profile import Profile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,6 +77,20 @@ def find_backend(device_name: str | None) -> Backend:
     if reason is not None:
         raise AutotuneError(f"device {device_name} is not available: {reason}")
     return backend
+
+
+def named_profile(what: str, device_name: str | None, profiles: Path | None) -> tuple[Profile, Path]:
+    """A profile by its file, or this device's by its workload's name. Raises AutotuneError where there is none."""
+    from autotune import store, workloads
+    from autotune.profile import read_profile
+
+    path = Path(what)
+    if path.suffix == ".toml":
+        return read_profile(path), path
+    found = store.find_profile(find_backend(device_name).device(), workloads.wanted(what), profiles)
+    if found is None:
+        raise AutotuneError(f"there is no profile for {what} on this device; autotune search --model {what}")
+    return found
 
 
 def probed(backend: Backend, *, refresh: bool = False) -> Hardware:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import click
 
-from autotune.cli.options import device_option, find_backend, profiles_option
+from autotune.cli.options import device_option, find_backend, named_profile, profiles_option
 from autotune.errors import AutotuneError
+
+_what = click.argument("what", metavar="PROFILE|WORKLOAD")
+"""A profile's file, or a workload's name for this device's profile of it."""
 
 
 @click.group("profiles")
@@ -40,15 +43,16 @@ def list_(profiles: Path | None, device_name: str | None) -> None:
 
 
 @command.command("show")
-@click.argument("path", type=click.Path(path_type=Path))
-def show(path: Path) -> None:
+@_what
+@profiles_option
+@device_option
+def show(what: str, profiles: Path | None, device_name: str | None) -> None:
     """What a profile sets, and the evidence for it."""
-    from autotune.profile import read_profile
     from autotune.report.summary import changed_knobs
     from autotune.report.terminal import describe, interval_words, stdout
     from autotune.units import format_bytes, format_duration, format_rate
 
-    profile = read_profile(path)
+    profile, _ = named_profile(what, device_name, profiles)
     console, evidence = stdout(), profile.evidence
     console.print(f"{profile.workload.name} on {profile.device.name} ({profile.device.architecture})", style="bold")
     console.print(changed_knobs(profile.strategy, evidence.baseline_strategy))
@@ -66,25 +70,27 @@ def show(path: Path) -> None:
 
 
 @command.command("verify")
-@click.argument("path", type=click.Path(path_type=Path))
-def verify(path: Path) -> None:
+@_what
+@profiles_option
+@device_option
+def verify(what: str, profiles: Path | None, device_name: str | None) -> None:
     """Whether a profile is well formed; exit status 1 with the key at fault where it is not."""
-    from autotune.profile import read_profile
-
-    profile = read_profile(path)
+    profile, path = named_profile(what, device_name, profiles)
     click.echo(f"{path}: ok, schema {profile.schema}, {profile.workload.name} on {profile.device.name}")
 
 
 @command.command("export")
-@click.argument("path", type=click.Path(path_type=Path))
+@_what
+@profiles_option
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="JSON in place of TOML.")
-def export(path: Path, as_json: bool) -> None:
+def export(what: str, profiles: Path | None, device_name: str | None, as_json: bool) -> None:
     """Prints a profile, checked, as TOML or JSON."""
     import msgspec
 
-    from autotune.profile import format_profile, read_profile
+    from autotune.profile import format_profile
 
-    profile = read_profile(path)
+    profile, _ = named_profile(what, device_name, profiles)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(profile), indent=2).decode())
     else:

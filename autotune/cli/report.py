@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from autotune.cli.options import device_option, find_backend, profiles_option
-from autotune.errors import AutotuneError, UsageError
+from autotune.cli.options import device_option, named_profile, profiles_option
+from autotune.errors import UsageError
 
 
 @click.command("report")
@@ -21,10 +21,9 @@ def command(what: str, output: Path, plots: Path | None, device_name: str | None
 
     SEARCH is a workload's name, for this device's profile of it, or a profile's file; STUDY is a study's record.
     """
-    from autotune import store, workloads
+    from autotune import store
     from autotune.files import save
     from autotune.probe import cached_probe
-    from autotune.profile import read_profile
 
     path = Path(what)
     is_study = path.suffix == ".json" and ":" not in what
@@ -47,14 +46,7 @@ def command(what: str, output: Path, plots: Path | None, device_name: str | None
         from autotune.report.search_page import search_page
         from autotune.search.journal import recorded_trials
 
-        if path.suffix == ".toml":
-            profile = read_profile(path)
-        else:
-            wanted = workloads.wanted(what)
-            found = store.find_profile(find_backend(device_name).device(), wanted, profiles)
-            if found is None:
-                raise AutotuneError(f"there is no profile for {what} on this device; autotune search --model {what}")
-            profile, path = found
+        profile, path = named_profile(what, device_name, profiles)
         trials = recorded_trials(path.with_suffix(".journal"), profile.evidence.search)
         html = search_page(profile, path, trials, cached_probe(profile.device.fingerprint, store.cache_dir() / "probe"))
     save(output, html.encode(), "page")

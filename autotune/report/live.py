@@ -189,8 +189,9 @@ class SearchDisplay(_Display, Observer):
         """An earlier run of this search was interrupted; its trials count."""
         self._trials, self._best = list(trials), best
         self._start -= spent_s
-        self._space_words += f"; goes on after {len(trials)} trials of an interrupted search (--fresh starts anew)"
-        self.say(f"going on after {len(trials)} trials and {format_duration(spent_s)} of an interrupted search")
+        tried = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+        self._space_words += f"; goes on after {tried} of an interrupted search (--fresh starts anew)"
+        self.say(f"going on after {tried} and {format_duration(spent_s)} of an interrupted search")
 
     def on_race(self, name: str, done: int) -> None:
         """A round of a race ended; at 0 it starts."""

@@ -243,7 +243,9 @@ class _Search:
         if best is None:
             raise self._no_winner()
         if self.was_interrupted and best is reference:
-            raise InterruptedSearchError("interrupted before a setting was faster than the baseline; nothing to save")
+            raise InterruptedSearchError(
+                "interrupted before a setting was faster than the baseline; nothing to save, the same command goes on"
+            )
         was_raced = {reference.number, best.number} <= entered.keys()
         is_compiled = best.strategy.compile != "none"
         cached_s = best.measurement.warm_up_s if best.measurement and best.measurement.is_from_cache else None
@@ -280,7 +282,9 @@ class _Search:
 
     def _no_winner(self) -> AutotuneError:
         if self.was_interrupted:
-            return InterruptedSearchError("interrupted before any setting fitted the memory budget; nothing to save")
+            return InterruptedSearchError(
+                "interrupted before any setting fitted the memory budget; nothing to save, the same command goes on"
+            )
         measured = [trial.measurement for trial in self.history.all if trial.measurement]
         if self.history.failures and any(map(self.task.fits, measured)):
             number, failure = next(iter(self.history.failures.items()))

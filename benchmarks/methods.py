@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 import optuna
 
 from autotune import backends
+from autotune.flops import Flops
 from autotune.measurement import Trial
 from autotune.search.journal import Journal
 from autotune.search.objective import FASTEST, PlannedRun, hopeless, loss_of
@@ -41,6 +42,11 @@ class Replayed(Task):
     def space(self) -> Space:
         """What was recorded."""
         return self.recorded.space
+
+    @functools.cached_property
+    def flops(self) -> Flops:
+        """Not needed: what was recorded is of whole epochs."""
+        return Flops(None, "nothing is trained in a replay")
 
     @functools.cached_property
     def planned(self) -> PlannedRun:

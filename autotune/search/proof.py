@@ -36,7 +36,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
 def needed_s(baseline_step_s: float, soak: Soak, *, has_reference: bool) -> float:
     """Seconds that the last test of one setting takes, and the reference's losses, which it may have already."""
-    num_steps = 1 if has_reference else 3
+    num_steps = 1 if has_reference else 2
     return min(soak.enough_s, 2 * soak.enough_steps * baseline_step_s) + num_steps * baseline_step_s + 1
 
 

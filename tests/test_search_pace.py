@@ -136,7 +136,7 @@ def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(task
     assert needed_s(bucketed) == needed_s(measured[0]) + 1, "longer than its usual ones"
     assert needed_s(measured[0], baseline_s=8.0) == 1 + (8 + 1) + (8 + 1) + 3 * (8 + 2)
     a_start_for_each_turn = 3 * (1 + 8 + 1)
-    assert needed_s(measured[0], "cpu", baseline_s=8.0) == a_start_for_each_turn + (8 + 1) + 3 * (8 + 4)
+    assert needed_s(measured[0], "cpu", baseline_s=8.0) == a_start_for_each_turn + (8 + 1) + 3 * (8 + 2)
 
 
 class DriftingPulse(SilentPulse):

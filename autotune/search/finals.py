@@ -34,8 +34,8 @@ MIN_QUIET = 5
 """With so many quiet rounds the disturbed ones do not count. Which they are is told by the cores, not by the times."""
 MAX_LAPS = 2
 """Laps of one turn at most: consecutive ones cover the lengths. The slowest entrant takes one."""
-MAX_LAPS_ALONE, TURN_S = 4, 5.0
-"""The same of a turn whose process is alone, which pays for its start: as many as take so long, one at least."""
+TURN_S = 5.0
+"""A turn whose process is alone, which pays for its start, takes as many laps as fit into this."""
 COMPILED_LAPS = 3
 """So many more steps do compiled settings take before the clock runs, to meet more shapes."""
 LONGEST = 2
@@ -359,8 +359,8 @@ def is_alone(backend: str, steps_s: Iterable[float]) -> bool:
 
 def num_laps(step_s: float, slowest_s: float, *, is_alone: bool) -> int:
     """Laps of a turn."""
-    enough_s, most = (TURN_S, MAX_LAPS_ALONE) if is_alone else (slowest_s, MAX_LAPS)
-    return max(1, min(most, round(enough_s / step_s))) if step_s else 1
+    enough_s = TURN_S if is_alone else slowest_s
+    return max(1, min(MAX_LAPS, round(enough_s / step_s))) if step_s else 1
 
 
 def shortest_s(

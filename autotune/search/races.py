@@ -48,9 +48,8 @@ class Races:
         """What the trials have to leave of the budget."""
         if self._history.reference_step_s is None:
             return 0.0
-        share_s = self._share_s()
-        field = self._field(share_s)
-        shortest_s = self._heat_s(field) if field else self.shortest_s(self._best_few(share_s))
+        field = self._field(self._share_s())
+        shortest_s = self._heat_s(field) if field else self.shortest_s(self._history.finalists())
         least_s = LEAST_SHARE * (self._task.settings.budget_s or 0.0)
         return max(shortest_s, least_s) + self._last_test_s()
 
@@ -60,7 +59,7 @@ class Races:
         share_s = min(self._share_s(), self.left_s())
         field = self._field(share_s)
         if not field:
-            return self._best_few(share_s)
+            return self._history.finalists()
         heat = self.race_of(field)
         spare_s = share_s - self._heat_s(field)
         enough_s = self.shortest_s(field, with_baseline=False) + spare_s / 2
@@ -68,13 +67,6 @@ class Races:
         rivals = [final for final in heat.finals() if self._history.may_win(final.trial, final.measurement)]
         through = [final.trial for final in self._standings.in_order(rivals)][:NUM_THROUGH]
         return through or self._history.finalists()
-
-    def _best_few(self, share_s: float) -> list[Trial]:
-        """Who enters the race without a heat: fewer where they would take more than its share."""
-        found = self._history.finalists()
-        while len(self._task.sought) == 1 and len(found) > NUM_THROUGH and self.shortest_s(found) > share_s:
-            found.pop()
-        return found
 
     def run(self, finalists: Sequence[Trial], *, in_any_case: bool = False) -> None:
         """The finalists against the baseline, which is the first entrant; not where the time is up, unless it is

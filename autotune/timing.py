@@ -46,7 +46,7 @@ class Epoch(NamedTuple):
     work: Work
     num_samples: int
     num_steps: int
-    usual: Cost = BY_TOKENS
+    usual_cost: Cost = BY_TOKENS
     """How long batches usually take by their shape."""
 
 
@@ -54,13 +54,13 @@ class Timer:
     """Times one run; laps accumulate over calls, so that rivals can be timed in turns.
 
     ``start`` says where in the order of the batches it begins, as a share of them, 0 to 1: timers of one run that begin
-    apart do not all time the same few batches. ``usual`` is how long batches take by their shape, until enough laps say
-    it. The first lap, which is warm-up, begins with the longest batch: the peak memory is the worst case, and what does
-    not fit fails at once.
+    apart do not all time the same few batches. ``usual_cost`` is how long batches take by their shape, until enough
+    laps say it. The first lap, which is warm-up, begins with the longest batch: the peak memory is the worst case, and
+    what does not fit fails at once.
     """
 
-    def __init__(self, run: Run, start: float = 0.0, beats: Beats | None = None, usual: Cost = BY_TOKENS) -> None:
-        self._run, self._beats, self._usual = run, beats or Beats(), usual
+    def __init__(self, run: Run, start: float = 0.0, beats: Beats | None = None, usual_cost: Cost = BY_TOKENS) -> None:
+        self._run, self._beats, self._usual_cost = run, beats or Beats(), usual_cost
         self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
         order = [self._plan[index] for index in _low_discrepancy(len(self._plan))]
         first = int(start * len(order))
@@ -70,7 +70,7 @@ class Timer:
         self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None
         self._eval_laps: list[Lap] = []
         """Of a batch each."""
-        self._fitted: tuple[int, Cost] = (0, usual)
+        self._fitted: tuple[int, Cost] = (0, usual_cost)
         self._num_steps = 0
         self.laps: list[Lap] = []
 
@@ -204,7 +204,7 @@ class Timer:
         """What an epoch of the run consists of."""
         num_samples = sum(batch.num_samples for batch in self._plan)
         work = total(map(_work, self._plan))
-        return Epoch(work=work, num_samples=num_samples, num_steps=len(self._plan), usual=self._usual)
+        return Epoch(work=work, num_samples=num_samples, num_steps=len(self._plan), usual_cost=self._usual_cost)
 
     def epoch_s(self, laps: list[Lap]) -> float:
         """Seconds of a whole training epoch at the rate of some laps."""
@@ -267,7 +267,7 @@ class Timer:
         if self._fitted[0] != len(self.laps):
             laps = even(self.laps[1:])
             works, seconds = [_lap_work(lap) for lap in laps], [lap.seconds for lap in laps]
-            self._fitted = len(self.laps), fit(works, seconds, self._usual)
+            self._fitted = len(self.laps), fit(works, seconds, self._usual_cost)
         return self._fitted[1]
 
     def _finite(self, losses: Sequence[torch.Tensor], norms: Sequence[torch.Tensor]) -> tuple[float, ...]:
@@ -289,7 +289,7 @@ class Timer:
 def epoch_seconds(rounds: Sequence[Sequence[Lap]], epoch: Epoch) -> list[float]:
     """Seconds of a whole epoch by each round's laps, carried over to the epoch by one cost, fitted to all of them."""
     laps = [lap for found in rounds for lap in found]
-    cost = fit([_lap_work(lap) for lap in laps], [lap.seconds for lap in laps], epoch.usual)
+    cost = fit([_lap_work(lap) for lap in laps], [lap.seconds for lap in laps], epoch.usual_cost)
     whole = cost.of(epoch.work)
     return [sum(lap.seconds for lap in found) * whole / cost.of(total(map(_lap_work, found))) for found in rounds]
 

@@ -2,11 +2,26 @@
 
 from pathlib import Path
 
+from autotune import backends
+from autotune.flops import flops_of
 from autotune.profile import read_profile
 from autotune.strategy import Strategy
-from autotune.workloads.base import Workload
+from autotune.trial.worker import Job
+from autotune.workloads.base import Workload, WorkloadRef
 
 
 def strategy_of(setting: str, workload: Workload) -> Strategy:
     """What an argument names: a profile's file, or ``none`` for the plain baseline."""
     return workload.baseline if setting == "none" else read_profile(Path(setting)).strategy
+
+
+def job_of(strategy: Strategy, ref: WorkloadRef, workload: Workload) -> Job:
+    """As the search times it on this device."""
+    return Job(
+        workload=ref,
+        strategy=strategy,
+        backend=backends.find().name,
+        memory_limit_bytes=None,
+        seed=0,
+        usual_cost=flops_of(workload).cost,
+    )

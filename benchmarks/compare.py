@@ -12,13 +12,12 @@ from pathlib import Path
 import click
 
 from autotune import backends, workloads
-from autotune.flops import flops_of
 from autotune.measurement import Trial
 from autotune.report.terminal import describe, interval_words
-from autotune.search.finals import MIN_ROUNDS, Entrant, Race, ratio
+from autotune.search.finals import ratio
+from autotune.search.turns import MIN_ROUNDS, Entrant, Race
 from autotune.trial.pulse import Pulse
-from autotune.trial.worker import Job
-from benchmarks import strategy_of
+from benchmarks import job_of, strategy_of
 
 
 @click.command()
@@ -30,13 +29,13 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, rounds: int) 
     module = workloads.get(model)
     ref = module.prepare(data, limit=None, on_progress=lambda _: None)
     workload = module.open_workload(ref)
-    backend, cost = backends.find(), flops_of(workload).cost
+    backend = backends.find()
     print(f"{backend.device().name}, torch {backend.device().versions['torch']}, {ref.source}")
 
     def entrant(number: int, name: str) -> Entrant:
         strategy = strategy_of(name, workload)
-        job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0, cost=cost)
-        return Entrant(trial=Trial(number=number, strategy=strategy, outcome="ok"), job=job)
+        trial = Trial(number=number, strategy=strategy, outcome="ok")
+        return Entrant(trial=trial, job=job_of(strategy, ref, workload))
 
     def told(done: int) -> None:
         print(f"{done} of {rounds} rounds", file=sys.stderr, flush=True)

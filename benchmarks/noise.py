@@ -26,7 +26,8 @@ from autotune.apply import apply
 from autotune.data.batching import Indices
 from autotune.measurement import Interval, Trial
 from autotune.models.encoder import EncoderClassifier
-from autotune.search.finals import Entrant, Race, ratio
+from autotune.search.finals import ratio
+from autotune.search.turns import Entrant, Race
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
 from autotune.trial.worker import Job

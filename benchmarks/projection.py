@@ -17,11 +17,9 @@ from pathlib import Path
 import click
 
 from autotune import backends, workloads
-from autotune.flops import flops_of
 from autotune.report.terminal import describe
 from autotune.trial.runner import run_trial
-from autotune.trial.worker import Job
-from benchmarks import strategy_of
+from benchmarks import job_of, strategy_of
 
 
 @click.command()
@@ -35,14 +33,13 @@ def main(settings: tuple[str, ...], model: str, data: Path | None, limit: int, r
     backend = backends.find()
     ref = module.prepare(data, limit=limit, on_progress=lambda _: None)
     workload = module.open_workload(ref)
-    cost = flops_of(workload).cost
     device = backend.device()
     print(f"{device.name}, {device.num_cores} cores, torch {device.versions['torch']}, {ref.source}")
     ratios: dict[str, list[float]] = {setting: [] for setting in settings}
     for number in range(repeats):
         for setting in settings:
             strategy = strategy_of(setting, workload)
-            job = Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0, cost=cost)
+            job = job_of(strategy, ref, workload)
             trial = run_trial(number, job, timeout_s=600, memory_limit_bytes=int(0.9 * device.memory_free_bytes))
             assert trial.measurement is not None, trial.reason
             projected_s = trial.measurement.run_s(num_train=workload.num_train, num_test=workload.num_test, epochs=1)

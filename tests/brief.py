@@ -15,13 +15,13 @@ import msgspec
 @contextlib.contextmanager
 def short_timings() -> Iterator[None]:
     """Trials are timed for a third of a second, races for three rounds."""
-    from autotune.search import finals
+    from autotune.search import turns
     from autotune.trial import runner
 
     short = msgspec.structs.replace(runner.ORDINARY, min_s=0.3, narrow=math.inf)
     once = msgspec.structs.replace(runner.ONCE_WITH_BEATS, min_s=0.3, narrow=math.inf)
     with (
-        mock.patch.object(finals, "MAX_ROUNDS", 3),
+        mock.patch.object(turns, "MAX_ROUNDS", 3),
         mock.patch.multiple(runner, ORDINARY=short, WITH_BEATS=short, ONCE=once, ONCE_WITH_BEATS=once),
     ):
         yield

@@ -11,12 +11,13 @@ import msgspec
 
 from autotune import backends
 from autotune.measurement import Measurement, Trial
-from autotune.search.finals import Entrant, Final
+from autotune.search.finals import Final
 from autotune.search.proof import Proof
 from autotune.search.result import Result
 from autotune.search.settings import Settings
 from autotune.search.study import search
 from autotune.search.task import Task
+from autotune.search.turns import Entrant
 from autotune.strategy import Strategy
 from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Job

@@ -12,11 +12,11 @@ import pytest
 from autotune.measurement import Trial
 from autotune.pace import AROUND, WITHIN
 from autotune.search import study, trials
-from autotune.search.finals import shortest_s
 from autotune.search.history import NOISE_LAP, NOISE_WITHIN, History
 from autotune.search.objective import FASTEST
 from autotune.search.standings import Standings
 from autotune.search.task import Task
+from autotune.search.turns import shortest_s
 from autotune.strategy import Strategy, baseline
 from autotune.trial.pulse import Pulse
 from autotune.trial.runner import ONCE, ONCE_WITH_BEATS, ORDINARY, WITH_BEATS

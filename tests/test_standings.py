@@ -10,11 +10,13 @@ import msgspec
 import pytest
 
 from autotune.measurement import Trial
-from autotune.search.finals import OF_PROCESSES, Final, Race, log_error
+from autotune.search.finals import OF_PROCESSES, Final, log_error, ranked
 from autotune.search.history import History
 from autotune.search.objective import FASTEST, LEANEST
 from autotune.search.standings import Standings
 from autotune.search.task import Task
+from autotune.search.turns import Race
+from autotune.strategy import Strategy
 from tests import factories
 
 BASELINE_S = 100.0
@@ -128,3 +130,18 @@ def test_how_sure_a_race_is_goes_by_its_rounds_and_its_processes(task: Task) -> 
     assert error(drifting, rough) == pytest.approx(math.hypot(OF_PROCESSES, math.sqrt(8 * 0.05**2 / 3 / 4)))
     assert math.isinf(error((100.0,), (50.0,)))
     assert math.isinf(log_error(race({eight: (50.0, 51.0)}).finals()))
+
+
+def test_a_tie_goes_to_the_simpler_setting() -> None:
+    seconds = (100.0, 101.0, 99.0, 100.5)
+    plain = Strategy(micro_batch=32, padding="longest")
+    fancy = Strategy(micro_batch=32, padding="longest", workers=2, checkpoint="every_2nd")
+    finals_ = [
+        Final(trial=factories.trial(1, fancy), measurement=factories.measurement(10.1), epoch_s=seconds),
+        Final(trial=factories.trial(2, plain), measurement=factories.measurement(10.0), epoch_s=seconds[::-1]),
+    ]
+    order = ranked(finals_, lambda final: 1000 / final.measurement.samples_per_s)
+    assert [final.trial.number for final in order] == [2, 1]
+    clear = [finals_[0], msgspec.structs.replace(finals_[1], epoch_s=tuple(1.015 * s for s in seconds))]
+    order = ranked(clear, lambda final: 1000 / final.measurement.samples_per_s)
+    assert [final.trial.number for final in order] == [1, 2], "1 % apart, but surely so"

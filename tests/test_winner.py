@@ -11,10 +11,11 @@ import pytest
 from autotune.errors import AutotuneError
 from autotune.measurement import Measurement, Trial
 from autotune.search import cold, races, study, trials
-from autotune.search.finals import Entrant, Final
+from autotune.search.finals import Final
 from autotune.search.history import NUM_FINALISTS
 from autotune.search.proof import Proof
 from autotune.search.result import profile_of
+from autotune.search.turns import Entrant
 from autotune.strategy import Strategy, baseline
 from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Job, Soak

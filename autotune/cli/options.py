@@ -85,7 +85,7 @@ def named_profile(what: str, device_name: str | None, profiles: Path | None) -> 
     from autotune.profile import read_profile
 
     path = Path(what)
-    if path.suffix == ".toml":
+    if path.suffix == ".toml" or path.is_file():
         return read_profile(path), path
     found = store.find_profile(find_backend(device_name).device(), workloads.wanted(what), profiles)
     if found is None:

@@ -212,24 +212,22 @@ class SearchDisplay(_Display, Observer):
 
     def on_cold_start(self, trial: Trial) -> None:
         """The best is started once more, with nothing compiled."""
-        self._trial_start = time.monotonic()
-        self._current = f"trial {trial.number} once more, with nothing compiled: how long a first start takes"
-        self._doing = "compiling"
-        self.say(self._current)
+        self._begin(f"trial {trial.number} once more, with nothing compiled: how long a first start takes", "compiling")
 
     def on_reference(self) -> None:
         """The plain baseline trains the steps that the last test compares."""
-        self._trial_start = time.monotonic()
-        self._current = "the baseline's losses, with which the last test compares"
-        self._doing = "training"
-        self.say(self._current)
+        self._begin("the baseline's losses, with which the last test compares", "training")
 
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""
+        self._begin(
+            f"last test of trial {trial.number}: same losses as the baseline, the longest samples in a row", "starting"
+        )
+
+    def _begin(self, current: str, doing: str) -> None:
         self._trial_start = time.monotonic()
-        self._current = f"last test of trial {trial.number}: same losses as the baseline, the longest samples in a row"
-        self._doing = "starting"
-        self.say(self._current)
+        self._current, self._doing = current, doing
+        self.say(current)
 
     def on_proof_end(self, trial: Trial, proof: Proof) -> None:
         """The last test of a setting ended."""

@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 
 from autotune.measurement import Interval, Trial
-from autotune.search.finals import MIN_ROUNDS, Race, is_alone, ratio
+from autotune.search.finals import ratio
 from autotune.search.space import Space
 from autotune.search.surrogate import Surrogate
+from autotune.search.turns import MIN_ROUNDS, Race, is_alone
 from autotune.strategy import Strategy
 
 _START_S, _WARM_UP_STEPS = 1.5, 3
@@ -134,8 +135,8 @@ def needed_s(step_s: float, warm_up_s: float, shares: Iterable[Share], backend: 
     steps_s = [step_s, *(step_s * share.ratio.ratio for share in shares if share.ratio)]
     num_rounds = MIN_ROUNDS + 1
     num_openings = num_rounds if is_alone(backend, steps_s) else 1
-    opening_s = len(steps_s) * _START_S + (len(steps_s) - 1) * warm_up_s + _WARM_UP_STEPS * sum(steps_s)
-    return num_openings * opening_s + num_rounds * sum(steps_s)
+    opening_s = len(steps_s) * _START_S + _WARM_UP_STEPS * sum(steps_s)
+    return num_openings * opening_s + (len(steps_s) - 1) * warm_up_s + num_rounds * sum(steps_s)
 
 
 def _share(knob: str, best: Strategy, baseline: Strategy, found: Interval | None, **details: Any) -> Share:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import msgspec
 
 from autotune.measurement import Trial
-from autotune.search import finals, proof
-from autotune.search.finals import Entrant, Race
+from autotune.search import proof, turns
 from autotune.search.history import NUM_FINALISTS, History
 from autotune.search.proof import Proof
 from autotune.search.settings import Observer
 from autotune.search.standings import MIN_RACED, Standings
 from autotune.search.task import Task
 from autotune.search.trials import Trials
+from autotune.search.turns import Entrant, Race
 from autotune.trial.worker import Soak
 
 FIELD, NUM_THROUGH = 6, 2
@@ -93,7 +93,7 @@ class Races:
     def shortest_s(self, field: Sequence[Trial], *, with_baseline: bool = True) -> float:
         """Of their race, at the speed that the device has now."""
         step_s = self._step_s if with_baseline else 0.0
-        return finals.shortest_s(step_s, field, self._task.backend.name, self._history.slowdown_since)
+        return turns.shortest_s(step_s, field, self._task.backend.name, self._history.slowdown_since)
 
     def race_of(self, trials: Sequence[Trial]) -> Race:
         """A race of these that nothing has been run of."""
@@ -162,7 +162,7 @@ class Races:
 
     def _fit_together(self, trials: Sequence[Trial]) -> bool:
         measured = [trial.measurement for trial in trials if trial.measurement]
-        if finals.is_alone(self._task.backend.name, [found.step_ms / 1000 for found in measured]):
+        if turns.is_alone(self._task.backend.name, [found.step_ms / 1000 for found in measured]):
             return True
         return sum(map(_peak_bytes, trials)) + len(trials) * self._task.context_bytes < self._task.machine_limit_bytes
 

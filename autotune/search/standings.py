@@ -15,11 +15,12 @@ import numpy as np
 from autotune.measurement import Interval, Measurement, Trial
 from autotune.pace import slowdown, sped_up
 from autotune.search import finals
-from autotune.search.finals import Final, Race, log_error, ranked
+from autotune.search.finals import Final, log_error, ranked
 from autotune.search.history import History
 from autotune.search.objective import FASTEST, Aim, loss_of
 from autotune.search.surrogate import Known, Surrogate
 from autotune.search.task import Task
+from autotune.search.turns import Race
 from autotune.stats import ratio_of_means
 
 MIN_RACED = 2

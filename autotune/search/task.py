@@ -171,7 +171,7 @@ class Task:
             backend=self.backend.name,
             memory_limit_bytes=None if strategy == self.baseline else self.settings.memory_budget_bytes,
             seed=self.settings.seed,
-            cost=self.flops.cost,
+            usual_cost=self.flops.cost,
         )
 
     def identity(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     start: float = 0.0
     """Where in the order of the timed batches it begins, as a share of them."""
-    cost: Cost = BY_TOKENS
+    usual_cost: Cost = BY_TOKENS
     """How long batches usually take by their shape, until timings say it."""
     recipe: Recipe | None = None
     """In place of the workload's own."""
@@ -167,7 +167,7 @@ def _serve(connection: Connection, job: Job) -> None:
         os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), job.compiles_into)
     backend.start_memory_window()
     run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
-    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats), job.cost))
+    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats), job.usual_cost))
     connection.send(Progress(stage="first step"))
     say = _seldom(connection)
 

@@ -24,16 +24,16 @@ from rich.table import Table
 from autotune import backends, workloads
 from autotune.api import safe_defaults
 from autotune.files import replace_file
-from autotune.flops import flops_of
 from autotune.measurement import Interval, Trial
 from autotune.report.terminal import describe, interval_words, stdout
-from autotune.search.finals import Entrant, Race, ratio
+from autotune.search.finals import ratio
 from autotune.search.task import FREE_MEMORY_SHARE
+from autotune.search.turns import Entrant, Race
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
-from autotune.trial.worker import Job
 from autotune.units import format_bytes, format_duration, format_rate
 from autotune.workloads.base import Workload, WorkloadRef
+from benchmarks import job_of
 
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.13.0"
@@ -149,11 +149,11 @@ def kept_at(folder: Path, tool: str) -> Path:
 
 def in_turns(ours: Strategy, theirs: Strategy, ref: WorkloadRef, seconds: float) -> Timed | str:
     """Both in turns; the reason where theirs does not train."""
-    backend, cost = backends.find(), flops_of(workloads.open_workload(ref)).cost
+    backend, workload = backends.find(), workloads.open_workload(ref)
     entrants = [
         Entrant(
             trial=Trial(number=number, strategy=strategy, outcome="ok"),
-            job=Job(workload=ref, strategy=strategy, backend=backend.name, memory_limit_bytes=None, seed=0, cost=cost),
+            job=job_of(strategy, ref, workload),
         )
         for number, strategy in enumerate((ours, theirs))
     ]

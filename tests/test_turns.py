@@ -1,4 +1,4 @@
-"""The race of the finalists, on scripted sessions."""
+"""Entrants in turns, on scripted sessions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from autotune.contention import Load
 from autotune.cost import Work
 from autotune.measurement import Measurement
 from autotune.pace import LAP_POWER, WITHIN
-from autotune.search import finals
-from autotune.search.finals import Entrant, Final, Race, ranked
+from autotune.search import turns
+from autotune.search.finals import ratio
+from autotune.search.turns import Entrant, Race
 from autotune.strategy import Padding, Strategy
 from autotune.timing import Epoch
 from autotune.trial.runner import TrialEndedError
@@ -26,21 +27,6 @@ from tests.scripted import Prepared
 PADDINGS: tuple[Padding, ...] = ("max", "longest", "buckets")
 QUICK, SLOW = 0.01, 1.0
 """Steps, in seconds, whose processes live on, and whose processes are alone."""
-
-
-def test_a_tie_goes_to_the_simpler_setting() -> None:
-    seconds = (100.0, 101.0, 99.0, 100.5)
-    plain = Strategy(micro_batch=32, padding="longest")
-    fancy = Strategy(micro_batch=32, padding="longest", workers=2, checkpoint="every_2nd")
-    finals_ = [
-        Final(trial=factories.trial(1, fancy), measurement=factories.measurement(10.1), epoch_s=seconds),
-        Final(trial=factories.trial(2, plain), measurement=factories.measurement(10.0), epoch_s=seconds[::-1]),
-    ]
-    order = ranked(finals_, lambda final: 1000 / final.measurement.samples_per_s)
-    assert [final.trial.number for final in order] == [2, 1]
-    clear = [finals_[0], msgspec.structs.replace(finals_[1], epoch_s=tuple(1.015 * s for s in seconds))]
-    order = ranked(clear, lambda final: 1000 / final.measurement.samples_per_s)
-    assert [final.trial.number for final in order] == [1, 2], "1 % apart, but surely so"
 
 
 class Clock:
@@ -114,8 +100,8 @@ def scripted_race(
             made.append(self)
 
     monkeypatch.setattr(Session, "pulse_s", staticmethod(pulse_s), raising=False)
-    monkeypatch.setattr(finals, "Session", Session)
-    monkeypatch.setattr(finals, "time", Session.clock)
+    monkeypatch.setattr(turns, "Session", Session)
+    monkeypatch.setattr(turns, "time", Session.clock)
     entrants = [
         Entrant(
             trial=factories.trial(number, strategy, measurement=measurements[number]),
@@ -142,7 +128,7 @@ def test_turns_in_a_slow_moment_are_moved_to_the_speed_of_all(
     race.run(enough_s=60.0, max_rounds=4)
     first, second, _ = race.finals()
     assert first.epoch_s == pytest.approx([first.epoch_s[0]] * 4)
-    found = finals.ratio(second, first)
+    found = ratio(second, first)
     assert found.low == pytest.approx(2) == found.high
 
 
@@ -158,7 +144,7 @@ def test_an_entrant_whose_turns_were_all_in_slow_moments_is_moved_as_a_trial_wou
     race, sessions = scripted_race(prepared, monkeypatch, seconds, pulse_s=pulse_s)
     race.run(enough_s=60.0, max_rounds=4)
     first, second, _ = race.finals()
-    assert finals.ratio(second, first).ratio == pytest.approx(2)
+    assert ratio(second, first).ratio == pytest.approx(2)
     evaluation = second.measurement.eval_samples_per_s / first.measurement.eval_samples_per_s
     assert evaluation == pytest.approx(2**WITHIN.power)
     assert second.measurement.pulse_s == first.measurement.pulse_s
@@ -187,7 +173,7 @@ class Cores(Load):
 def with_cores(monkeypatch: pytest.MonkeyPatch, busy: Callable[[int], bool]) -> None:
     monkeypatch.setattr(Cores, "busy", staticmethod(busy), raising=False)
     monkeypatch.setattr(Cores, "num_looks", 0)
-    monkeypatch.setattr(finals, "Load", Cores)
+    monkeypatch.setattr(turns, "Load", Cores)
 
 
 def test_disturbed_rounds_decide_nothing(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,13 +186,13 @@ def test_disturbed_rounds_decide_nothing(prepared: Prepared, monkeypatch: pytest
         return 5.0 if session.turns - 2 in (2, 5) else 0.5
 
     with_cores(monkeypatch, lambda look: look // 3 in (2, 5))
-    monkeypatch.setattr(finals, "WAIT_S", 0.0)
+    monkeypatch.setattr(turns, "WAIT_S", 0.0)
     race, _ = scripted_race(prepared, monkeypatch, seconds)
     race.run(enough_s=60, max_rounds=9)
     first, _, third = race.finals()
     assert (race.num_rounds, race.num_disturbed, len(third.epoch_s)) == (9, 2, 7)
     assert (first.epoch_s[0], third.epoch_s[0]) == pytest.approx((10.0, 5.0))
-    assert finals.ratio(first, third).ratio == pytest.approx(2.0)
+    assert ratio(first, third).ratio == pytest.approx(2.0)
     assert third.measurement.samples_per_s == pytest.approx(320 / 5.0)
     assert third.measurement.step_ms == pytest.approx(500)
 
@@ -225,7 +211,7 @@ def test_a_round_that_others_disturb_is_begun_again_when_they_leave(
 def test_processes_are_replaced_where_rounds_are_short_and_each_starts_elsewhere(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finals, "NARROW", 0.0)
+    monkeypatch.setattr(turns, "NARROW", 0.0)
     with_cores(monkeypatch, lambda _: False)
     lives: dict[float, float] = {}
 
@@ -243,8 +229,8 @@ def test_processes_are_replaced_where_rounds_are_short_and_each_starts_elsewhere
     starts = [session.start for session in sessions if session.padding == "max"]
     assert len(set(starts)) == len(starts) == len(set(third.lives))
     assert all(session.is_closed for session in sessions[:-3])
-    clustered = finals.ratio(third, first)
-    alone = finals.ratio(*(msgspec.structs.replace(final, lives=None) for final in (third, first)))
+    clustered = ratio(third, first)
+    alone = ratio(*(msgspec.structs.replace(final, lives=None) for final in (third, first)))
     assert clustered.high - clustered.low > 1.3 * (alone.high - alone.low), "rounds of a life are no independent ones"
 
 
@@ -267,7 +253,7 @@ def test_where_steps_are_long_every_turn_has_a_process_that_is_alone(
     race, sessions = scripted_race(prepared, monkeypatch, seconds, known, steps_s=SLOW)
     race.run(enough_s=60.0, max_rounds=4)
     first, _, third = race.finals()
-    assert finals.ratio(first, third).ratio == pytest.approx(2.0)
+    assert ratio(first, third).ratio == pytest.approx(2.0)
     assert first.lives == third.lives == (0, 1, 2, 3)
     told_by_opening = 0 if is_known else 3
     assert len(sessions) == told_by_opening + 3 * 4

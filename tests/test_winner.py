@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Measurement, Trial
-from autotune.search import cold, races, study, trials
+from autotune.search import cold, races, study, trials, turns
 from autotune.search.finals import Final
 from autotune.search.history import NUM_FINALISTS
 from autotune.search.proof import Proof
@@ -165,6 +166,44 @@ def test_there_is_no_heat_where_the_budget_has_no_time_for_it(
     scripted_device.setattr(races, "FINALS_SHARE", 0.0)
     searched(prepared, budget_s=3600.0, max_trials=20)
     assert raced[0] == 1 + NUM_FINALISTS
+
+
+@pytest.mark.parametrize(("budget_s", "enough_s"), [(1.0, 500.0), (1000.0, 300.0)])
+def test_the_final_gets_all_that_is_left_where_time_is_what_ended_the_trials(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, budget_s: float, enough_s: float
+) -> None:
+    """A scripted trial says that it took ten seconds: one second has no room for a third, a thousand end by number."""
+    asked: list[float] = []
+
+    class Asked(ScriptedRace):
+        def run(self, **given: Any) -> None:
+            super().run()
+            asked.append(given["enough_s"])
+
+    scripted_device.setattr(races, "Race", Asked)
+    scripted_device.setattr(races.Races, "left_s", lambda self: 500.0)
+    scripted_device.setattr(races, "FIELD", 0)
+    searched(prepared, budget_s=budget_s, max_trials=5, explains=False)
+    assert asked == [enough_s]
+
+
+@pytest.mark.parametrize(("alone_s", "num_entrants"), [(0.0, 1 + NUM_FINALISTS), (math.inf, 2)])
+def test_entrants_have_to_fit_together_only_where_they_are_alive_together(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, alone_s: float, num_entrants: int
+) -> None:
+    raced: list[int] = []
+
+    class Counted(ScriptedRace):
+        def run(self, **_: Any) -> None:
+            super().run()
+            raced.append(len(self.entrants))
+
+    scripted_device.setattr(races, "Race", Counted)
+    scripted_device.setattr(races, "FINALS_SHARE", 0.0)  # no heat
+    scripted_device.setattr(races, "_peak_bytes", lambda trial: 8 * GIB)  # two fit into what is free
+    scripted_device.setattr(turns, "ALONE_S", alone_s)
+    searched(prepared, budget_s=3600.0, max_trials=20)
+    assert raced[0] == num_entrants
 
 
 def test_a_setting_that_goes_over_the_memory_budget_in_the_race_does_not_win(

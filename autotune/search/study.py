@@ -194,6 +194,7 @@ class _Search:
         return found
 
     def _train_reference(self) -> tuple[float, ...] | TrialEndedError:
+        """The baseline's losses, trained when they are first asked for."""
         if self.reference_losses is None:
             self.observer.on_reference()
             timeout_s = MIN_LAST_TEST_S + 40 * (self.history.reference_step_s or 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -22,16 +23,17 @@ from autotune.data.batching import (
     plan_batch,
     plan_epoch,
     plan_evaluation,
+    rounding_of,
 )
 from autotune.errors import AutotuneError, UsageError
 from autotune.models.attention import set_attention
 from autotune.models.blocks import find_blocks, set_checkpoint
 from autotune.models.fp8 import use_fp8
 from autotune.schedule import schedule
-from autotune.step import Step, compute_dtype, weights_dtype
+from autotune.step import Loss, Step, compute_dtype, weights_dtype
 from autotune.store import cache_dir
 from autotune.strategy import SPARSE, Strategy
-from autotune.workloads.base import Workload
+from autotune.workloads.base import CrossEntropy, Workload
 from autotune.workloads.seen import evaluating
 
 KEPT_SHARE = 0.5
@@ -50,6 +52,7 @@ class Loader:
         max_tokens: int,
         seed: int,
         is_pinned: bool,
+        is_host: bool,
         collate: Callable[[Any, Indices, int], MicroBatch],
         is_training: bool = True,
     ) -> None:
@@ -60,6 +63,7 @@ class Loader:
         self._max_tokens = max_tokens
         self._seed = seed
         self._is_pinned = is_pinned
+        self._rounding = rounding_of(strategy, is_host=is_host)
         self.epoch = 0
         """The epoch that the next iteration gives."""
 
@@ -82,6 +86,7 @@ class Loader:
             padding=self._strategy.padding,
             max_tokens=self._max_tokens,
             seed=self._epoch_seed(epoch),
+            rounding=self._rounding,
         )
 
     def plan_of(self, batches: Iterable[Indices]) -> list[PlannedBatch]:
@@ -93,6 +98,7 @@ class Loader:
                 micro_batch=self._strategy.micro_batch,
                 padding=self._strategy.padding,
                 max_tokens=self._max_tokens,
+                rounding=self._rounding,
             )
             for batch in batches
         ]
@@ -178,6 +184,7 @@ class Run:
             micro_batch=self.strategy.micro_batch,
             padding=self.strategy.padding,
             max_tokens=self.workload.max_tokens,
+            rounding=rounding_of(self.strategy, is_host=self.backend.is_host_memory),
         )
 
     def evaluation_batches(self, plan: Sequence[PlannedBatch]) -> Iterator[list[MicroBatch]]:
@@ -188,6 +195,7 @@ class Run:
             max_tokens=0,
             seed=0,
             is_pinned=self.backend.pins_memory,
+            is_host=self.backend.is_host_memory,
             collate=self.workload.collate_for(self.strategy.padding),
             is_training=False,
         ).over(plan)
@@ -251,6 +259,11 @@ def apply(
         backend.limit_kernel_caches()
     model = workload.build_model() if model is None else model
     forward_context = _set_knobs(model, strategy, workload, device.type)
+    if strategy.graphs not in backend.graphs or (strategy.graphs != "none" and strategy.precision == "fp16"):
+        raise AutotuneError(
+            "graphs=step needs a CUDA device, and another precision than fp16, whose loss scaler asks the device after "
+            "every step; set graphs to none in the profile"
+        )
     if weights_dtype(strategy) is not torch.float32:
         model.to(weights_dtype(strategy))
     if strategy.precision == "fp8":
@@ -266,6 +279,7 @@ def apply(
         max_tokens=workload.max_tokens,
         seed=seed,
         is_pinned=backend.pins_memory,
+        is_host=backend.is_host_memory,
         collate=workload.collate_for(strategy.padding),
     )
     scheduler = None
@@ -286,6 +300,7 @@ def apply(
         forward_context=forward_context,
         clip_norm=recipe.clip_norm if clip_norm is None else clip_norm,
         scheduler=scheduler,
+        compiled=_loss_compiler(strategy, workload),
     )
     return Run(
         model=model,
@@ -324,11 +339,23 @@ def _set_knobs(
     if strategy.compile != "none" or strategy.attention in SPARSE:  # which on CUDA is compiled by itself
         _prepare_compiler(strategy)
     if strategy.compile != "none":
-        options: dict[str, Any] = {} if strategy.compile == "default" else {"mode": strategy.compile}
         compiled = [model] if strategy.compile_scope == "model" else find_blocks(model)
         for module in compiled:
-            _compile(module, dynamic=strategy.padding != "max", **options)
+            _compile(module, **_compile_options(strategy))
     return forward_context
+
+
+def _compile_options(strategy: Strategy) -> dict[str, Any]:
+    mode = {} if strategy.compile == "default" else {"mode": strategy.compile}
+    return {"dynamic": strategy.padding != "max", **mode}
+
+
+def _loss_compiler(strategy: Strategy, workload: Workload) -> Callable[[Loss], Loss] | None:
+    """Compiles the built-in loss with the model: written out, the cross-entropy of a language model's logits takes
+    several copies of them in fp32. A loss of the user's own is left as it is."""
+    if strategy.compile == "none" or strategy.compile_scope != "model" or not isinstance(workload.loss, CrossEntropy):
+        return None
+    return functools.partial(torch.compile, **_compile_options(strategy))
 
 
 def _compile(module: nn.Module, **options: Any) -> None:
@@ -344,6 +371,16 @@ def _compile(module: nn.Module, **options: Any) -> None:
 def _set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
     """Chooses the update's implementation, as the constructor's arguments ``foreach`` and ``fused`` would."""
     chosen = strategy.optimizer
+    if strategy.graphs == "step":
+        if "capturable" not in optimizer.defaults:
+            raise AutotuneError(
+                f"graphs=step needs one of torch's optimizers that can be recorded, {type(optimizer).__name__} cannot; "
+                "set graphs to none in the profile"
+            )
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        # a shape's first step is not recorded, on purpose: torch 2.11 would warn of that
+        optimizer._warned_capturable_if_run_uncaptured = True
     if chosen == "default":
         return
     if chosen not in optimizer.defaults:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autotune.data.batching import MicroBatch
+from autotune.graphs import StepGraphs
 from autotune.strategy import Strategy
 
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -17,11 +19,8 @@ _WEIGHTS_DTYPE = {"bf16_weights": torch.bfloat16}
 
 
 Phase = Literal["forward", "backward", "update"]
-
-
-def uses_cuda_graphs(strategy: Strategy) -> bool:
-    """Whether compilation may replay CUDA graphs, which reuse the memory of one call in the next."""
-    return strategy.compile in ("reduce-overhead", "max-autotune")
+Loss = Callable[[Any, Tensor], Tensor]
+"""Takes the model's output and the targets."""
 
 
 class Step:
@@ -38,7 +37,9 @@ class Step:
         forward_context: contextlib.AbstractContextManager[Any] | None = None,
         clip_norm: float | None = None,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        compiled: Callable[[Loss], Loss] | None = None,
     ) -> None:
+        """``compiled`` compiles the loss, where that is wanted."""
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -46,7 +47,8 @@ class Step:
         """L2 norm of the last step's gradients before clipping."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Called when a micro batch's forward or backward pass is queued, and when the step is."""
-        self._loss = loss
+        self.compiles_loss = compiled is not None
+        self._loss = (compiled or _as_it_is)(functools.partial(_loss_in_fp32, loss))
         self._forward_context = forward_context or contextlib.nullcontext()
         self._clip_norm = clip_norm
         self._device = device
@@ -54,7 +56,9 @@ class Step:
         self._weights_dtype = _WEIGHTS_DTYPE.get(strategy.precision)
         self._is_channels_last = strategy.memory_format == "channels_last"
         self._scaler = torch.amp.GradScaler(device.type, enabled=strategy.precision == "fp16")
-        self._uses_cuda_graphs = uses_cuda_graphs(strategy)
+        self._compiles_graphs = strategy.compiles_graphs
+        self._is_skipped = False
+        self.graphs = StepGraphs(self._train, optimizer) if strategy.graphs == "step" else None
         # a cast that is kept for a weight's next use is missing when that use is recomputed alone: shared weights
         self._caches_casts = strategy.checkpoint != "selective"
 
@@ -80,23 +84,31 @@ class Step:
         """
         if not isinstance(batch, Sequence) or not all(isinstance(micro, MicroBatch) for micro in batch):
             raise TypeError("step takes a batch of run.loader; one of your own goes through split: step(split(batch))")
+        is_recorded = self.graphs is not None and self.on_phase is None
+        train = self.graphs if self.graphs is not None and is_recorded else self._train
+        total, self.grad_norm = train(batch)
+        if self.scheduler is not None and not self._is_skipped:
+            self.scheduler.step()
+        self._reach("update")
+        return total
+
+    def _train(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, Tensor | None]:
+        """All of a step that happens on the device; the loss, and the gradients' norm where they are clipped."""
         num_samples = sum(micro.num_samples for micro in batch)
         total = torch.zeros((), device=self._device)
         for micro in batch:
             micro = self._on_device(micro)
-            if self._uses_cuda_graphs:
+            if self._compiles_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with self.context():
-                output = _in_fp32(self.model(**micro.inputs))
+                output = self.model(**micro.inputs)
             loss = self._loss(output, micro.targets) / num_samples
             self._reach("forward")
             with self._forward_context:  # what is recomputed runs as it ran at first
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self._reach("backward")
             total += loss.detach()
-        self._update()
-        self._reach("update")
-        return total
+        return total, self._update()
 
     def forward_only(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Output and targets of one micro batch without gradients, in the same precision; never compiled, because a
@@ -115,17 +127,17 @@ class Step:
         if self.on_phase is not None:
             self.on_phase(phase)
 
-    def _update(self) -> None:
+    def _update(self) -> Tensor | None:
         self._scaler.unscale_(self.optimizer)
+        grad_norm = None
         if self._clip_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else 0.0
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        is_skipped = self._scaler.is_enabled() and self._scaler.get_scale() < scale
-        if self.scheduler is not None and not is_skipped:
-            self.scheduler.step()
+        self._is_skipped = self._scaler.is_enabled() and self._scaler.get_scale() < scale
+        return grad_norm
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtype is None:
@@ -159,6 +171,14 @@ def compute_dtype(strategy: Strategy) -> torch.dtype:
 def weights_dtype(strategy: Strategy) -> torch.dtype:
     """What the model's parameters are kept in."""
     return _WEIGHTS_DTYPE.get(strategy.precision, torch.float32)
+
+
+def _as_it_is(loss: Loss) -> Loss:
+    return loss
+
+
+def _loss_in_fp32(loss: Loss, output: Any, targets: Tensor) -> Tensor:
+    return loss(_in_fp32(output), targets)
 
 
 def _in_fp32(output: Any) -> Any:

@@ -23,6 +23,7 @@ Padding = Literal["max", "longest", "buckets", "packed"]
 Allocator = Literal["default", "retain"]
 Optimizer = Literal["default", "foreach", "fused"]
 CompileScope = Literal["model", "blocks"]
+Graphs = Literal["none", "step"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 SPARSE: tuple[Attention, ...] = ("window", "window_global", "window_global_random")
@@ -62,6 +63,9 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """torch.compile's mode."""
     compile_scope: CompileScope = "model"
     """What is compiled: the whole ``model``, or each of its repeated ``blocks``, which share one compilation."""
+    graphs: Graphs = "none"
+    """``step``: on CUDA, the whole optimizer step is recorded as a graph, for each shape of batch, and replayed with a
+    single launch, graphs.py."""
     workers: int = 0
     """Loader processes; 0 loads in the training process."""
     prefetch: int = 2
@@ -98,6 +102,16 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def is_approximate(self) -> bool:
         """Whether it trains something else than the baseline does."""
         return any(getattr(self, knob) in values for knob, values in APPROXIMATE.items())
+
+    @property
+    def compiles_graphs(self) -> bool:
+        """Whether compilation may replay CUDA graphs, which reuse the memory of one call in the next."""
+        return self.compile in ("reduce-overhead", "max-autotune")
+
+    @property
+    def records_shapes(self) -> bool:
+        """Whether something is recorded for each shape of batch, and takes a while the first times it comes up."""
+        return self.compiles_graphs or self.graphs == "step"
 
     @property
     def global_batch(self) -> int:

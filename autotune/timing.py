@@ -24,7 +24,6 @@ from autotune.data.batching import MicroBatch, PlannedBatch
 from autotune.measurement import Lap, Measurement
 from autotune.pace import Beats, at_pulse, even, usual_pulse_s
 from autotune.stats import relative_margin
-from autotune.strategy import Strategy
 
 LAP_S = 0.1
 """Steps shorter than this are timed several at a time, so that synchronising does not slow what is measured."""
@@ -37,6 +36,8 @@ MIN_LOSS_SCALE = 1.0
 MIN_EVAL_BATCHES = 2
 """However long they take, where so many may be timed."""
 SOAK_EVAL_BATCHES = 4
+STEPS_TO_RECORD = 3
+"""Of one shape: one to warm up, one that is recorded as CUDA graphs, one to replay them (torch 2.11)."""
 _MAX_STREAM = 200_000
 
 
@@ -56,7 +57,7 @@ class Timer:
     ``start`` says where in the order of the batches it begins, as a share of them, 0 to 1: timers of one run that begin
     apart do not all time the same few batches. ``usual_cost`` is how long batches take by their shape, until enough
     laps say it. The first lap, which is warm-up, begins with the longest batch: the peak memory is the worst case, and
-    what does not fit fails at once.
+    what does not fit fails at once. On an accelerator it goes on until every shape of full batches has come up.
     """
 
     def __init__(self, run: Run, start: float = 0.0, beats: Beats | None = None, usual_cost: Cost = BY_TOKENS) -> None:
@@ -64,7 +65,9 @@ class Timer:
         self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
         order = [self._plan[index] for index in _low_discrepancy(len(self._plan))]
         first = int(start * len(order))
-        stream = [self._plan[-1], *islice(cycle(order[first:] + order[:first]), _MAX_STREAM)]
+        opening = [self._plan[-1], *self._first_of_each_shape()]
+        self._num_opening = len(opening)
+        stream = [*opening, *islice(cycle(order[first:] + order[:first]), _MAX_STREAM)]
         self._planned, self._batches = iter(stream), run.loader.over(stream)
         self._eval_plan = sorted(run.evaluation_plan(), key=lambda batch: batch.padded_tokens)
         self._eval_batches: Iterator[tuple[PlannedBatch, list[MicroBatch]]] | None = None
@@ -72,7 +75,24 @@ class Timer:
         """Of a batch each."""
         self._fitted: tuple[int, Cost] = (0, usual_cost)
         self._num_steps = 0
+        self._enough_steps: float = math.inf
+        """Of a lap, on an accelerator: it takes far longer to train steps that are recorded than to ask for them."""
         self.laps: list[Lap] = []
+
+    def _first_of_each_shape(self) -> list[PlannedBatch]:
+        """On an accelerator, batches in which each shape of a full one comes up: kernels are chosen, planned or
+        recorded for it when they first see it, which takes a while and belongs to the warm-up."""
+        if self._run.backend.is_host_memory:
+            return []
+        full = max(batch.num_samples for batch in self._plan)
+        shapes = {
+            (len(indices), width): batch
+            for batch in self._plan
+            if batch.num_samples == full
+            for indices, width in zip(batch.micro_batches, batch.widths, strict=True)
+        }
+        times = STEPS_TO_RECORD if self._run.strategy.records_shapes else 1
+        return [batch for batch in reversed({id(one): one for one in shapes.values()}.values()) for _ in range(times)]
 
     def lap(self) -> Lap:
         """Times the next steps. Raises whatever the run raises, FloatingPointError where it diverges."""
@@ -89,8 +109,10 @@ class Timer:
         before_j = run.backend.energy_j()
         start = now = time.perf_counter()
         try:
-            while now - start < LAP_S:
+            while self._num_opening > 0 or (now - start < LAP_S and len(losses) < self._enough_steps):
+                began = now
                 batch = next(self._batches)
+                self._num_opening -= 1
                 wait_s += time.perf_counter() - now
                 losses.append(run.step(batch))
                 if run.step.grad_norm is not None:
@@ -98,7 +120,10 @@ class Timer:
                 planned.append(next(self._planned))
                 num_samples += sum(micro.num_samples for micro in batch)
                 num_tokens += sum(micro.num_tokens for micro in batch)
+                if not self.laps:
+                    synchronize()
                 now = time.perf_counter()
+                last_s = now - began
             synchronize()
             end = time.perf_counter()
             after_j = run.backend.energy_j()
@@ -119,6 +144,9 @@ class Timer:
             num_compiled=num_compiled() - compiled_before,
             pulse_s=pulse_s,
         )
+        if not run.backend.is_host_memory:
+            step_s = (end - start) / len(losses) if self.laps else last_s
+            self._enough_steps = math.ceil(LAP_S / step_s)
         self.laps.append(lap)
         return lap
 
@@ -322,9 +350,9 @@ def _power_w(laps: Sequence[Lap]) -> float | None:
     return sum(drawn) / sum(lap.seconds for lap in laps) if len(drawn) == len(laps) else None
 
 
-def check_compiled(strategy: Strategy) -> None:
-    """Raises RuntimeError where steps were taken and nothing was compiled that should have been."""
-    if strategy.compile != "none" and not num_compiled():
+def check_compiled(run: Run) -> None:
+    """Raises RuntimeError where steps were taken and nothing was compiled of a model that should have been."""
+    if run.strategy.compile != "none" and num_compiled() <= run.step.compiles_loss:
         raise RuntimeError("torch.compile has compiled nothing of this model")
 
 

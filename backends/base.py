@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from autotune.strategy import Allocator, Attention, Compile, Precision
+from autotune.strategy import Allocator, Attention, Compile, Graphs, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,8 @@ class Backend(Protocol):
     """Precisions worth trying."""
     compile_modes: tuple[Compile, ...]
     """torch.compile modes that differ from one another on this family."""
+    graphs: tuple[Graphs, ...]
+    """What may be recorded and replayed."""
     allocators: tuple[Allocator, ...]
     """Allocator settings worth trying."""
     is_host_memory: bool

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import psutil
 
 from autotune.backends.base import Device
-from autotune.strategy import SPARSE, Allocator, Attention, Compile, Precision
+from autotune.strategy import SPARSE, Allocator, Attention, Compile, Graphs, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ same_kernel: Mapping[Attention, Attention] = {"sdpa_flash": "sdpa"}
 precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "bf16_weights")
 # reduce-overhead is CUDA graphs: on a CPU it is `default` by another name
 compile_modes: tuple[Compile, ...] = ("none", "default")
+graphs: tuple[Graphs, ...] = ("none",)
 allocators: tuple[Allocator, ...] = ("default", "retain")
 is_host_memory = True
 pins_memory = False

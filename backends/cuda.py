@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
-from autotune.strategy import Allocator, Attention, Compile, Precision
+from autotune.strategy import Allocator, Attention, Compile, Graphs, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ attention: tuple[Attention, ...] = get_args(Attention)
 same_kernel: Mapping[Attention, Attention] = {}
 precisions: tuple[Precision, ...] = get_args(Precision)
 compile_modes: tuple[Compile, ...] = get_args(Compile)
+graphs: tuple[Graphs, ...] = get_args(Graphs)
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = False
 pins_memory = True

@@ -14,7 +14,7 @@ import msgspec
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
-from autotune.strategy import Allocator, Attention, Compile, Precision
+from autotune.strategy import Allocator, Attention, Compile, Graphs, Precision
 from autotune.units import format_bytes, parse_bytes
 
 name: str = "fake"
@@ -23,6 +23,7 @@ attention: tuple[Attention, ...] = ("eager", "sdpa")
 same_kernel: Mapping[Attention, Attention] = {}
 precisions: tuple[Precision, ...] = ("fp32", "bf16")
 compile_modes: tuple[Compile, ...] = ("none",)
+graphs: tuple[Graphs, ...] = ("none",)
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = True
 pins_memory = False

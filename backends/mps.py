@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from autotune.backends import cpu
 from autotune.backends.base import Device
-from autotune.strategy import SPARSE, Allocator, Attention, Compile, Precision
+from autotune.strategy import SPARSE, Allocator, Attention, Compile, Graphs, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ attention: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", *SPARSE)
 same_kernel: Mapping[Attention, Attention] = {}
 precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "bf16_weights")
 compile_modes: tuple[Compile, ...] = ("none", "default")
+graphs: tuple[Graphs, ...] = ("none",)
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = False
 pins_memory = False

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autotune import backends
 from autotune.apply import Run, apply
-from autotune.data.batching import ROW_MULTIPLE
+from autotune.data.batching import FINE
 from autotune.errors import AutotuneError
 from autotune.models.attention import KernelsSeen
 from autotune.strategy import SPARSE, Attention, Checkpoint, MemoryFormat, Padding, Precision, Strategy
@@ -34,6 +34,7 @@ def workload(tiny_reviews: Path) -> Workload:
 def gradients(run: Run, num_samples: int = 32) -> list[torch.Tensor]:
     """Of one global batch in fp64, whatever the split; the update is kept out."""
     run.model.double()
+    run.step.scheduler = None
     collected: list[torch.Tensor] = []
     run.step._update = lambda: collected.extend(  # type: ignore[method-assign]
         p.grad.clone() for p in run.model.parameters() if p.grad is not None
@@ -302,7 +303,7 @@ def test_packed_batches_are_computed_in_one_row(workload: Workload) -> None:
     (planned,) = run.loader.plan(0)[:1]
     run.step(next(run.loader.over([planned])))
     tokens = [int(run.loader.lengths[indices].sum()) for indices in planned.micro_batches]
-    assert shapes == [(1, -(-count // ROW_MULTIPLE) * ROW_MULTIPLE) for count in tokens]
+    assert shapes == [(1, -(-count // FINE.row) * FINE.row) for count in tokens]
     assert sum(rows for _, rows in shapes) == planned.padded_tokens
 
 

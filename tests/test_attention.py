@@ -3,17 +3,21 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from autotune.backends import cpu
+from autotune.data.batching import in_a_row
 from autotune.models import attention, flash
 from autotune.models.attention import SDPA_KERNELS, SelfAttention, attend, set_attention
 from autotune.models.blocks import set_checkpoint
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import APPROXIMATE, SPARSE, Attention
 
+LENGTHS = np.array([5, 16, 1, 9])
+"""Of the packed sequences."""
 ON_EVERY_CPU: tuple[Attention, ...] = ("eager", "sdpa", "sdpa_math", "sdpa_flash")
 
 
@@ -113,10 +117,10 @@ def test_flash_attn_computes_the_tokens_that_count_as_any_other_does(varlen: Var
 
 def test_flash_attn_takes_packed_sequences_at_once(varlen: Varlen) -> None:
     model = small_encoder()
-    row, lengths = torch.randint(1, 50, (1, 31)), (5, 16, 1, 9)
-    expected = model(row, lengths=lengths)
+    row, where = torch.randint(1, 50, (1, 31)), in_a_row(LENGTHS, 31)
+    expected = model(row, **where)
     set_attention(model, "flash_attn")
-    torch.testing.assert_close(model(row, lengths=lengths), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(row, **where), expected, atol=1e-5, rtol=1e-5)
     assert varlen.num_calls == 1 + 4, "once to see that it runs, and once a layer"
 
 
@@ -127,7 +131,7 @@ def test_packed_sequences_are_recomputed_as_they_were_computed(varlen: Varlen) -
         set_attention(model, "flash_attn")
         set_checkpoint(model, granularity)
         row = torch.randint(1, 50, (1, 31), generator=torch.Generator().manual_seed(0))
-        model(row, lengths=(5, 16, 1, 9)).square().sum().backward()
+        model(row, **in_a_row(LENGTHS, 31)).square().sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(grads[0], grads[1])
 
@@ -137,11 +141,11 @@ def test_torchs_own_kernel_takes_packed_sequences_at_once_where_it_runs(
 ) -> None:
     model = small_encoder()
     set_attention(model, "sdpa_flash")
-    row, lengths = torch.randint(1, 50, (1, 31)), (5, 16, 1, 9)
-    expected = model(row, lengths=lengths)  # one by one: torch's kernel is for CUDA
+    row, where = torch.randint(1, 50, (1, 31)), in_a_row(LENGTHS, 31)
+    expected = model(row, **where)  # one by one: torch's kernel is for CUDA
     monkeypatch.setattr(attention, "native", lambda device_type, dtype: varlen)
     set_attention(model, "sdpa_flash")
-    torch.testing.assert_close(model(row, lengths=lengths), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(row, **where), expected, atol=1e-5, rtol=1e-5)
     assert varlen.num_calls == 4
 
 
@@ -185,12 +189,12 @@ def test_padding_does_not_change_the_logits() -> None:
 def test_packed_sequences_give_the_logits_of_padded_ones(backend: Attention) -> None:
     model = small_encoder()
     set_attention(model, backend)
-    lengths = (5, 16, 1, 9)
-    mask = torch.arange(16) < torch.tensor(lengths)[:, None]
+    mask = torch.arange(16) < torch.from_numpy(LENGTHS)[:, None]
     ids = torch.randint(1, 50, (4, 16)) * mask
     row = ids[mask][None]
     for packed in (row, torch.nn.functional.pad(row, (0, 9))):
-        torch.testing.assert_close(model(packed, lengths=lengths), model(ids, mask), atol=1e-5, rtol=1e-5)
+        where = in_a_row(LENGTHS, packed.shape[1])
+        torch.testing.assert_close(model(packed, **where), model(ids, mask), atol=1e-5, rtol=1e-5)
 
 
 def test_pinned_kernels_cover_every_pinned_setting() -> None:

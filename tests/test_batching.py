@@ -2,12 +2,13 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from autotune.data.batching import Part, collate, pack, plan_epoch, plan_evaluation
-from autotune.strategy import Padding
+from autotune.data.batching import COARSE, FINE, Part, collate, in_a_row, pack, plan_epoch, plan_evaluation, rounding_of
+from autotune.strategy import Padding, Strategy
 
 PADDINGS: tuple[Padding, ...] = get_args(Padding)
 MAX_TOKENS = 64
@@ -44,6 +45,9 @@ def test_every_sample_is_planned_once_and_fits_its_width(
         assert batch.num_samples <= 8
         for micro, width in zip(batch.micro_batches, batch.widths, strict=True):
             assert len(micro) <= 2**micro_log2
+            if padding == "packed":
+                assert data.lengths[micro].sum() <= width < data.lengths[micro].sum() + FINE.row
+                continue
             assert data.lengths[micro].max() <= width <= MAX_TOKENS
             assert width == MAX_TOKENS or padding != "max"
         made = [(pack if padding == "packed" else collate)(data, *one) for one in zip(*batch[:2], strict=True)]
@@ -115,9 +119,9 @@ def test_collate_pads_with_zeros_and_masks_them() -> None:
 
 
 def test_pack_puts_the_sequences_one_after_another() -> None:
-    micro = pack(Sequences([3, 5]), np.array([1, 0]), 5)
-    assert micro.inputs["ids_BT"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3] + 120 * [0]]
-    assert micro.inputs["lengths"] == (5, 3)
+    micro = pack(Sequences([3, 5]), np.array([1, 0]), 12)
+    assert micro.inputs["ids_BT"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3] + 4 * [0]]
+    assert micro.inputs["bounds"].tolist() == [0, 5, 8, 12]
     assert (micro.num_samples, micro.num_tokens) == (2, 8)
     assert micro.targets.tolist() == [1, 0]
 
@@ -127,3 +131,39 @@ def test_a_part_is_the_same_sequences_every_time() -> None:
     part, again = Part(data, 7), Part(data, 7)
     assert part.lengths.tolist() == again.lengths.tolist()
     assert all(len(part.ids(i)) == part.lengths[i] for i in range(7))
+
+
+@pytest.mark.parametrize("padding", ["longest", "buckets", "packed"])
+def test_an_accelerators_batches_have_few_shapes(padding: Padding) -> None:
+    lengths = np.random.default_rng(0).integers(50, 512, 4000)
+    shapes = {}
+    for is_host in (True, False):
+        plan = plan_epoch(
+            lengths,
+            global_batch=32,
+            micro_batch=32,
+            padding=padding,
+            max_tokens=512,
+            seed=0,
+            rounding=rounding_of(Strategy(micro_batch=32), is_host=is_host),
+        )
+        shapes[is_host] = {batch.widths for batch in plan}
+    assert len(shapes[False]) <= 16
+    assert len(shapes[False]) < len(shapes[True])
+    multiple = COARSE.row if padding == "packed" else COARSE.width
+    assert all(width % multiple == 0 for widths in shapes[False] for width in widths)
+
+
+def test_what_is_recorded_has_an_accelerators_shapes() -> None:
+    assert rounding_of(Strategy(micro_batch=32, graphs="step"), is_host=True) == COARSE
+    assert rounding_of(Strategy(micro_batch=32, compile="reduce-overhead"), is_host=True) == COARSE
+    assert rounding_of(Strategy(micro_batch=32, compile="default"), is_host=True) == FINE
+
+
+@pytest.mark.parametrize("rest", [0, 3])
+def test_a_row_says_where_each_of_its_sequences_lies(rest: int) -> None:
+    row = in_a_row(np.array([2, 1, 3]), 6 + rest)
+    assert row["bounds"].tolist() == [0, 2, 3, 6, 6 + rest]
+    assert row["positions_BT"].tolist() == [[0, 1, 0, 0, 1, 2] + [0] * rest]
+    assert row["sequence_S"].tolist() == [0, 0, 1, 2, 2, 2] + [3] * rest
+    assert row["bounds"].dtype == torch.int32

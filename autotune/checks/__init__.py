@@ -23,9 +23,10 @@ from autotune.checks.compute import (
     matmul,
     memory_copy,
     optimizer,
+    step_graph,
     threads,
 )
-from autotune.checks.kernels import ATTENTION_PRECISIONS, attention
+from autotune.checks.kernels import ATTENTION_PRECISIONS, attention, packed
 from autotune.checks.tools import Figures, RefusalError, first_line
 from autotune.strategy import APPROXIMATE, Attention, Precision
 
@@ -80,6 +81,8 @@ def standard(backend: Backend) -> tuple[Check, ...]:
             )
             for p in ATTENTION_PRECISIONS
         ]
+        checks += [Check(name=f"packed.{p}", run=functools.partial(packed, precision=p)) for p in ("bf16", "fp16")]
+    checks += [Check(name=f"graphs.{value}", run=step_graph) for value in backend.graphs if value != "none"]
     ran = None
     for mode in backend.compile_modes:
         if mode == "none":

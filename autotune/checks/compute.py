@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import os
@@ -9,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 from autotune.backends.base import Backend, torch_device
@@ -186,6 +188,54 @@ def allocator(backend: Backend, setting: Allocator) -> Figures:
     backend.set_allocator(setting)
     fresh()
     return {"default_ms": default_ms, f"{setting}_ms": 1000 * best_s_of(backend, fresh, 0.2)}
+
+
+def step_graph(backend: Backend) -> Figures:
+    """Milliseconds of a small model's optimizer step, launched kernel by kernel and replayed as one CUDA graph. Both
+    must train the same weights.
+    """
+    import torch
+
+    layers = [part for _ in range(8) for part in (torch.nn.Linear(64, 64), torch.nn.GELU())]
+    plain = torch.nn.Sequential(*layers).to(torch_device(backend))
+    models = (plain, copy.deepcopy(plain))
+    inputs_BN, targets_BN = (random_tensor(backend, (16, 64), seed) for seed in (1, 2))
+    launched, recorded = (
+        functools.partial(
+            _trained, model, torch.optim.AdamW(model.parameters(), capturable=True), inputs_BN, targets_BN
+        )
+        for model in models
+    )
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings(), torch.cuda.stream(stream):
+        warnings.simplefilter("ignore")  # that a capturable optimizer runs unrecorded, which it does at first
+        recorded()
+        launched()
+    backend.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        recorded()
+    for _ in range(5):
+        launched()
+        graph.replay()
+    backend.synchronize()
+    if not all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*map(_weights, models), strict=True)):
+        raise RefusalError("a replayed step trains other weights than a launched one")
+    return {
+        "launched_ms": 1e3 * best_s_of(backend, launched, 0.1),
+        "replayed_ms": 1e3 * best_s_of(backend, graph.replay, 0.1),
+    }
+
+
+def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    return list(model.parameters())
+
+
+def _trained(
+    model: torch.nn.Module, adamw: torch.optim.Optimizer, inputs_BN: torch.Tensor, targets_BN: torch.Tensor
+) -> None:
+    (model(inputs_BN) - targets_BN).square().mean().backward()
+    adamw.step()
+    adamw.zero_grad(set_to_none=True)
 
 
 def compiled(backend: Backend, mode: str) -> Figures:

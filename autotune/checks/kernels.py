@@ -67,6 +67,25 @@ def attention(backend: Backend, kernel: Attention, precision: Precision) -> Figu
         ) from exc
 
 
+def packed(backend: Backend, precision: Precision) -> Figures:
+    """Milliseconds forward and backward of torch's kernel for sequences of different lengths, which packed rows run
+    in; taking them out of a padded batch included.
+
+    Output and gradients must agree with written-out fp32 attention within TOLERANCES.
+    """
+    from autotune.models.flash import attend_unpadded, native
+
+    kernel = native(backend.device_type, dtype_of(precision))
+    if kernel is None:
+        raise RefusalError("torch has no kernel here for sequences of different lengths")
+
+    def attend_row(*qkv_BHTK: torch.Tensor) -> torch.Tensor:
+        *qkv, keep_BT = qkv_BHTK
+        return attend_unpadded(qkv[0], qkv[1], qkv[2], keep_BT[:, None, None, :], kernel)
+
+    return _attention_figures(backend, attend_row, precision, _padding_mask(backend))
+
+
 def _attention_figures(backend: Backend, attend: Attend, precision: Precision, keep_BT: torch.Tensor | None) -> Figures:
     """Checks once against written-out fp32, then times."""
     import torch
@@ -83,6 +102,8 @@ def _attention_figures(backend: Backend, attend: Attend, precision: Precision, k
         exact_qkv = [tensor.detach().float().requires_grad_() for tensor in qkv]
         exact_BHTK = written_out(*exact_qkv, keep_BT)
         exacts = (exact_BHTK, *torch.autograd.grad(exact_BHTK, exact_qkv, gradient_BHTK.float()))
+        if keep_BT is not None:  # what a padding token attends to counts for nothing, and kernels differ in it
+            results, exacts = ((found[0] * keep_BT[:, None, :, None], *found[1:]) for found in (results, exacts))
         require_finite(*results)
         for what, result, exact in zip(("output", "dq", "dk", "dv"), results, exacts, strict=True):
             error = ((result.float() - exact).abs().max() / exact.abs().max()).item()

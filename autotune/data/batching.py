@@ -14,18 +14,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autotune.strategy import Padding
+from autotune.models.flash import LONGEST_REST
+from autotune.strategy import Padding, Strategy
 
-WIDTH_MULTIPLE = 8
-"""Padded widths are rounded up to a multiple of this: kernels prefer it, and compiled graphs see fewer shapes."""
-ROW_MULTIPLE = 128
-"""So are the tokens of a packed row: a matmul kernel is made for each number of rows."""
 BATCHES_PER_BUCKET_POOL = 50
 """Samples are sorted by length within random pools of this many global batches, as in Hugging Face's group_by_length
 (transformers 4, trainer_pt_utils.get_length_grouped_indices)."""
 
 _SORTED = ("longest", "buckets")
 Indices = NDArray[np.int64]
+
+
+class Rounding(NamedTuple):
+    """What sizes are rounded up to a multiple of, in tokens: each size that comes up is a shape of its own."""
+
+    width: int
+    """Of padded sequences. Kernels prefer multiples of 8."""
+    row: int
+    """Of packed rows. A CPU makes a matmul kernel for each number of rows."""
+
+
+FINE = Rounding(width=8, row=128)
+COARSE = Rounding(width=32, row=LONGEST_REST)
+"""On accelerators, whose libraries plan kernels for each shape that comes up, 0.1 s for cuDNN's attention (H200), and
+where graphs are recorded for each."""
+
+
+def rounding_of(strategy: Strategy, *, is_host: bool) -> Rounding:
+    """What a strategy's batches are rounded up to, on the host or on an accelerator."""
+    return COARSE if strategy.records_shapes or not is_host else FINE
 
 
 class MicroBatch(NamedTuple):
@@ -43,7 +60,7 @@ class PlannedBatch(NamedTuple):
 
     micro_batches: tuple[Indices, ...]
     widths: tuple[int, ...]
-    """Where nothing is padded, the longest sample's."""
+    """Packed, the tokens of the row."""
     padded_tokens: int
     """Tokens that the device computes, padding included."""
     padded_squares: int
@@ -86,7 +103,14 @@ class Part:
 
 
 def plan_epoch(
-    lengths: Indices, *, global_batch: int, micro_batch: int, padding: Padding, max_tokens: int, seed: int
+    lengths: Indices,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    padding: Padding,
+    max_tokens: int,
+    seed: int,
+    rounding: Rounding = FINE,
 ) -> list[PlannedBatch]:
     """Every sample once, in batches whose order and (under ``buckets``) make-up depend on the seed.
 
@@ -95,36 +119,46 @@ def plan_epoch(
     order = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int64)
     batches = _bucketed(order, lengths, global_batch, seed) if padding == "buckets" else _cut(order, global_batch)
     return [
-        plan_batch(batch, lengths, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens) for batch in batches
+        plan_batch(batch, lengths, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens, rounding=rounding)
+        for batch in batches
     ]
 
 
-def plan_evaluation(lengths: Indices, *, micro_batch: int, padding: Padding, max_tokens: int) -> list[PlannedBatch]:
+def plan_evaluation(
+    lengths: Indices, *, micro_batch: int, padding: Padding, max_tokens: int, rounding: Rounding = FINE
+) -> list[PlannedBatch]:
     """Every sample once, one micro batch a step, sorted by length where that saves padding."""
     order = np.arange(len(lengths), dtype=np.int64)
     if padding in _SORTED:
         order = order[np.argsort(-lengths, kind="stable")]
     cut = _cut(order, micro_batch)
     return [
-        plan_batch(batch, lengths, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens) for batch in cut
+        plan_batch(batch, lengths, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens, rounding=rounding)
+        for batch in cut
     ]
 
 
 def plan_batch(
-    batch: Indices, lengths: Indices, *, micro_batch: int, padding: Padding, max_tokens: int
+    batch: Indices,
+    lengths: Indices,
+    *,
+    micro_batch: int,
+    padding: Padding,
+    max_tokens: int,
+    rounding: Rounding = FINE,
 ) -> PlannedBatch:
     """One optimizer step on the given samples; within a batch ``buckets`` pads as ``longest`` does."""
     if padding in _SORTED:
         batch = batch[np.argsort(-lengths[batch], kind="stable")]
     micro_batches = tuple(_cut(batch, micro_batch))
     if padding == "packed":
-        widths = tuple(int(lengths[indices].max()) for indices in micro_batches)
-        rows = sum(_row(lengths[indices]) for indices in micro_batches)
-        return PlannedBatch(micro_batches, widths, rows, int((lengths[batch] ** 2).sum()))
+        rows = tuple(_rounded(int(lengths[indices].sum()), rounding.row) for indices in micro_batches)
+        return PlannedBatch(micro_batches, rows, sum(rows), int((lengths[batch] ** 2).sum()))
     if padding == "max":
         widths = (max_tokens,) * len(micro_batches)
     else:
-        widths = tuple(_width(lengths[indices], max_tokens) for indices in micro_batches)
+        longest = (_rounded(int(lengths[indices].max()), rounding.width) for indices in micro_batches)
+        widths = tuple(min(max_tokens, width) for width in longest)
     computed = [(len(indices), width) for indices, width in zip(micro_batches, widths, strict=True)]
     return PlannedBatch(
         micro_batches, widths, sum(count * width for count, width in computed), sum(n * w**2 for n, w in computed)
@@ -147,17 +181,36 @@ def collate(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
 
 
 def pack(data: SequenceData, indices: Indices, width: int) -> MicroBatch:
-    """Ids in one row, [1, S] for S tokens in all, the lengths of the B sequences in it, and labels [B]. The row is
-    filled up with id 0 to a round number of tokens."""
+    """The B sequences in one row of ``width`` tokens, filled up with id 0: their ids [1, S] and what ``in_a_row`` says
+    of them; and labels [B]."""
     lengths = data.lengths[indices]
-    ids = np.zeros(_row(lengths), dtype=np.int64)
+    ids = np.zeros(width, dtype=np.int64)
     ids[: lengths.sum()] = np.concatenate([data.ids(int(index)) for index in indices])
     return MicroBatch(
-        inputs={"ids_BT": torch.from_numpy(ids)[None], "lengths": tuple(lengths.tolist())},
+        inputs={"ids_BT": torch.from_numpy(ids)[None], **in_a_row(lengths, width)},
         targets=torch.from_numpy(data.labels[indices].astype(np.int64)),
         num_samples=len(indices),
         num_tokens=int(lengths.sum()),
     )
+
+
+def in_a_row(lengths: Indices, width: int) -> dict[str, Tensor]:
+    """Where sequences of these lengths lie in a row of ``width`` tokens, all int64 but the bounds.
+
+    ``bounds`` [B + 2], int32: where each begins, where the last one ends, and the end of the row. What lies between
+    those two is a sequence of its own, perhaps an empty one, that counts for nothing. ``positions_BT`` [1, S]: each
+    token's place in its sequence. ``sequence_S`` [S]: its sequence's number, B in the rest.
+    """
+    ends = np.append(np.cumsum(lengths), width)
+    sizes = np.append(lengths, width - ends[-2])
+    starts = ends - sizes
+    positions = np.arange(width) - np.repeat(starts, sizes)
+    positions[ends[-2] :] = 0
+    return {
+        "positions_BT": torch.from_numpy(positions)[None],
+        "sequence_S": torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+        "bounds": torch.from_numpy(np.append(0, ends).astype(np.int32)),
+    }
 
 
 def _bucketed(order: Indices, lengths: Indices, global_batch: int, seed: int) -> list[Indices]:
@@ -172,9 +225,5 @@ def _cut(order: Indices, size: int) -> list[Indices]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _row(lengths: Indices) -> int:
-    return -(-int(lengths.sum()) // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def _width(lengths: Indices, max_tokens: int) -> int:
-    return min(max_tokens, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

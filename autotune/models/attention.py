@@ -105,6 +105,7 @@ class SelfAttention(nn.Module):
         elif self.kernel is not None:
             y_BHTK = attend_packed(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], row, self.kernel)
         else:
+            assert row.lengths is not None
             sequences = qkv_3BHTK.split(list(row.lengths), 3)
             y_BHTK = torch.cat([attend(q, k, v, None, self.backend, window=self.window) for q, k, v in sequences], 2)
         out_BTD: Tensor = self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))

@@ -5,14 +5,11 @@ Shapes: B batch, T tokens, D model width, C classes. Packed, B is 1 and T all se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune.models.attention import SelfAttention
-from autotune.models.flash import Row, row_of
+from autotune.models.flash import LONGEST_REST, Row
 
 
 class Block(nn.Module):
@@ -61,27 +58,30 @@ class EncoderClassifier(nn.Module):
         for embedding in (self.token_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)  # GPT-2's initialisation (Radford et al. 2019)
 
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        sequence_S: Tensor | None = None,
+        bounds: Tensor | None = None,
+    ) -> Tensor:
         """Logits BC for token ids BT; ``mask_BT`` is true at real tokens, false at padding.
 
-        Packed, ids are 1T, the sequences one after another, and ``lengths`` says how long each is; what is left of
-        the row is padding, a sequence of its own that counts for nothing.
+        Packed, ids are 1T, the sequences one after another; where each lies is what ``in_a_row`` says of it. What is
+        left of the row is padding, a sequence of its own that counts for nothing.
         """
-        positions_T = torch.arange(max(lengths or ids_BT.shape[1:]), device=ids_BT.device)
-        if lengths is not None:
-            positions_T = torch.cat([positions_T[:length] for length in lengths])
-            positions_T = F.pad(positions_T, (0, ids_BT.shape[1] - len(positions_T)))
-        x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_T))
-        row = None
-        if lengths is not None:
-            rest = ids_BT.shape[1] - sum(lengths)
-            row = row_of([*lengths, rest] if rest else lengths, ids_BT.device)
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_BT))
+        row = None if bounds is None else self._row(bounds)
         mask_B11T = None if mask_BT is None else mask_BT[:, None, None, :]
         for block in self.blocks:
             x_BTD = block(x_BTD, mask_B11T, row)
         x_BTD = self.norm(x_BTD)
-        if row is not None and lengths is not None:
-            mean_BD = torch.stack([x_TD.mean(0) for x_TD in x_BTD[0].split(list(row.lengths))[: len(lengths)]])
+        if bounds is not None and sequence_S is not None:
+            mean_BD = _means(x_BTD[0], sequence_S, len(bounds) - 2)
         elif mask_BT is not None:
             weight_BT1 = mask_BT.unsqueeze(-1).to(x_BTD.dtype)
             mean_BD = (x_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
@@ -89,3 +89,21 @@ class EncoderClassifier(nn.Module):
             mean_BD = x_BTD.mean(1)
         logits_BC: Tensor = self.head(mean_BD)
         return logits_BC
+
+    def _row(self, bounds: Tensor) -> Row:
+        """A device is only asked for the lengths, and waited for, where each sequence has to go by itself. What fills
+        up the row may be longer than any sequence."""
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        is_split = first.attention.kernel is None
+        lengths = tuple(filter(None, bounds.diff().tolist())) if is_split else None
+        return Row(bounds, max(self.position_embedding.num_embeddings, LONGEST_REST), lengths)
+
+
+def _means(x_SD: Tensor, sequence_S: Tensor, num_sequences: int) -> Tensor:
+    """The mean of each sequence's tokens, as one matrix product in the stream's own precision."""
+    is_in_BS = sequence_S == torch.arange(num_sequences, device=x_SD.device)[:, None]
+    weight_BS = is_in_BS.to(x_SD.dtype)
+    with torch.autocast(x_SD.device.type, enabled=False):
+        mean_BD: Tensor = weight_BS @ x_SD / weight_BS.sum(1, keepdim=True)
+    return mean_BD

@@ -22,6 +22,8 @@ PACKAGES = ("flash_attn_interface", "flash_attn")
 """flash-attn 3's module, and 2's."""
 IMPLEMENTATIONS = ("FA4", "FA3")
 """What torch >= 2.11 can have in its flash kernel's place."""
+LONGEST_REST = 512
+"""Tokens at most that may fill up a row behind its sequences: a kernel's grid is made for the longest there can be."""
 
 
 class Found(NamedTuple):
@@ -35,17 +37,12 @@ class Found(NamedTuple):
 class Row(NamedTuple):
     """Sequences that lie one after another."""
 
-    lengths: tuple[int, ...]
     bounds: Tensor
     """Where each begins and the last one ends, [B + 1], int32, on the device."""
-
-
-def row_of(lengths: Sequence[int], device: torch.device) -> Row:
-    """Its bounds are sent to the device without waiting for it."""
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    if device.type == "cuda":
-        bounds = bounds.pin_memory()
-    return Row(tuple(lengths), bounds.to(device, non_blocking=True))
+    longest: int
+    """No sequence is longer: kernels size their grid by it."""
+    lengths: tuple[int, ...] | None
+    """Tokens of each, where each goes by itself; no kernel that takes all at once needs them."""
 
 
 @functools.cache
@@ -83,7 +80,7 @@ def native(device_type: str, dtype: torch.dtype) -> Kernel | None:
 def attend_packed(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, row: Row, kernel: Kernel) -> Tensor:
     """Softmax attention of each of one row's sequences to itself; B is 1, the lengths sum to S."""
     qkv = [x_BHSK[0].transpose(0, 1) for x_BHSK in (q_BHSK, k_BHSK, v_BHSK)]
-    return _called(kernel, qkv, row.bounds, max(row.lengths)).transpose(0, 1)[None]
+    return _called(kernel, qkv, row.bounds, row.longest).transpose(0, 1)[None]
 
 
 def attend_unpadded(

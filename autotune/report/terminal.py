@@ -76,6 +76,8 @@ def describe(strategy: Strategy) -> str:
         words.append("compile" if strategy.compile == "default" else f"compile {strategy.compile}")
     if strategy.compile_scope != "model":
         words.append("by block")
+    if strategy.graphs != "none":
+        words.append("graph")
     if strategy.threads:
         words.append(f"{strategy.threads} thread{'s' if strategy.threads > 1 else ''}")
     if strategy.allocator != "default":

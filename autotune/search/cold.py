@@ -14,7 +14,7 @@ from autotune.trial.worker import Command, Job
 
 MIN_COLD_S, COLD_S = 60.0, 600.0
 """Compiling for its own sake needs so much of the budget, and ends after so long: max-autotune takes minutes."""
-_UNSEEN = ("accumulation", "workers", "prefetch", "allocator", "optimizer", "threads")
+_UNSEEN = ("accumulation", "graphs", "workers", "prefetch", "allocator", "optimizer", "threads")
 
 
 def known_warm_up_s(trials: Iterable[Trial], strategy: Strategy) -> float | None:

@@ -13,7 +13,6 @@ from autotune.backends.cpu import thread_counts
 from autotune.checks.kernels import UNMASKED_MS
 from autotune.models.attention import SDPA_KERNELS
 from autotune.probe import Hardware
-from autotune.step import uses_cuda_graphs
 from autotune.strategy import (
     APPROXIMATE,
     Allocator,
@@ -21,6 +20,7 @@ from autotune.strategy import (
     Checkpoint,
     Compile,
     CompileScope,
+    Graphs,
     MemoryFormat,
     Optimizer,
     Padding,
@@ -53,7 +53,7 @@ _NEEDS_BLOCKS: dict[Checkpoint, int] = {
 }
 
 
-_COUPLED = ("micro_batch", "compile", "compile_scope", "checkpoint", "workers", "prefetch", "padding")
+_COUPLED = ("micro_batch", "compile", "compile_scope", "checkpoint", "workers", "prefetch", "padding", "graphs")
 """Knobs of which one's value may rule out another's, besides attention and precision."""
 
 
@@ -67,6 +67,8 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
     """``knob=value`` to the reason it is not tried."""
     pairs: frozenset[tuple[str, str]]
     """Attention and precision that run together."""
+    whole_rows: frozenset[Precision] = frozenset()
+    """In which one kernel of torch's takes all sequences of a packed row, so that the row can be compiled."""
 
     def strategy(self, params: dict[str, Any]) -> Strategy:
         """The strategy with these values; accumulation fills the global batch."""
@@ -87,7 +89,7 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
                 values[knob] = max((size for size in known if size <= values[knob]), default=min(known))
             elif values[knob] not in known:
                 values[knob] = known[0]
-        for knob in ("prefetch", "compile_scope", "checkpoint", "padding", "attention"):
+        for knob in ("graphs", "prefetch", "compile_scope", "checkpoint", "padding", "attention"):
             if self.refusal(self.strategy(values)) is None:
                 break
             values[knob] = self.values[knob][0]
@@ -99,24 +101,28 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
             return f"attention {strategy.attention} does not run well in {strategy.precision} here"
         if strategy.compile == "none" and (strategy.compile_scope != "model" or strategy.checkpoint == "memory_budget"):
             return "nothing is compiled"
-        if strategy.compile != "none" and strategy.padding == "packed":
+        is_whole = strategy.precision in self.whole_rows and strategy.attention in ("sdpa", "sdpa_flash")
+        if strategy.graphs == "step" and (reason := _unrecorded(strategy, is_whole)):
+            return reason
+        if strategy.compile != "none" and strategy.padding == "packed" and not is_whole:
             return "every number of sequences would be compiled anew"
         if strategy.workers == 0 and strategy.prefetch != PREFETCH[0]:
             return "nothing is fetched ahead without loader processes"
-        if uses_cuda_graphs(strategy) and strategy.accumulation > 1:
+        if strategy.compiles_graphs and strategy.accumulation > 1:
             return "a CUDA graph's next replay overwrites the gradients that accumulation adds to (pytorch#169545)"
         return None
 
     @property
     def size(self) -> int:
         """Combinations that may be tried."""
+        coupled = [knob for knob in _COUPLED if knob in self.values]
         plain = {knob: values[0] for knob, values in self.values.items()}
         plain["attention"], plain["precision"] = min(self.pairs)
         num_allowed = sum(
-            self.refusal(self.strategy({**plain, **dict(zip(_COUPLED, chosen, strict=True))})) is None
-            for chosen in itertools.product(*(self.values[knob] for knob in _COUPLED))
+            self.refusal(self.strategy({**plain, **dict(zip(coupled, chosen, strict=True))})) is None
+            for chosen in itertools.product(*(self.values[knob] for knob in coupled))
         )
-        free = [values for knob, values in self.values.items() if knob not in (*_COUPLED, "attention", "precision")]
+        free = [values for knob, values in self.values.items() if knob not in (*coupled, "attention", "precision")]
         return num_allowed * math.prod(map(len, free)) * len(self.pairs)
 
     def neighbours(self, strategy: Strategy) -> list[Strategy]:
@@ -192,6 +198,12 @@ def build_space(
     compile_modes = [c for c in backend.compile_modes if c == "none" or allowed("compile", c, f"compile.{c}")]
     for mode in [value for value in get_args(Compile) if value not in backend.compile_modes]:
         left_out[f"compile={mode}"] = "not for this kind of device"
+    graphs = [g for g in backend.graphs if g == "none" or allowed("graphs", g, f"graphs.{g}")]
+    for value in [value for value in get_args(Graphs) if value not in backend.graphs]:
+        left_out[f"graphs={value}"] = "not for this kind of device"
+    if "step" in graphs and workload.recipe.schedule == "onecycle":
+        graphs.remove("step")
+        left_out["graphs=step"] = "the schedule changes more than the rate, which a recorded step would not see"
     for setting in [value for value in get_args(Allocator) if value not in backend.allocators]:
         left_out[f"allocator={setting}"] = "not for this kind of device"
     allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]
@@ -244,6 +256,7 @@ def build_space(
             "attention": tuple(attentions),
             "compile": tuple(compile_modes),
             "compile_scope": scopes,
+            "graphs": tuple(graphs),
             "allocator": tuple(allocators),
             "precision": tuple(precisions),
             "padding": paddings,
@@ -257,6 +270,7 @@ def build_space(
         },
         left_out=left_out,
         pairs=frozenset(pairs),
+        whole_rows=frozenset(p for p in precisions if hardware.allows(f"packed.{_ATTENTION_DTYPE[p]}")),
     )
 
 
@@ -292,7 +306,7 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
     attentions = [a for a in exact_attentions if (a, precision) in space.pairs]
     micro_batches = space.values["micro_batch"]
     fitting = [size for size in micro_batches if size <= most] or micro_batches[:1]
-    return space.strategy(
+    guess = space.strategy(
         {
             "attention": min(attentions, key=lambda a: attention_ms(hardware, a, precision, is_masked=False)),
             "precision": precision,
@@ -308,8 +322,27 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
             "padding": next(p for p in ("buckets", *space.values["padding"]) if p in space.values["padding"]),
             "allocator": space.values["allocator"][-1],
             "optimizer": min(space.values["optimizer"], key=optimizer_ms),
+            "graphs": space.values["graphs"][-1],
         }
     )
+    return guess if space.refusal(guess) is None else msgspec.structs.replace(guess, graphs="none")
+
+
+def _unrecorded(strategy: Strategy, is_whole_row: bool) -> str | None:
+    """Why no step of this setting can be recorded as a graph; None where one can."""
+    if strategy.compiles_graphs:
+        return "the compiler records graphs of its own"
+    if strategy.precision == "fp16":
+        return "the loss scaler asks the device after every step"
+    if strategy.checkpoint not in ("none", "memory_budget"):
+        return "what is recomputed sets back the random numbers, which a recorded step cannot"
+    if strategy.accumulation > 1 and strategy.padding != "max":
+        return "every mix of widths would be recorded anew"
+    if strategy.padding == "packed" and not is_whole_row:
+        return "each sequence goes by itself, every number of them would be recorded anew"
+    if strategy.padding != "packed" and strategy.attention == "flash_attn":
+        return "the device is asked how many tokens count"
+    return None
 
 
 def _needs(precision: Precision) -> tuple[str, ...]:

@@ -191,7 +191,7 @@ def _serve(connection: Connection, job: Job) -> None:
                 command.num_eval,
                 on_step=lambda step: say(Progress(stage="training", step=step)),
             )
-            check_compiled(job.strategy)
+            check_compiled(run)
             return trained
         if isinstance(command, Trace):
             comparing = Progress(stage="comparing losses")
@@ -215,7 +215,7 @@ def _serve(connection: Connection, job: Job) -> None:
             narrow=command.narrow,
             on_lap=report,
         )
-        check_compiled(job.strategy)
+        check_compiled(run)
         if command.eval_batches:
             connection.send(Progress(stage="evaluating"))
             timer().evaluate(command.eval_batches, EVAL_ENOUGH_S)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from autotune.data.batching import Indices, MicroBatch, Part, plan_batch
+from autotune.data.batching import Indices, MicroBatch, Part, plan_batch, rounding_of
 from autotune.errors import UsageError, words_of
 from autotune.strategy import Attention, Strategy
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
@@ -210,6 +210,7 @@ class Batch:
             micro_batch=strategy.micro_batch,
             padding=strategy.padding,
             max_tokens=self.width,
+            rounding=rounding_of(strategy, is_host=True),
         )
         return [self.micro(rows, width) for rows, width in zip(planned.micro_batches, planned.widths, strict=True)]
 

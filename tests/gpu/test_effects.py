@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -152,6 +153,61 @@ def test_packed_sequences_run_in_one_kernel(workload: Workload) -> None:
     for checkpoint in ("none", "every_block"):
         seen = events(run_of(workload, padding="packed", attention="sdpa", precision="bf16", checkpoint=checkpoint))
         assert any("varlen_attn" in event for event in seen)
+
+
+@pytest.mark.parametrize(("mode", "uses_graphs"), [("default", False), ("reduce-overhead", True)])
+def test_packed_rows_of_any_length_are_compiled_once(workload: Workload, mode: str, uses_graphs: bool) -> None:
+    if flash.native("cuda", torch.bfloat16) is None:
+        pytest.skip("this torch has no kernel for sequences of different lengths")
+    knobs = {"padding": "packed", "attention": "sdpa", "precision": "bf16", "optimizer": "fused"}
+    expected = [float(loss) for loss in some_losses(run_of(workload, **knobs))]
+    torch.compiler.reset()
+    before = counters["stats"]["unique_graphs"]
+    run = run_of(workload, **knobs, compile=mode)
+    assert [float(loss) for loss in some_losses(run)] == pytest.approx(expected, rel=1e-2)
+    assert counters["stats"]["unique_graphs"] - before == 2, "the model's and the loss's"
+    assert ("cudaGraphLaunch" in events(run)) == uses_graphs
+
+
+def some_losses(run: Run, count: int = 6) -> list[Tensor]:
+    epochs = itertools.chain.from_iterable(itertools.repeat(run.loader))
+    return [run.step(batch) for batch in itertools.islice(epochs, count)]
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"padding": "buckets", "workers": 2},
+        {"padding": "buckets", "compile": "default"},
+        {"accumulation": 4, "micro_batch": 8},
+        {"optimizer": "fused", "precision": "bf16", "padding": "packed"},
+    ],
+    ids=str,
+)
+def test_a_recorded_step_trains_as_a_launched_one(workload: Workload, knobs: dict[str, object]) -> None:
+    launched, recorded = (run_of(workload, attention="sdpa", **knobs, graphs=graphs) for graphs in ("none", "step"))
+    pairs = list(zip(some_losses(launched, 24), some_losses(recorded, 24), strict=True))
+    tolerance = 1e-2 if knobs.get("precision") == "bf16" else 1e-4
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert recorded.step.graphs is not None
+    assert 0 < recorded.step.graphs.num_recorded < 12
+    assert launched.optimizer.param_groups[0]["lr"] == pytest.approx(recorded.optimizer.param_groups[0]["lr"])
+    assert isinstance(recorded.optimizer.param_groups[0]["lr"], float)
+    torch.testing.assert_close(launched.step.grad_norm, recorded.step.grad_norm, rtol=0.05, atol=0.05)
+    assert "cudaGraphLaunch" in events(recorded)
+
+
+def test_a_recorded_step_draws_new_random_numbers_each_time(workload: Workload) -> None:
+    torch.manual_seed(1)
+    model = EncoderClassifier(width=64, num_heads=2, ffn_width=64, num_layers=2, dropout=0.5)
+    run = apply(Strategy(micro_batch=32, graphs="step"), workload, backends.get("cuda"), model=model)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    run.step.scheduler = None
+    batch = next(iter(run.loader))
+    assert len({float(run.step(batch)) for _ in range(6)}) == 6
 
 
 @pytest.mark.parametrize("kind", SPARSE)

@@ -1,0 +1,136 @@
+"""A whole optimizer step as a CUDA graph: forward, backward, clipping and update are recorded once for each shape of
+batch, and then replayed with a single launch. Where a step's kernels are short, launching them one by one from Python
+takes longer than running them (PyTorch, "CUDA Graphs", torch.cuda.graph).
+
+What is recorded is the step that trains: a shape's first batch is trained as ever, which also has kernels chosen and
+compiled for it, and its second is recorded and replayed. Nothing is trained twice and nothing is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from autotune.data.batching import MicroBatch
+
+Trained = tuple[Tensor, Tensor | None]
+"""The step's loss and the norm of its gradients, detached scalars."""
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    batch: list[MicroBatch]
+    """What the graph reads: the batch to be trained is copied here."""
+    trained: Trained
+    """What it writes."""
+
+
+class StepGraphs:
+    """Trains batches by ``train``, which does all of a step on batches that are on the device already.
+
+    The learning rates may change from step to step; what else the host changes after a shape is recorded (a frozen
+    layer, another dropout rate) the graph does not see. The optimizer has to be ``capturable``. Raises RuntimeError
+    where the step asks the device for something and waits, which no graph can.
+    """
+
+    def __init__(self, train: Callable[[Sequence[MicroBatch]], Trained], optimizer: torch.optim.Optimizer) -> None:
+        self._train, self._optimizer = train, optimizer
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._rates: list[Tensor] = [
+            torch.tensor(float(group["lr"]), device=self._stream.device) for group in optimizer.param_groups
+        ]
+        self._set: list[float] = [float(group["lr"]) for group in optimizer.param_groups]
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, _Recorded] = {}
+
+    @property
+    def num_recorded(self) -> int:
+        """Shapes that are recorded."""
+        return len(self._recorded)
+
+    def __call__(self, batch: Sequence[MicroBatch]) -> Trained:
+        """Trains a batch, which may still be on the host. The results are the caller's to keep."""
+        shape = tuple(map(_shape, batch))
+        self._set_rates()
+        if shape not in self._recorded:
+            placed = [self._placed(micro) for micro in batch]
+            if shape not in self._seen:
+                self._seen.add(shape)
+                return self._trained_once(placed)
+            self._recorded[shape] = self._record(placed)
+        recorded = self._recorded[shape]
+        for own, new in zip(recorded.batch, batch, strict=True):
+            own.targets.copy_(new.targets, non_blocking=True)
+            for name, value in own.inputs.items():
+                if isinstance(value, Tensor):
+                    value.copy_(new.inputs[name], non_blocking=True)
+        recorded.graph.replay()
+        loss, norm = recorded.trained
+        return loss.clone(), None if norm is None else norm.clone()  # the next replay overwrites them
+
+    def _trained_once(self, batch: Sequence[MicroBatch]) -> Trained:
+        """On the stream that is recorded later: what autograd keeps for a parameter belongs to a stream."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), self._rates_on_device():
+            trained = self._train(batch)
+        current.wait_stream(self._stream)
+        return trained
+
+    def _record(self, batch: list[MicroBatch]) -> _Recorded:
+        """All graphs have one pool of memory: they never run at once, and none reads what another has left there.
+
+        The loader's threads may meanwhile ask the driver for pinned memory: only this thread is held to what may be
+        recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with self._rates_on_device(), recording:
+            trained = self._train(batch)
+        return _Recorded(graph, batch, trained)
+
+    @contextlib.contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """The optimizer reads its learning rates from the device, where a replay finds those of its own step; outside,
+        they are numbers, as schedules and people expect."""
+        before = [group["lr"] for group in self._optimizer.param_groups]
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(self._optimizer.param_groups, before, strict=True):
+                group["lr"] = rate
+
+    def _set_rates(self) -> None:
+        wanted = [float(group["lr"]) for group in self._optimizer.param_groups]
+        for rate, before, now in zip(self._rates, self._set, wanted, strict=True):
+            if now != before:
+                rate.fill_(now)
+        self._set = wanted
+
+    def _placed(self, micro: MicroBatch) -> MicroBatch:
+        """On the device, in memory of its own."""
+        return micro._replace(
+            inputs={
+                name: self._own(value) if isinstance(value, Tensor) else value for name, value in micro.inputs.items()
+            },
+            targets=self._own(micro.targets),
+        )
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=self._stream.device).copy_(tensor, non_blocking=True)
+
+
+def _shape(micro: MicroBatch) -> Hashable:
+    """All of a micro batch that is recorded with the step: what tensors look like, and whatever is no tensor."""
+    inputs = (
+        (name, tuple(value.shape), value.dtype, value.stride()) if isinstance(value, Tensor) else (name, value)
+        for name, value in micro.inputs.items()
+    )
+    return (*inputs, tuple(micro.targets.shape), micro.num_samples)

@@ -28,7 +28,7 @@ from autotune.errors import AutotuneError
 from autotune.files import replace_file
 from autotune.process import Child, ChildDied
 
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 """Raised when a check changes its meaning: what an older version measured is measured again."""
 
 TOO_SLOW = 3.0

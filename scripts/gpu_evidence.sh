@@ -4,12 +4,16 @@
 # command goes on after a cut.
 #
 #   OUT=evidence scripts/gpu_evidence.sh                     all of it, about half an hour on an H100
-#   OUT=evidence STEPS="probe search-imdb" scripts/gpu_evidence.sh
+#   OUT=evidence STEPS="probe search-imdb" BESIDE= scripts/gpu_evidence.sh
+#   OUT=/tmp/e PACK=e.tgz UNTIL=420 SEARCH_S=100 scripts/gpu_evidence.sh   what fits into seven minutes, in one file
 #   OUT=rehearsal REHEARSE=1 DEVICE=cpu scripts/gpu_evidence.sh   every step in small, to see that it runs
 #
 # OUT        folder for results (evidence)            DEVICE    cuda, or cpu to rehearse
-# STEPS      which, in their order (all)              REVIEWS   a folder with the real reviews, for the accuracy
-# SEARCH_S   for each search (300)                    EPOCHS    of the accuracy runs (5)
+# STEPS      which are timed, one after another       BESIDE    which are not, all at once and last
+# SEARCH_S   for each search (300)                    PLANNED   epochs that searches plan for (the recipe's)
+# REVIEWS    a folder with the real reviews           EPOCHS    of the accuracy runs (5)
+# UNTIL      seconds in all: a step that does not end by then is interrupted, as by ^C
+# PACK       an archive of all results but the cache, written anew after every step
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-evidence}
@@ -19,20 +23,25 @@ REHEARSE=${REHEARSE:-}
 SEARCH_S=${SEARCH_S:-300}
 EPOCHS=${EPOCHS:-5}
 REVIEWS=${REVIEWS:-}
-ALL="versions tests probe search-imdb search-lm search-cifar10 study grid replay budget too-big accuracy-none accuracy-best"
-STEPS=${STEPS:-$ALL}
+STEPS=${STEPS-versions probe search-imdb search-cifar10 search-lm study grid}
+BESIDE=${BESIDE-accuracy-none accuracy-best tests budget too-big replay}
+UNTIL=${UNTIL:-86400}
+PACK=${PACK:-}
+PLANNED=${PLANNED:-}
 mkdir -p "$OUT/done"
 export AUTOTUNE_CACHE=${AUTOTUNE_CACHE:-$OUT/cache}
 PROFILES=$OUT/profiles
-autotune() { "$PYTHON" -m autotune "$@"; }
+left() { echo $((UNTIL - SECONDS)); }
+limited() { timeout -s INT -k 10 "$(left)" "$@"; }
+autotune() { limited "$PYTHON" -m autotune "$@"; }
 
 # small: a rehearsal's sizes
-search_args=(--budget "${SEARCH_S}s" --explain)
+search_args=(--budget "${SEARCH_S}s" ${PLANNED:+--epochs "$PLANNED"})
 study_args=(--max-batch)
 train_args=(--epochs "$EPOCHS")
 grid_minutes=8
 replay_args=(--seeds 100)
-test_args=(-m gpu tests/gpu tests/backends)
+test_args=(-p no:benchmark -m gpu tests/gpu tests/backends)
 if [ -n "$REHEARSE" ]; then
     search_args=(--trials 2 --limit 256 --epochs 1)
     study_args=(--steps 2 --only baseline,checkpointing --batch-size 2 --batch-size 4 --limit 64)
@@ -50,7 +59,7 @@ step() {  # what one step runs; its output is its evidence
         "$PYTHON" -c "import platform, torch; print(platform.python_version(), torch.__version__, torch.version.cuda)"
         git rev-parse HEAD 2> /dev/null || true
         ;;
-    tests) "$PYTHON" -m pytest -q -p no:cacheprovider "${test_args[@]}" ;;
+    tests) limited "$PYTHON" -m pytest -q -p no:cacheprovider "${test_args[@]}" ;;
     probe) autotune probe --device "$DEVICE" --refresh ;;
     search-*)
         autotune search --model "${1#search-}" --device "$DEVICE" --profiles "$PROFILES" "${search_args[@]}" &&
@@ -61,10 +70,10 @@ step() {  # what one step runs; its output is its evidence
             autotune report "$OUT/study.json" -o "$OUT/study.html"
         ;;
     grid)
-        "$PYTHON" -m benchmarks.record --model imdb --device "$DEVICE" --minutes "$grid_minutes" &&
+        limited "$PYTHON" -m benchmarks.record --model imdb --device "$DEVICE" --minutes "$grid_minutes" &&
             cp benchmarks/grids/imdb-"$DEVICE"-* "$OUT"/
         ;;
-    replay) "$PYTHON" -m benchmarks.replay "${replay_args[@]}" ;;
+    replay) limited "$PYTHON" -m benchmarks.replay "${replay_args[@]}" ;;
     budget)  # real out-of-memory: the search goes on, and ends within its budget
         autotune search --model imdb --device "$DEVICE" --profiles "$OUT/budget" --memory-budget 2GiB \
             "${search_args[@]}"
@@ -82,21 +91,42 @@ step() {  # what one step runs; its output is its evidence
             autotune train --model imdb --device "$DEVICE" --run "$OUT/$1" "${chosen[@]}" "${train_args[@]}"
         fi
         ;;
-    *) echo "there is no step $1; there are $ALL" && return 2 ;;
+    *) echo "there is no step $1; there are $STEPS $BESIDE" >&2 && return 2 ;;
     esac
+}
+
+run() {  # a step that is not done yet, and what became of it
+    local name=$1 start=$SECONDS status
+    [ -e "$OUT/done/$name" ] && echo "$name: done before" && return 0
+    [ "$(left)" -le 0 ] && echo "$name: no time left" && return 1
+    step "$name" > "$OUT/$name.txt" 2> "$OUT/$name.err"
+    status=$?
+    if [ $status = 0 ]; then
+        touch "$OUT/done/$name"
+        echo "$name: ok, $((SECONDS - start)) s"
+    else
+        echo "$name: status $status, $((SECONDS - start)) s: $(tail -n 1 "$OUT/$name.err" | cut -c1-200)"
+    fi
+    return $status
+}
+
+pack() {
+    [ -z "$PACK" ] || { tar czf "$PACK.new" --exclude=cache --exclude=checkpoint.pt -C "$OUT" . && mv "$PACK.new" "$PACK"; }
 }
 
 failed=0
 for name in $STEPS; do
-    [ -e "$OUT/done/$name" ] && echo "$name: done before" && continue
-    start=$SECONDS
-    if step "$name" > "$OUT/$name.txt" 2> "$OUT/$name.err"; then
-        touch "$OUT/done/$name"
-        echo "$name: ok, $((SECONDS - start)) s"
-    else
-        status=$?
-        failed=1
-        echo "$name: status $status, $((SECONDS - start)) s: $(tail -n 1 "$OUT/$name.err" | cut -c1-200)"
-    fi
+    run "$name" || failed=1
+    pack
+done
+set -m  # without job control, what runs in the background never hears an interrupt
+children=()
+for name in $BESIDE; do
+    run "$name" &
+    children+=($!)
+done
+for child in ${children[@]+"${children[@]}"}; do
+    wait "$child" || failed=1
+    pack
 done
 exit $failed

@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from autotune import backends
+from autotune.backends.base import Capability
 from autotune.measurement import Trial
+from autotune.probe import Hardware
 from autotune.search.memory import Fit, MemoryModel
 from autotune.search.objective import BALANCED, FASTEST, LEANEST, THRIFTIEST, PlannedRun, hopeless, loss_of
 from autotune.search.sampling import Sampler
@@ -179,6 +182,68 @@ def test_cuda_graphs_are_not_combined_with_accumulation(prepared: Prepared) -> N
     graphs = Strategy(micro_batch=8, accumulation=4, compile="reduce-overhead")
     assert "169545" in (space.refusal(graphs) or "")
     assert space.refusal(Strategy(micro_batch=32, compile="reduce-overhead")) is None
+
+
+def cuda_hardware(**refused: str) -> Hardware:
+    """As ``factories.hardware``, with what only a CUDA device is asked."""
+    found = factories.hardware(**refused)
+    names = ("graphs.step", "packed.bf16", "compile.reduce-overhead")
+    more = [Capability(name=name, value=True) for name in names if name.replace(".", "__") not in refused]
+    return msgspec.structs.replace(found, capabilities=(*found.capabilities, *more))
+
+
+CUDA = backends.get("cuda")
+RECORDED = Strategy(micro_batch=32, graphs="step", attention="sdpa", precision="bf16")
+
+
+def test_steps_are_recorded_where_the_probe_saw_it(prepared: Prepared) -> None:
+    assert build_space(cuda_hardware(), CUDA, prepared[1]).values["graphs"] == ("none", "step")
+    unprobed = build_space(factories.hardware(), CUDA, prepared[1])
+    assert unprobed.left_out["graphs=step"] == "unknown: not probed"
+    assert build_space(cuda_hardware(), CPU, prepared[1]).left_out["graphs=step"] == "not for this kind of device"
+    recipe = msgspec.structs.replace(prepared[1].recipe, schedule="onecycle")
+    other = build_space(cuda_hardware(), CUDA, prepared[1].with_recipe(recipe))
+    assert "changes more than the rate" in other.left_out["graphs=step"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"compile": "default"}, None),
+        ({"compile": "default", "checkpoint": "memory_budget"}, None),
+        ({"padding": "buckets"}, None),
+        ({"padding": "packed"}, None),
+        ({"padding": "packed", "compile": "default"}, None),
+        ({"micro_batch": 8, "accumulation": 4}, None),
+        ({"micro_batch": 8, "accumulation": 4, "padding": "buckets"}, "mix of widths"),
+        ({"padding": "packed", "precision": "fp32"}, "every number of them"),
+        ({"compile": "reduce-overhead"}, "graphs of its own"),
+        ({"precision": "fp16"}, "loss scaler"),
+        ({"checkpoint": "every_block"}, "random numbers"),
+    ],
+    ids=str,
+)
+def test_steps_that_ask_the_device_are_not_recorded(
+    prepared: Prepared, changes: dict[str, Any], reason: str | None
+) -> None:
+    space = build_space(cuda_hardware(), CUDA, prepared[1])
+    found = space.refusal(msgspec.structs.replace(RECORDED, **changes))
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_the_guess_on_cuda_is_recorded_unless_it_cannot_be(prepared: Prepared) -> None:
+    hardware = cuda_hardware(attention__sdpa_flash__bf16="no", attention__sdpa_flash__fp16="no")
+    assert expert_guess(build_space(hardware, CUDA, prepared[1]), hardware, CUDA).graphs == "step"
+    hardware = cuda_hardware(matmul__bf16="refused: no", attention__sdpa_flash__fp16="no")
+    guess = expert_guess(build_space(hardware, CUDA, prepared[1]), hardware, CUDA)
+    assert (guess.precision, guess.graphs) == ("fp16", "none")
+
+
+def test_packed_rows_are_compiled_where_one_kernel_takes_them(prepared: Prepared) -> None:
+    packed = msgspec.structs.replace(RECORDED, padding="packed", graphs="none", compile="default")
+    assert build_space(cuda_hardware(), CUDA, prepared[1]).refusal(packed) is None
+    assert build_space(cuda_hardware(packed__bf16="refused: no"), CUDA, prepared[1]).refusal(packed)
 
 
 def test_the_sampler_never_proposes_what_the_space_refuses(prepared: Prepared) -> None:

@@ -20,6 +20,7 @@ from autotune.data.batching import (
     Indices,
     MicroBatch,
     PlannedBatch,
+    Rounding,
     plan_batch,
     plan_epoch,
     plan_evaluation,
@@ -52,7 +53,7 @@ class Loader:
         max_tokens: int,
         seed: int,
         is_pinned: bool,
-        is_host: bool,
+        rounding: Rounding,
         collate: Callable[[Any, Indices, int], MicroBatch],
         is_training: bool = True,
     ) -> None:
@@ -63,7 +64,7 @@ class Loader:
         self._max_tokens = max_tokens
         self._seed = seed
         self._is_pinned = is_pinned
-        self._rounding = rounding_of(strategy, is_host=is_host)
+        self._rounding = rounding
         self.epoch = 0
         """The epoch that the next iteration gives."""
 
@@ -175,7 +176,12 @@ class Run:
             raise AutotuneError(
                 f"{self.workload.name} has a loader of its own: for batch in run.loader: run.step(batch)"
             )
-        return self.workload.split(batch, self.strategy)
+        return self.workload.split(batch, self.strategy, self.rounding)
+
+    @property
+    def rounding(self) -> Rounding:
+        """What the sizes of batches are rounded up to."""
+        return rounding_of(self.strategy, is_host=self.backend.is_host_memory)
 
     def evaluation_plan(self, num_samples: int | None = None) -> list[PlannedBatch]:
         """The test set in micro batches; with a number, its first so many samples, however they are batched."""
@@ -184,7 +190,7 @@ class Run:
             micro_batch=self.strategy.micro_batch,
             padding=self.strategy.padding,
             max_tokens=self.workload.max_tokens,
-            rounding=rounding_of(self.strategy, is_host=self.backend.is_host_memory),
+            rounding=self.rounding,
         )
 
     def evaluation_batches(self, plan: Sequence[PlannedBatch]) -> Iterator[list[MicroBatch]]:
@@ -195,7 +201,7 @@ class Run:
             max_tokens=0,
             seed=0,
             is_pinned=self.backend.pins_memory,
-            is_host=self.backend.is_host_memory,
+            rounding=self.rounding,
             collate=self.workload.collate_for(self.strategy.padding),
             is_training=False,
         ).over(plan)
@@ -259,11 +265,8 @@ def apply(
         backend.limit_kernel_caches()
     model = workload.build_model() if model is None else model
     forward_context = _set_knobs(model, strategy, workload, device.type)
-    if strategy.graphs not in backend.graphs or (strategy.graphs != "none" and strategy.precision == "fp16"):
-        raise AutotuneError(
-            "graphs=step needs a CUDA device, and another precision than fp16, whose loss scaler asks the device after "
-            "every step; set graphs to none in the profile"
-        )
+    if strategy.graphs != "none":
+        _check_recorded(strategy, backend, recipe.schedule)
     if weights_dtype(strategy) is not torch.float32:
         model.to(weights_dtype(strategy))
     if strategy.precision == "fp8":
@@ -273,13 +276,14 @@ def apply(
     model.to(device)
     if not model.training:  # a part that is not to be trained may be in evaluation mode on purpose
         model.train()
+    rounding = rounding_of(strategy, is_host=backend.is_host_memory)
     loader = Loader(
-        workload.train if dataset is None else workload.of_dataset(dataset, strategy),
+        workload.train if dataset is None else workload.of_dataset(dataset, strategy, rounding),
         strategy,
         max_tokens=workload.max_tokens,
         seed=seed,
         is_pinned=backend.pins_memory,
-        is_host=backend.is_host_memory,
+        rounding=rounding,
         collate=workload.collate_for(strategy.padding),
     )
     scheduler = None
@@ -312,6 +316,17 @@ def apply(
         backend=backend,
         workload=workload,
     )
+
+
+def _check_recorded(strategy: Strategy, backend: Backend, schedule: str) -> None:
+    """Raises AutotuneError where no step can be recorded as a graph."""
+    reason = strategy.unrecorded
+    if strategy.graphs not in backend.graphs:
+        reason = f"that needs a CUDA device, {backend.name} is none"
+    elif schedule == "onecycle":
+        reason = "the recipe's schedule changes more than the rate, which a recorded step would not see"
+    if reason:
+        raise AutotuneError(f"graphs={strategy.graphs}: {reason}; set graphs to none in the profile")
 
 
 def _set_knobs(
@@ -372,13 +387,14 @@ def _set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None
     """Chooses the update's implementation, as the constructor's arguments ``foreach`` and ``fused`` would."""
     chosen = strategy.optimizer
     if strategy.graphs == "step":
-        if "capturable" not in optimizer.defaults:
+        if "capturable" in optimizer.defaults:
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+        elif not isinstance(optimizer, torch.optim.SGD):  # which has nothing to keep on the device but its momentum
             raise AutotuneError(
                 f"graphs=step needs one of torch's optimizers that can be recorded, {type(optimizer).__name__} cannot; "
                 "set graphs to none in the profile"
             )
-        for group in optimizer.param_groups:
-            group["capturable"] = True
         # a shape's first step is not recorded, on purpose: torch 2.11 would warn of that
         optimizer._warned_capturable_if_run_uncaptured = True
     if chosen == "default":

@@ -9,13 +9,16 @@ compiled for it, and its second is recorded and replayed. Nothing is trained twi
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from autotune.data.batching import MicroBatch
+from autotune.errors import AutotuneError
 
 Trained = tuple[Tensor, Tensor | None]
 """The step's loss and the norm of its gradients, detached scalars."""
@@ -33,8 +36,9 @@ class StepGraphs:
     """Trains batches by ``train``, which does all of a step on batches that are on the device already.
 
     The learning rates may change from step to step; what else the host changes after a shape is recorded (a frozen
-    layer, another dropout rate) the graph does not see. The optimizer has to be ``capturable``. Raises RuntimeError
-    where the step asks the device for something and waits, which no graph can.
+    layer, another dropout rate, a cache that is replaced and not written to) the graph does not see. Raises
+    AutotuneError where it would go wrong without a word: a model that draws random numbers on the host, hooks of the
+    optimizer, other options of it than at first; and where a step waits for the device, which no graph can.
     """
 
     def __init__(self, train: Callable[[Sequence[MicroBatch]], Trained], optimizer: torch.optim.Optimizer) -> None:
@@ -45,8 +49,18 @@ class StepGraphs:
             torch.tensor(float(group["lr"]), device=self._stream.device) for group in optimizer.param_groups
         ]
         self._set: list[float] = [float(group["lr"]) for group in optimizer.param_groups]
+        self._options = _options(optimizer)
         self._seen: set[Hashable] = set()
         self._recorded: dict[Hashable, _Recorded] = {}
+        # a state that is loaded lies elsewhere in memory
+        optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
+
+    def forget(self) -> None:
+        """Has every shape recorded anew."""
+        torch.cuda.synchronize()
+        self._seen.clear()
+        self._recorded.clear()
+        self._options = _options(self._optimizer)
 
     @property
     def num_recorded(self) -> int:
@@ -77,9 +91,12 @@ class StepGraphs:
         """On the stream that is recorded later: what autograd keeps for a parameter belongs to a stream."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
+        before = _random_state()
         with torch.cuda.stream(self._stream), self._rates_on_device():
             trained = self._train(batch)
         current.wait_stream(self._stream)
+        if _random_state() != before:
+            _refuse("the model draws random numbers on the host, and every replay would have the same ones")
         return trained
 
     def _record(self, batch: list[MicroBatch]) -> _Recorded:
@@ -88,10 +105,22 @@ class StepGraphs:
         The loader's threads may meanwhile ask the driver for pinned memory: only this thread is held to what may be
         recorded.
         """
-        graph = torch.cuda.CUDAGraph()
+        hooks = (getattr(self._optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+        if any(hooks):
+            _refuse("the optimizer's hooks would not be called")
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with self._rates_on_device(), recording:
-            trained = self._train(batch)
+        try:
+            with self._rates_on_device(), recording:
+                trained = self._train(batch)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is the reason
+            cause = exc.__context__ or exc  # what ends the recording complains as well, and leaves its stream behind
+            torch.cuda.set_stream(current)
+            self._optimizer.zero_grad(set_to_none=True)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
+            _refuse(f"the step cannot be recorded ({lines[0][:120]})", cause)
         return _Recorded(graph, batch, trained)
 
     @contextlib.contextmanager
@@ -108,6 +137,8 @@ class StepGraphs:
                 group["lr"] = rate
 
     def _set_rates(self) -> None:
+        if _options(self._optimizer) != self._options:
+            _refuse("an option of the optimizer beside its rate was changed, which a recorded step does not see")
         wanted = [float(group["lr"]) for group in self._optimizer.param_groups]
         for rate, before, now in zip(self._rates, self._set, wanted, strict=True):
             if now != before:
@@ -133,4 +164,19 @@ def _shape(micro: MicroBatch) -> Hashable:
         (name, tuple(value.shape), value.dtype, value.stride()) if isinstance(value, Tensor) else (name, value)
         for name, value in micro.inputs.items()
     )
-    return (*inputs, tuple(micro.targets.shape), micro.num_samples)
+    return (*inputs, tuple(micro.targets.shape), micro.targets.dtype, micro.num_samples)
+
+
+def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """All that an optimizer is told but the rates and, as they are tensors, the parameters."""
+    return [{name: group[name] for name in group if name not in ("lr", "params")} for group in optimizer.param_groups]
+
+
+def _random_state() -> tuple[Any, ...]:
+    """Of everything on the host that a model may draw from."""
+    kind, numbers, *rest = np.random.get_state(legacy=True)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(numbers).tobytes(), *rest
+
+
+def _refuse(reason: str, cause: BaseException | None = None) -> NoReturn:
+    raise AutotuneError(f"graphs=step: {reason}; set graphs to none in the profile") from cause

@@ -84,8 +84,8 @@ class Step:
         """
         if not isinstance(batch, Sequence) or not all(isinstance(micro, MicroBatch) for micro in batch):
             raise TypeError("step takes a batch of run.loader; one of your own goes through split: step(split(batch))")
-        is_recorded = self.graphs is not None and self.on_phase is None
-        train = self.graphs if self.graphs is not None and is_recorded else self._train
+        # in a graph phases cannot be told apart
+        train = self._train if self.graphs is None or self.on_phase is not None else self.graphs
         total, self.grad_norm = train(batch)
         if self.scheduler is not None and not self._is_skipped:
             self.scheduler.step()

@@ -114,6 +114,19 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.compiles_graphs or self.graphs == "step"
 
     @property
+    def unrecorded(self) -> str | None:
+        """Why no step of this setting can be recorded as a graph, on any device; None where one can."""
+        if self.compiles_graphs:
+            return "the compiler records graphs of its own"
+        if self.precision == "fp16":
+            return "fp16's loss scaler asks the device after every step"
+        if self.checkpoint not in ("none", "memory_budget"):
+            return "what is recomputed sets back the random numbers, which a recorded step cannot"
+        if self.accumulation > 1 and self.padding != "max":
+            return "with accumulation every mix of widths would be recorded anew"
+        return None
+
+    @property
     def global_batch(self) -> int:
         """Samples per optimizer step."""
         return self.micro_batch * self.accumulation

@@ -36,6 +36,8 @@ MIN_LOSS_SCALE = 1.0
 MIN_EVAL_BATCHES = 2
 """However long they take, where so many may be timed."""
 SOAK_EVAL_BATCHES = 4
+STEPS_TO_PLAN = 2
+"""Of one shape, on an accelerator: one for which kernels are chosen and planned, one as those after it."""
 STEPS_TO_RECORD = 3
 """Of one shape: one to warm up, one that is recorded as CUDA graphs, one to replay them (torch 2.11)."""
 _MAX_STREAM = 200_000
@@ -57,15 +59,28 @@ class Timer:
     ``start`` says where in the order of the batches it begins, as a share of them, 0 to 1: timers of one run that begin
     apart do not all time the same few batches. ``usual_cost`` is how long batches take by their shape, until enough
     laps say it. The first lap, which is warm-up, begins with the longest batch: the peak memory is the worst case, and
-    what does not fit fails at once. On an accelerator it goes on until every shape of full batches has come up.
+    what does not fit fails at once. On an accelerator it goes on until every shape of full batches has come up, and
+    ``on_opening`` is called after each of these steps.
     """
 
-    def __init__(self, run: Run, start: float = 0.0, beats: Beats | None = None, usual_cost: Cost = BY_TOKENS) -> None:
+    def __init__(
+        self,
+        run: Run,
+        start: float = 0.0,
+        beats: Beats | None = None,
+        usual_cost: Cost = BY_TOKENS,
+        on_opening: Callable[[], None] = lambda: None,
+    ) -> None:
         self._run, self._beats, self._usual_cost = run, beats or Beats(), usual_cost
+        self._on_opening = on_opening
         self._plan = sorted(run.loader.plan(0), key=lambda batch: batch.padded_tokens)
         order = [self._plan[index] for index in _low_discrepancy(len(self._plan))]
+        opening = self._plan[-1:]
+        if not run.backend.is_host_memory:
+            order = _full(order)
+            times = STEPS_TO_RECORD if run.strategy.records_shapes else STEPS_TO_PLAN
+            opening += [batch for batch in _every_shape(order) for _ in range(times)]
         first = int(start * len(order))
-        opening = [self._plan[-1], *self._first_of_each_shape()]
         self._num_opening = len(opening)
         stream = [*opening, *islice(cycle(order[first:] + order[:first]), _MAX_STREAM)]
         self._planned, self._batches = iter(stream), run.loader.over(stream)
@@ -78,21 +93,6 @@ class Timer:
         self._enough_steps: float = math.inf
         """Of a lap, on an accelerator: it takes far longer to train steps that are recorded than to ask for them."""
         self.laps: list[Lap] = []
-
-    def _first_of_each_shape(self) -> list[PlannedBatch]:
-        """On an accelerator, batches in which each shape of a full one comes up: kernels are chosen, planned or
-        recorded for it when they first see it, which takes a while and belongs to the warm-up."""
-        if self._run.backend.is_host_memory:
-            return []
-        full = max(batch.num_samples for batch in self._plan)
-        shapes = {
-            (len(indices), width): batch
-            for batch in self._plan
-            if batch.num_samples == full
-            for indices, width in zip(batch.micro_batches, batch.widths, strict=True)
-        }
-        times = STEPS_TO_RECORD if self._run.strategy.records_shapes else 1
-        return [batch for batch in reversed({id(one): one for one in shapes.values()}.values()) for _ in range(times)]
 
     def lap(self) -> Lap:
         """Times the next steps. Raises whatever the run raises, FloatingPointError where it diverges."""
@@ -122,6 +122,7 @@ class Timer:
                 num_tokens += sum(micro.num_tokens for micro in batch)
                 if not self.laps:
                     synchronize()
+                    self._on_opening()
                 now = time.perf_counter()
                 last_s = now - began
             synchronize()
@@ -188,6 +189,8 @@ class Timer:
         One loader serves all calls, as one serves an epoch's evaluation.
         """
         if self._eval_batches is None:
+            if not self._run.backend.is_host_memory:
+                self._run.evaluate(self._run.evaluation_batches(_every_shape(_full(self._eval_plan))))
             plan = [self._eval_plan[index] for index in _low_discrepancy(len(self._eval_plan))]
             stream = list(islice(cycle(plan), _MAX_STREAM))
             self._eval_batches = zip(stream, self._run.evaluation_batches(stream), strict=True)
@@ -378,6 +381,22 @@ def _graph_breaks() -> tuple[int, str]:
 
     found = counters["graph_break"]
     return len(found), next((str(reason).strip().splitlines()[0] for reason in found), "")
+
+
+def _full(plan: Sequence[PlannedBatch]) -> list[PlannedBatch]:
+    """Without the last batch where that is short: once in an epoch it has a shape of its own."""
+    full = max(batch.num_samples for batch in plan)
+    return [batch for batch in plan if batch.num_samples == full]
+
+
+def _every_shape(plan: Sequence[PlannedBatch]) -> list[PlannedBatch]:
+    """Batches in which every shape of the plan's micro batches comes up."""
+    shapes = {
+        (len(indices), width): batch
+        for batch in plan
+        for indices, width in zip(batch.micro_batches, batch.widths, strict=True)
+    }
+    return list({id(batch): batch for batch in shapes.values()}.values())
 
 
 def _work(batch: PlannedBatch) -> Work:

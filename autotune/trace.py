@@ -67,6 +67,8 @@ def losses(
         for batch in run.loader.over(plan):
             on_step()
             steps.append(_unskipped(run, batch))
+    if run.step.graphs is not None:
+        run.step.graphs.forget()  # they have no dropout
     return tuple(torch.stack(steps).float().tolist())
 
 

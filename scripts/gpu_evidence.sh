@@ -4,12 +4,13 @@
 # command goes on after a cut.
 #
 #   OUT=evidence scripts/gpu_evidence.sh                     all of it, about half an hour on an H100
-#   OUT=evidence STEPS="probe search-imdb" BESIDE= scripts/gpu_evidence.sh
+#   OUT=evidence STEPS="probe search-imdb" BESIDE= LAST= scripts/gpu_evidence.sh
 #   OUT=/tmp/e PACK=e.tgz UNTIL=420 SEARCH_S=100 scripts/gpu_evidence.sh   what fits into seven minutes, in one file
 #   OUT=rehearsal REHEARSE=1 DEVICE=cpu scripts/gpu_evidence.sh   every step in small, to see that it runs
 #
 # OUT        folder for results (evidence)            DEVICE    cuda, or cpu to rehearse
-# STEPS      which are timed, one after another       BESIDE    which are not, all at once and last
+# STEPS      which are timed, one after another       BESIDE    which are not, all at once after them
+# LAST       which nothing may run beside, as they fill the card
 # SEARCH_S   for each search (300)                    PLANNED   epochs that searches plan for (the recipe's)
 # REVIEWS    a folder with the real reviews           EPOCHS    of the accuracy runs (5)
 # UNTIL      seconds in all: a step that does not end by then is interrupted, as by ^C
@@ -24,7 +25,8 @@ SEARCH_S=${SEARCH_S:-300}
 EPOCHS=${EPOCHS:-5}
 REVIEWS=${REVIEWS:-}
 STEPS=${STEPS-versions probe search-imdb search-cifar10 search-lm study grid}
-BESIDE=${BESIDE-accuracy-none accuracy-best tests budget too-big replay}
+BESIDE=${BESIDE-accuracy-none accuracy-best tests budget replay}
+LAST=${LAST-too-big}
 UNTIL=${UNTIL:-86400}
 PACK=${PACK:-}
 PLANNED=${PLANNED:-}
@@ -32,7 +34,7 @@ mkdir -p "$OUT/done"
 export AUTOTUNE_CACHE=${AUTOTUNE_CACHE:-$OUT/cache}
 PROFILES=$OUT/profiles
 left() { echo $((UNTIL - SECONDS)); }
-limited() { timeout -s INT -k 10 "$(left)" "$@"; }
+limited() { timeout -s INT -k 10 "$(($(left) > 0 ? $(left) : 1))" "$@"; }
 autotune() { limited "$PYTHON" -m autotune "$@"; }
 
 # small: a rehearsal's sizes
@@ -91,7 +93,7 @@ step() {  # what one step runs; its output is its evidence
             autotune train --model imdb --device "$DEVICE" --run "$OUT/$1" "${chosen[@]}" "${train_args[@]}"
         fi
         ;;
-    *) echo "there is no step $1; there are $STEPS $BESIDE" >&2 && return 2 ;;
+    *) echo "there is no step $1; there are $STEPS $BESIDE $LAST" >&2 && return 2 ;;
     esac
 }
 
@@ -111,7 +113,9 @@ run() {  # a step that is not done yet, and what became of it
 }
 
 pack() {
-    [ -z "$PACK" ] || { tar czf "$PACK.new" --exclude=cache --exclude=checkpoint.pt -C "$OUT" . && mv "$PACK.new" "$PACK"; }
+    [ -n "$PACK" ] || return 0
+    tar czf "$PACK.new" --exclude=cache --exclude=checkpoint.pt -C "$OUT" . 2> /dev/null
+    [ $? -le 1 ] && mv "$PACK.new" "$PACK" # 1: a file was written to meanwhile
 }
 
 failed=0
@@ -127,6 +131,10 @@ for name in $BESIDE; do
 done
 for child in ${children[@]+"${children[@]}"}; do
     wait "$child" || failed=1
+    pack
+done
+for name in $LAST; do
+    run "$name" || failed=1
     pack
 done
 exit $failed

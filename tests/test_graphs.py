@@ -5,9 +5,13 @@ card's own graphs do is tests/gpu/test_effects.py's.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,10 +21,10 @@ from autotune.apply import apply
 from autotune.data.batching import MicroBatch
 from autotune.errors import AutotuneError
 from autotune.graphs import StepGraphs
-from autotune.strategy import Precision, Strategy
+from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
-from tests.applied import reviews
+from tests.applied import reviews, small_model
 
 
 class Card:
@@ -29,7 +33,11 @@ class Card:
     def __init__(self) -> None:
         self.trained: list[tuple[str, list[float], float]] = []
         self.recording: Card.Graph | None = None
-        self.optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters(), lr=1.0, capturable=True)
+        self.streams: list[object] = []
+        """Made current by hand."""
+        self.also: Callable[[], object] = lambda: None
+        """What a step does besides."""
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters(), lr=1.0, capturable=True)
 
     class Graph:
         """A step to come."""
@@ -56,6 +64,7 @@ class Card:
     def train(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
         loss, norm, rate = torch.zeros(()), torch.zeros(()), self.optimizer.param_groups[0]["lr"]
         assert isinstance(rate, Tensor)
+        self.also()
 
         def run(how: str) -> None:
             values = batch[0].inputs["x"].tolist()
@@ -80,6 +89,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
         "stream": lambda _: contextlib.nullcontext(),
         "current_stream": Card.Stream,
         "graph_pool_handle": object,
+        "set_stream": lambda stream: card.streams.append(stream),
+        "synchronize": lambda: None,
     }
     for name, value in scripted.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -131,26 +142,125 @@ def test_what_is_no_tensor_belongs_to_the_shape(card: Card) -> None:
     assert [how for how, *_ in card.trained] == ["launched", "replayed", "launched"]
 
 
+def test_a_loaded_state_has_every_shape_recorded_anew(card: Card) -> None:
+    step = StepGraphs(card.train, card.optimizer)
+    for _ in range(2):
+        step(batch(1, 2))
+    card.optimizer.load_state_dict(card.optimizer.state_dict())
+    assert step.num_recorded == 0
+    step(batch(1, 2))
+    assert [how for how, *_ in card.trained] == ["launched", "replayed", "launched"]
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), random.random, lambda: np.random.rand()])
+def test_a_model_that_draws_numbers_on_the_host_is_refused(card: Card, draw: Callable[[], object]) -> None:
+    card.also = draw
+    with pytest.raises(AutotuneError, match=r"random numbers on the host.*set graphs to none"):
+        StepGraphs(card.train, card.optimizer)(batch(1, 2))
+
+
+def test_an_option_that_a_schedule_changes_is_refused(card: Card) -> None:
+    step = StepGraphs(card.train, card.optimizer)
+    step(batch(1, 2))
+    card.optimizer.param_groups[0]["betas"] = (0.8, 0.999)
+    with pytest.raises(AutotuneError, match="an option of the optimizer beside its rate"):
+        step(batch(1, 2))
+
+
+def test_hooks_of_the_optimizer_are_not_left_out_silently(card: Card) -> None:
+    step = StepGraphs(card.train, card.optimizer)
+    step(batch(1, 2))
+    card.optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(AutotuneError, match="hooks would not be called"):
+        step(batch(1, 2))
+
+
+def test_what_cannot_be_recorded_says_why_and_leaves_nothing_half_done(card: Card) -> None:
+    """The error that ends the recording hides the first one, and leaves the recording's stream behind."""
+    step = StepGraphs(card.train, card.optimizer)
+    step(batch(1, 2))
+    (weight, *_) = card.optimizer.param_groups[0]["params"]
+    weight.grad = torch.ones_like(weight)
+
+    def fail() -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("capture_end")
+
+    card.also = fail
+    with pytest.raises(AutotuneError, match=r"cannot be recorded \(operation not permitted when stream is capturing\)"):
+        step(batch(1, 2))
+    assert weight.grad is None
+    assert len(card.streams) == 1
+    assert isinstance(card.optimizer.param_groups[0]["lr"], float)
+
+
+def test_memory_that_runs_out_in_a_recording_is_out_of_memory(card: Card) -> None:
+    step = StepGraphs(card.train, card.optimizer)
+    step(batch(1, 2))
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card.also = fail
+    with pytest.raises(torch.OutOfMemoryError):
+        step(batch(1, 2))
+
+
 @pytest.fixture(scope="module")
-def workload(tiny_reviews: Any) -> Workload:
+def workload(tiny_reviews: Path) -> Workload:
     return reviews(tiny_reviews)
 
 
-@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda", "fp16")])
-def test_where_no_step_can_be_recorded_it_is_refused(workload: Workload, device: str, precision: Precision) -> None:
-    strategy = Strategy(micro_batch=32, precision=precision, graphs="step")
-    with pytest.raises(AutotuneError, match="graphs=step needs a CUDA device, and another precision than fp16"):
+@pytest.mark.parametrize(
+    ("device", "changes", "reason"),
+    [
+        ("cpu", {}, "cpu is none"),
+        ("cuda", {"precision": "fp16"}, "fp16's loss scaler"),
+        ("cuda", {"compile": "reduce-overhead"}, "graphs of its own"),
+        ("cuda", {"checkpoint": "selective"}, "sets back the random numbers"),
+        ("cuda", {"micro_batch": 8, "accumulation": 4, "padding": "longest"}, "every mix of widths"),
+    ],
+)
+def test_where_no_step_can_be_recorded_it_is_refused(
+    workload: Workload, device: str, changes: dict[str, Any], reason: str
+) -> None:
+    strategy = msgspec.structs.replace(Strategy(micro_batch=32, graphs="step"), **changes)
+    with pytest.raises(AutotuneError, match=f"graphs=step: .*{reason}.*; set graphs to none"):
         apply(strategy, workload, backends.get(device))
 
 
-def test_an_optimizer_that_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_that_changes_more_than_the_rate_is_refused(workload: Workload) -> None:
+    other = workload.with_recipe(msgspec.structs.replace(workload.recipe, schedule="onecycle"))
+    with pytest.raises(AutotuneError, match="changes more than the rate"):
+        apply(Strategy(micro_batch=32, graphs="step"), other, backends.get("cuda"))
+
+
+def test_steps_go_to_the_graphs_unless_phases_are_asked_for(
+    card: Card, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = backends.get("cpu")
+    monkeypatch.setattr(cpu, "graphs", ("none", "step"))
+    run = apply(Strategy(micro_batch=32, graphs="step"), workload, cpu, model=small_model())
+    assert run.optimizer.param_groups[0]["capturable"]
+    assert run.step.graphs is not None
+    monkeypatch.setattr(run.step.graphs, "_train", card.train)
+    card.optimizer, run.step.scheduler = run.optimizer, None
+    (one,) = batch(1, 2)
+    run.step([one])
+    assert [how for how, *_ in card.trained] == ["launched"]
+    run.optimizer.param_groups[0]["capturable"] = False  # on a CPU it could not be
+    run.step.on_phase = lambda phase: None
+    run.step(next(iter(run.loader)))
+    assert len(card.trained) == 1
+
+
+def test_an_optimizer_that_cannot_be_recorded_is_refused(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     other = workload_of("other", lambda: (nn.Linear(2, 2), (torch.zeros(4, 2), torch.arange(4) % 2)))
     cpu = backends.get("cpu")
     monkeypatch.setattr(cpu, "graphs", ("none", "step"))
-    with pytest.raises(AutotuneError, match="SGD cannot; set graphs to none"):
-        apply(
-            Strategy(micro_batch=4, graphs="step"),
-            other,
-            cpu,
-            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        )
+    strategy = Strategy(micro_batch=4, graphs="step")
+    with pytest.raises(AutotuneError, match="Adagrad cannot; set graphs to none"):
+        apply(strategy, other, cpu, optimizer=lambda parameters: torch.optim.Adagrad(parameters, lr=0.1))
+    apply(strategy, other, cpu, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autotune import backends
 from autotune.apply import apply
+from autotune.data.batching import FINE, rounded
 from autotune.errors import UsageError
 from autotune.strategy import Strategy
 from autotune.workloads.custom import workload_of
@@ -95,7 +96,7 @@ def test_a_dataset_is_as_wide_as_it_is_and_trimmed_as_the_profile_says() -> None
         found = [micro.inputs["attention_mask"] for batch in run.loader for micro in batch]
         assert sum(int(part.sum()) for part in found) == int(mask.sum())
         for part in found:
-            assert part.shape[1] == (int(part.sum(1).max()) if is_trimmed else 48)
+            assert part.shape[1] == (rounded(int(part.sum(1).max()), FINE.width) if is_trimmed else 48)
 
 
 @pytest.mark.parametrize(

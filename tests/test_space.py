@@ -217,7 +217,7 @@ def test_steps_are_recorded_where_the_probe_saw_it(prepared: Prepared) -> None:
         ({"padding": "packed", "compile": "default"}, None),
         ({"micro_batch": 8, "accumulation": 4}, None),
         ({"micro_batch": 8, "accumulation": 4, "padding": "buckets"}, "mix of widths"),
-        ({"padding": "packed", "precision": "fp32"}, "every number of them"),
+        ({"padding": "packed", "precision": "fp32"}, "length of each sequence"),
         ({"compile": "reduce-overhead"}, "graphs of its own"),
         ({"precision": "fp16"}, "loss scaler"),
         ({"checkpoint": "every_block"}, "random numbers"),
@@ -230,6 +230,31 @@ def test_steps_that_ask_the_device_are_not_recorded(
     space = build_space(cuda_hardware(), CUDA, prepared[1])
     found = space.refusal(msgspec.structs.replace(RECORDED, **changes))
     assert found is None if reason is None else reason in (found or "")
+
+
+def test_a_kernel_that_counts_tokens_is_recorded_where_there_is_no_mask(prepared: Prepared) -> None:
+    space = build_space(cuda_hardware(), CUDA, prepared[1])
+    space = msgspec.structs.replace(space, pairs=space.pairs | {("flash_attn", "bf16")})
+    flash = msgspec.structs.replace(RECORDED, attention="flash_attn")
+    assert "how many tokens count" in (space.refusal(flash) or "")
+    assert msgspec.structs.replace(space, is_masked=False).refusal(flash) is None
+
+
+def test_a_profile_of_a_recorded_setting_keeps_it_where_it_can(prepared: Prepared) -> None:
+    space = build_space(cuda_hardware(), CUDA, prepared[1])
+    assert space.nearest(msgspec.structs.replace(RECORDED, prefetch=8)).graphs == "step"
+    assert space.nearest(msgspec.structs.replace(RECORDED, precision="fp16")).graphs == "none"
+
+
+def test_all_that_may_be_tried_is_counted(prepared: Prepared) -> None:
+    space = build_space(cuda_hardware(), CUDA, prepared[1])
+    few: dict[str, tuple[Any, ...]] = {knob: values[:1] for knob, values in space.values.items()}
+    few |= {"graphs": ("none", "step"), "padding": ("max", "packed"), "compile": ("none", "default")}
+    few |= {"micro_batch": (32,), "precision": ("fp32", "bf16", "fp16"), "attention": ("eager", "sdpa")}
+    pairs = frozenset(itertools.product(few["attention"], few["precision"]))
+    space = msgspec.structs.replace(space, values=few, pairs=pairs)
+    every = [dict(zip(few, chosen, strict=True)) for chosen in itertools.product(*few.values())]
+    assert space.size == sum(space.refusal(space.strategy(params)) is None for params in every) > 10
 
 
 def test_the_guess_on_cuda_is_recorded_unless_it_cannot_be(prepared: Prepared) -> None:

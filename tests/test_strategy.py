@@ -15,6 +15,7 @@ def test_the_baseline_is_plain_fp32_with_the_whole_batch_at_once() -> None:
         "accumulation": 1,
         "compile": "none",
         "compile_scope": "model",
+        "graphs": "none",
         "workers": 0,
         "prefetch": 2,
         "padding": "max",

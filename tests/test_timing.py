@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import types
 from pathlib import Path
 from typing import cast
 
@@ -16,14 +17,17 @@ from hypothesis import strategies as st
 
 from autotune import backends, workloads
 from autotune.apply import Run, apply
+from autotune.data.batching import MicroBatch
 from autotune.measurement import Lap
 from autotune.models.encoder import EncoderClassifier
 from autotune.pace import LAP_POWER, Beats, usual_pulse_s
 from autotune.stats import relative_margin
+from autotune.step import Step
 from autotune.strategy import Padding, Strategy
 from autotune.timing import Timer, _low_discrepancy, steady, time_until
 from autotune.trial.runner import ONCE, ONCE_WITH_BEATS, ORDINARY, WITH_BEATS
 from autotune.trial.worker import Command
+from tests.applied import reviews, run_of
 from tests.factories import lap
 
 
@@ -272,3 +276,60 @@ def test_a_first_evaluation_that_takes_longer_by_its_nature_is_warm_up(
     assert len(timer._eval_laps) == 3, "one of them counts as warm-up"
     batch = len(timer._eval_plan) / workload.num_test
     assert timer.measurement().eval_samples_per_s * batch == pytest.approx(1 / 0.1, rel=0.15)
+
+
+class Queue:
+    """A device that takes 50 ms for a step and is asked for one in a millisecond; its clock is its own."""
+
+    grad_norm = None
+    loss_scale = None
+
+    def __init__(self) -> None:
+        self.now_s, self.num_queued = 0.0, 0
+        self.widths: list[int] = []
+
+    def __call__(self, batch: list[MicroBatch]) -> torch.Tensor:
+        self.widths += [micro.inputs["ids_BT"].shape[1] for micro in batch]
+        self.now_s += 0.001
+        self.num_queued += 1
+        return torch.tensor(1.0)
+
+    def synchronize(self) -> None:
+        self.now_s += 0.05 * self.num_queued
+        self.num_queued = 0
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    """In the place of an accelerator, which is not here."""
+    queue, cpu = Queue(), backends.get("cpu")
+    monkeypatch.setattr(cpu, "is_host_memory", False)
+    monkeypatch.setattr(cpu, "synchronize", queue.synchronize)
+    monkeypatch.setattr("autotune.timing.time", types.SimpleNamespace(perf_counter=lambda: queue.now_s))
+    return queue
+
+
+def queued(run: Run, queue: Queue) -> Run:
+    return dataclasses.replace(run, step=cast(Step, queue))
+
+
+def test_on_an_accelerator_a_lap_has_the_steps_that_it_trains_in_its_time(tiny_reviews: Path, queue: Queue) -> None:
+    timer = Timer(queued(run_of(reviews(tiny_reviews)), queue))
+    assert [timer.lap().num_steps for _ in range(4)][1:] == [2, 2, 2], "0.1 s at 50 ms, however soon they are asked for"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "times"), [({}, 2), ({"compile": "reduce-overhead"}, 3)], ids=["planned", "recorded"]
+)
+def test_on_an_accelerator_every_shape_comes_up_in_the_first_lap(
+    tiny_reviews: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, str], times: int
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    steps: list[int] = []
+    run = queued(run_of(reviews(tiny_reviews), padding="buckets", **knobs), queue)
+    Timer(run, on_opening=lambda: steps.append(len(queue.widths))).lap()
+    full = {batch.widths[0] for batch in run.loader.plan(0) if batch.num_samples == 32}
+    assert len(full) == 2
+    assert steps == list(range(1, 1 + 1 + times * len(full)))
+    assert all(queue.widths.count(width) >= times for width in full)
+    assert all(width % 32 == 0 for width in full)

@@ -40,7 +40,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     run: Callable[[Backend], Figures] | None = None
     """Importable by name, so that a child process can be told to run it. None: see ``follows``."""
     follows: str | None = None
-    """The capability whose value this one takes over: the two differ in tuning only."""
+    """The capability whose value this one takes over: where it runs, this one does."""
     time_limit_s: float = 20.0
     """After this long without an answer the child is killed and the capability refused."""
 

@@ -216,6 +216,7 @@ def step_graph(backend: Backend) -> Figures:
         for model in models
     )
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
     with warnings.catch_warnings(), torch.cuda.stream(stream):
         warnings.simplefilter("ignore")  # that a capturable optimizer runs unrecorded, which it does at first
         recorded()

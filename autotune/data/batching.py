@@ -152,12 +152,12 @@ def plan_batch(
         batch = batch[np.argsort(-lengths[batch], kind="stable")]
     micro_batches = tuple(_cut(batch, micro_batch))
     if padding == "packed":
-        rows = tuple(_rounded(int(lengths[indices].sum()), rounding.row) for indices in micro_batches)
+        rows = tuple(rounded(int(lengths[indices].sum()), rounding.row) for indices in micro_batches)
         return PlannedBatch(micro_batches, rows, sum(rows), int((lengths[batch] ** 2).sum()))
     if padding == "max":
         widths = (max_tokens,) * len(micro_batches)
     else:
-        longest = (_rounded(int(lengths[indices].max()), rounding.width) for indices in micro_batches)
+        longest = (rounded(int(lengths[indices].max()), rounding.width) for indices in micro_batches)
         widths = tuple(min(max_tokens, width) for width in longest)
     computed = [(len(indices), width) for indices, width in zip(micro_batches, widths, strict=True)]
     return PlannedBatch(
@@ -225,5 +225,6 @@ def _cut(order: Indices, size: int) -> list[Indices]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _rounded(size: int, multiple: int) -> int:
+def rounded(size: int, multiple: int) -> int:
+    """The next multiple from ``size`` up."""
     return -(-size // multiple) * multiple

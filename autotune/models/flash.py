@@ -94,7 +94,7 @@ def attend_unpadded(
 ) -> Tensor:
     """Softmax attention on the tokens that count alone; ``mask_B11T`` is true there. Elsewhere the result is zero.
 
-    How many count is asked of the device, which is waited for: packed rows know it beforehand.
+    How many count is asked of the device, which is waited for.
     """
     B, H, T, K = q_BHTK.shape
     flat = [x_BHTK.transpose(1, 2).reshape(B * T, H, K) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)]

@@ -53,6 +53,8 @@ _NEEDS_BLOCKS: dict[Checkpoint, int] = {
 }
 
 
+WHOLE_ROW: tuple[Attention, ...] = ("sdpa", "sdpa_flash")
+"""Attentions that have all sequences of a packed row taken by one kernel of torch's, where there is one."""
 _COUPLED = ("micro_batch", "compile", "compile_scope", "checkpoint", "workers", "prefetch", "padding", "graphs")
 """Knobs of which one's value may rule out another's, besides attention and precision."""
 
@@ -69,6 +71,8 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
     """Attention and precision that run together."""
     whole_rows: frozenset[Precision] = frozenset()
     """In which one kernel of torch's takes all sequences of a packed row, so that the row can be compiled."""
+    is_masked: bool = True
+    """Whether attention is told which tokens are padding."""
 
     def strategy(self, params: dict[str, Any]) -> Strategy:
         """The strategy with these values; accumulation fills the global batch."""
@@ -89,7 +93,9 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
                 values[knob] = max((size for size in known if size <= values[knob]), default=min(known))
             elif values[knob] not in known:
                 values[knob] = known[0]
-        for knob in ("graphs", "prefetch", "compile_scope", "checkpoint", "padding", "attention"):
+        if values.get("graphs") == "step" and self.strategy(values).unrecorded:
+            values["graphs"] = "none"
+        for knob in ("prefetch", "compile_scope", "checkpoint", "padding", "attention"):
             if self.refusal(self.strategy(values)) is None:
                 break
             values[knob] = self.values[knob][0]
@@ -101,8 +107,8 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
             return f"attention {strategy.attention} does not run well in {strategy.precision} here"
         if strategy.compile == "none" and (strategy.compile_scope != "model" or strategy.checkpoint == "memory_budget"):
             return "nothing is compiled"
-        is_whole = strategy.precision in self.whole_rows and strategy.attention in ("sdpa", "sdpa_flash")
-        if strategy.graphs == "step" and (reason := _unrecorded(strategy, is_whole)):
+        is_whole = strategy.precision in self.whole_rows and strategy.attention in WHOLE_ROW
+        if strategy.graphs == "step" and (reason := strategy.unrecorded or self._asks(strategy, is_whole)):
             return reason
         if strategy.compile != "none" and strategy.padding == "packed" and not is_whole:
             return "every number of sequences would be compiled anew"
@@ -112,18 +118,34 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
             return "a CUDA graph's next replay overwrites the gradients that accumulation adds to (pytorch#169545)"
         return None
 
+    def _asks(self, strategy: Strategy, is_whole_row: bool) -> str | None:
+        """What the device would be asked in the middle of a step that is to be recorded."""
+        if strategy.padding == "packed":
+            return None if is_whole_row else "the device is asked for the length of each sequence in the row"
+        if strategy.attention == "flash_attn" and self.is_masked:
+            return "the device is asked how many tokens count"
+        return None
+
     @property
     def size(self) -> int:
         """Combinations that may be tried."""
         coupled = [knob for knob in _COUPLED if knob in self.values]
         plain = {knob: values[0] for knob, values in self.values.items()}
-        plain["attention"], plain["precision"] = min(self.pairs)
-        num_allowed = sum(
-            self.refusal(self.strategy({**plain, **dict(zip(coupled, chosen, strict=True))})) is None
-            for chosen in itertools.product(*(self.values[knob] for knob in coupled))
-        )
+
+        def num_allowed(attention: str, precision: str) -> int:
+            fixed = plain | {"attention": attention, "precision": precision}
+            chosen = itertools.product(*(self.values[knob] for knob in coupled))
+            return sum(self.refusal(self.strategy(fixed | dict(zip(coupled, c, strict=True)))) is None for c in chosen)
+
+        # pairs of one kind are refused the same
+        kinds: dict[tuple[bool, bool, bool], list[tuple[str, str]]] = {}
+        for attention, precision in sorted(self.pairs):
+            is_whole = precision in self.whole_rows and attention in WHOLE_ROW
+            kinds.setdefault((is_whole, precision == "fp16", attention == "flash_attn"), []).append(
+                (attention, precision)
+            )
         free = [values for knob, values in self.values.items() if knob not in (*coupled, "attention", "precision")]
-        return num_allowed * math.prod(map(len, free)) * len(self.pairs)
+        return sum(len(pairs) * num_allowed(*pairs[0]) for pairs in kinds.values()) * math.prod(map(len, free))
 
     def neighbours(self, strategy: Strategy) -> list[Strategy]:
         """The allowed strategies that differ in one knob, by at most one place in micro batch and workers; those of
@@ -270,6 +292,7 @@ def build_space(
         },
         left_out=left_out,
         pairs=frozenset(pairs),
+        is_masked=workload.has_masked_attention,
         whole_rows=frozenset(p for p in precisions if hardware.allows(f"packed.{_ATTENTION_DTYPE[p]}")),
     )
 
@@ -326,23 +349,6 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
         }
     )
     return guess if space.refusal(guess) is None else msgspec.structs.replace(guess, graphs="none")
-
-
-def _unrecorded(strategy: Strategy, is_whole_row: bool) -> str | None:
-    """Why no step of this setting can be recorded as a graph; None where one can."""
-    if strategy.compiles_graphs:
-        return "the compiler records graphs of its own"
-    if strategy.precision == "fp16":
-        return "the loss scaler asks the device after every step"
-    if strategy.checkpoint not in ("none", "memory_budget"):
-        return "what is recomputed sets back the random numbers, which a recorded step cannot"
-    if strategy.accumulation > 1 and strategy.padding != "max":
-        return "every mix of widths would be recorded anew"
-    if strategy.padding == "packed" and not is_whole_row:
-        return "each sequence goes by itself, every number of them would be recorded anew"
-    if strategy.padding != "packed" and strategy.attention == "flash_attn":
-        return "the device is asked how many tokens count"
-    return None
 
 
 def _needs(precision: Precision) -> tuple[str, ...]:

@@ -127,6 +127,8 @@ def _definition(name: str, origin: str, file: _File) -> Definition:
             raise ValueError(f"technique {technique.name!r} needs a micro_batch, as there are no batch_sizes")
         if file.batch_sizes and "micro_batch" in technique.knobs:
             raise ValueError(f"technique {technique.name!r} has a micro_batch, and the study batch_sizes: drop one")
+        if technique.knobs.get("graphs", "none") != "none":
+            raise ValueError(f"technique {technique.name!r} has graphs, which have no phases that could be timed")
         try:
             for size in file.batch_sizes or [1]:
                 technique.strategy(size)

@@ -167,9 +167,10 @@ def _serve(connection: Connection, job: Job) -> None:
         os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), job.compiles_into)
     backend.start_memory_window()
     run = apply(job.strategy, workload, backend, total_steps=job.total_steps, seed=job.seed)
-    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats), job.usual_cost))
     connection.send(Progress(stage="first step"))
     say = _seldom(connection)
+    opening = functools.partial(say, Progress(stage="first step"))
+    timer = functools.cache(lambda: Timer(run, job.start, Beats(job.beats), job.usual_cost, opening))
 
     def report(lap: Lap) -> None:
         say(

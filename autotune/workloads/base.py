@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autotune.data.batching import Indices, MicroBatch, collate
+from autotune.data.batching import Indices, MicroBatch, Rounding, collate
 from autotune.errors import AutotuneError, UsageError
 from autotune.models.blocks import find_blocks
 from autotune.strategy import Attention, Padding, Strategy, baseline
@@ -104,9 +104,9 @@ class Workload:
     """A micro batch of the given samples, padded to the given width."""
     pack: Callable[[Any, Indices, int], MicroBatch] | None = None
     """The same without padding, all samples' tokens in one row; None where the model does not take that."""
-    split: Callable[[Any, Strategy], list[MicroBatch]] | None = None
+    split: Callable[[Any, Strategy, Rounding], list[MicroBatch]] | None = None
     """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
-    of_dataset: Callable[[Any, Strategy], Any] = lambda dataset, strategy: dataset
+    of_dataset: Callable[[Any, Strategy, Rounding], Any] = lambda dataset, strategy, rounding: dataset
     """What stands for ``train`` where the user brings a dataset."""
     is_masked: bool | None = True
     """Whether attention is told which tokens are padding; None: to be found out."""

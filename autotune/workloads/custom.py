@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from autotune.data.batching import Indices, MicroBatch, Part, plan_batch, rounding_of
+from autotune.data.batching import Indices, MicroBatch, Part, Rounding, plan_batch, rounded
 from autotune.errors import UsageError, words_of
 from autotune.strategy import Attention, Strategy
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
@@ -113,9 +113,11 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         test=Repeated(batch, TEST_BATCHES * batch.size),
         max_tokens=batch.width,
         collate=lambda data, indices, width: data.collate(indices, width),
-        split=lambda raw, strategy: Batch(raw, takes, label).split(strategy),
+        split=lambda raw, strategy, rounding: Batch(raw, takes, label).split(strategy, rounding),
         is_masked=None,
-        of_dataset=lambda dataset, strategy: Mapped(dataset, takes, label, batch.width, strategy.padding != "max"),
+        of_dataset=lambda dataset, strategy, rounding: Mapped(
+            dataset, takes, label, batch.width, rounding if strategy.padding != "max" else None
+        ),
     )
 
 
@@ -202,7 +204,7 @@ class Batch:
             num_tokens=int(self._num_tokens[rows].sum()),
         )
 
-    def split(self, strategy: Strategy) -> list[MicroBatch]:
+    def split(self, strategy: Strategy, rounding: Rounding) -> list[MicroBatch]:
         """All samples in the strategy's micro batches, padded as it says."""
         planned = plan_batch(
             np.arange(self.size),
@@ -210,7 +212,7 @@ class Batch:
             micro_batch=strategy.micro_batch,
             padding=strategy.padding,
             max_tokens=self.width,
-            rounding=rounding_of(strategy, is_host=True),
+            rounding=rounding,
         )
         return [self.micro(rows, width) for rows, width in zip(planned.micro_batches, planned.widths, strict=True)]
 
@@ -234,16 +236,19 @@ class Repeated:
 class Mapped:
     """A torch map-style dataset, whose samples are collated as its DataLoader would. How long they are is not known
     before they are read: they all count as ``width`` tokens, and those of a micro batch are padded to the longest of
-    them where it ``trims``."""
+    them, rounded up, where there is a ``rounding``."""
 
-    def __init__(self, dataset: Any, takes: Takes, label: str, width: int, trims: bool) -> None:
-        self._dataset, self._takes, self._label, self._trims = dataset, takes, label, trims
+    def __init__(self, dataset: Any, takes: Takes, label: str, width: int, rounding: Rounding | None) -> None:
+        self._dataset, self._takes, self._label, self._rounding = dataset, takes, label, rounding
         self.lengths: Indices = np.full(len(dataset), width, dtype=np.int64)
 
     def collate(self, indices: Indices, _: int) -> MicroBatch:
         """A micro batch of them, as wide as they are."""
         batch = Batch(default_collate([self._dataset[int(index)] for index in indices]), self._takes, self._label)
-        return batch.micro(np.arange(batch.size), int(batch.lengths.max()) if self._trims else batch.width)
+        width = batch.width
+        if self._rounding is not None:
+            width = min(width, rounded(int(batch.lengths.max()), self._rounding.width))
+        return batch.micro(np.arange(batch.size), width)
 
 
 def _limited(data: Any, limit: int) -> Any:

@@ -49,7 +49,8 @@ class StepGraphs:
             torch.tensor(float(group["lr"]), device=self._stream.device) for group in optimizer.param_groups
         ]
         self._set: list[float] = [float(group["lr"]) for group in optimizer.param_groups]
-        self._options = _options(optimizer)
+        self._options: list[dict[str, Any]] = []
+        """At the first step: schedules note more in an optimizer when they are made."""
         self._seen: set[Hashable] = set()
         self._recorded: dict[Hashable, _Recorded] = {}
         # a state that is loaded lies elsewhere in memory
@@ -60,7 +61,7 @@ class StepGraphs:
         torch.cuda.synchronize()
         self._seen.clear()
         self._recorded.clear()
-        self._options = _options(self._optimizer)
+        self._options = []
 
     @property
     def num_recorded(self) -> int:
@@ -137,8 +138,10 @@ class StepGraphs:
                 group["lr"] = rate
 
     def _set_rates(self) -> None:
-        if _options(self._optimizer) != self._options:
+        options = _options(self._optimizer)
+        if options != (self._options or options):
             _refuse("an option of the optimizer beside its rate was changed, which a recorded step does not see")
+        self._options = options
         wanted = [float(group["lr"]) for group in self._optimizer.param_groups]
         for rate, before, now in zip(self._rates, self._set, wanted, strict=True):
             if now != before:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,17 @@ def test_an_option_that_a_schedule_changes_is_refused(card: Card) -> None:
     card.optimizer.param_groups[0]["betas"] = (0.8, 0.999)
     with pytest.raises(AutotuneError, match="an option of the optimizer beside its rate"):
         step(batch(1, 2))
+
+
+def test_a_schedule_of_ones_own_may_be_made_before_the_first_step(card: Card) -> None:
+    step = StepGraphs(card.train, card.optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(card.optimizer, lambda step: 0.5**step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the scripted card's steps are not the optimizer's
+        for _ in range(3):
+            step(batch(1, 2))
+            schedule.step()
+    assert [rate for _, _, rate in card.trained] == [1.0, 0.5, 0.25]
 
 
 def test_hooks_of_the_optimizer_are_not_left_out_silently(card: Card) -> None:

@@ -1,7 +1,8 @@
 """Settings timed in turns on one workload: python -m benchmarks.compare [--data PATH] [--rounds 6] A.toml B.toml ...
 
-Each argument is a profile's file, or ``none`` for the plain baseline. They are timed in turns by the search's own race;
-the ratios to the first are paired by round, with a 95 % interval. Ctrl-C ends it with the rounds that are done.
+Each argument is a profile's file, ``none`` for the plain baseline, or what differs from that, as in
+``precision=bf16,padding=buckets``. They are timed in turns by the search's own race; the ratios to the first are paired
+by round, with a 95 % interval. Ctrl-C ends it with the rounds that are done.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ REHEARSE=${REHEARSE:-}
 SEARCH_S=${SEARCH_S:-300}
 EPOCHS=${EPOCHS:-5}
 REVIEWS=${REVIEWS:-}
-STEPS=${STEPS-versions probe search-imdb search-cifar10 search-lm study grid}
+STEPS=${STEPS-versions probe compare search-imdb search-cifar10 search-lm study grid}
 BESIDE=${BESIDE-accuracy-none accuracy-best tests budget replay}
 LAST=${LAST-too-big}
 UNTIL=${UNTIL:-86400}
@@ -52,7 +52,11 @@ if [ -n "$REHEARSE" ]; then
     replay_args=(--seeds 2 --methods autotune,random)
     test_args=(tests/backends)
 fi
-[ -n "$REVIEWS" ] && train_args+=(--data "$REVIEWS")
+data_args=()
+[ -n "$REVIEWS" ] && data_args=(--data "$REVIEWS")
+bf16=precision=bf16,attention=sdpa,padding=buckets,optimizer=fused
+compared=(none "$bf16" "$bf16,graphs=step" "$bf16,graphs=step,compile=default")
+[ "$DEVICE" = cpu ] && compared=(none "$bf16")
 
 step() {  # what one step runs; its output is its evidence
     case $1 in
@@ -63,8 +67,11 @@ step() {  # what one step runs; its output is its evidence
         ;;
     tests) limited "$PYTHON" -m pytest -q -p no:cacheprovider "${test_args[@]}" ;;
     probe) autotune probe --device "$DEVICE" --refresh ;;
+    compare) limited "$PYTHON" -m benchmarks.compare "${data_args[@]}" --rounds 4 "${compared[@]}" ;;
     search-*)
-        autotune search --model "${1#search-}" --device "$DEVICE" --profiles "$PROFILES" "${search_args[@]}" &&
+        local data=()
+        [ "$1" = search-imdb ] && data=("${data_args[@]}")
+        autotune search --model "${1#search-}" --device "$DEVICE" --profiles "$PROFILES" "${data[@]}" "${search_args[@]}" &&
             autotune report "${1#search-}" --device "$DEVICE" --profiles "$PROFILES" -o "$OUT/$1.html"
         ;;
     study)
@@ -78,7 +85,7 @@ step() {  # what one step runs; its output is its evidence
     replay) limited "$PYTHON" -m benchmarks.replay "${replay_args[@]}" ;;
     budget)  # real out-of-memory: the search goes on, and ends within its budget
         autotune search --model imdb --device "$DEVICE" --profiles "$OUT/budget" --memory-budget 2GiB \
-            "${search_args[@]}"
+            "${data_args[@]}" "${search_args[@]}"
         ;;
     too-big)  # a batch that no card holds: a row with its reason, the smaller ones measured
         autotune study --study precision --model lm --device "$DEVICE" --output "$OUT/too-big.json" --steps 2 \
@@ -90,7 +97,7 @@ step() {  # what one step runs; its output is its evidence
         else
             chosen=(--profiles "$PROFILES")
             [ "$1" = accuracy-none ] && chosen=(--profile none)
-            autotune train --model imdb --device "$DEVICE" --run "$OUT/$1" "${chosen[@]}" "${train_args[@]}"
+            autotune train --model imdb --device "$DEVICE" --run "$OUT/$1" "${chosen[@]}" "${data_args[@]}" "${train_args[@]}"
         fi
         ;;
     *) echo "there is no step $1; there are $STEPS $BESIDE $LAST" >&2 && return 2 ;;

@@ -322,7 +322,7 @@ def _check_recorded(strategy: Strategy, backend: Backend, schedule: str) -> None
     """Raises AutotuneError where no step can be recorded as a graph."""
     reason = strategy.unrecorded
     if strategy.graphs not in backend.graphs:
-        reason = f"that needs a CUDA device, {backend.name} is none"
+        reason = f"a recorded step needs a CUDA device, and this one is {backend.name}"
     elif schedule == "onecycle":
         reason = "the recipe's schedule changes more than the rate, which a recorded step would not see"
     if reason:

@@ -12,7 +12,7 @@ import tomli_w
 from autotune.errors import AutotuneError, at_fault
 from autotune.files import save
 from autotune.measurement import Interval, Rates
-from autotune.strategy import Strategy
+from autotune.strategy import Strategy, choices
 from autotune.units import format_bytes, parse_bytes
 
 SCHEMA = 1
@@ -169,9 +169,8 @@ def parse_profile(data: dict[str, Any], name: str) -> Profile:
         profile = msgspec.convert(data, Profile)
     except msgspec.ValidationError as exc:
         key, message = at_fault(exc)
-        raise AutotuneError(
-            f"profile {name}, at {key or 'the top level'}: {message}; mend it, or search again"
-        ) from exc
+        words = message + (choices(key.rpartition(".")[2]) if message.startswith("Invalid enum") else "")
+        raise AutotuneError(f"profile {name}, at {key or 'the top level'}: {words}; mend it, or search again") from exc
     strategies = {"strategy": profile.strategy}
     strategies |= {f"front[{place}].strategy": choice.strategy for place, choice in enumerate(profile.front)}
     for key, strategy in strategies.items():

@@ -1,6 +1,6 @@
 """One setting of every knob. Says what the values are; not which of them a device can run (search.space)."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -147,3 +147,9 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def baseline(global_batch: int) -> Strategy:
     """The plain setting everything is compared with: fp32, attention written out, one micro batch, padded to max."""
     return Strategy(micro_batch=global_batch)
+
+
+def choices(knob: str) -> str:
+    """``; it is one of none, step`` for a knob whose values have names, nothing for others: an error's end."""
+    values = [value for value in get_args(get_type_hints(Strategy).get(knob)) if isinstance(value, str)]
+    return f"; it is one of {', '.join(values)}" if values else ""

@@ -228,7 +228,7 @@ def workload(tiny_reviews: Path) -> Workload:
 @pytest.mark.parametrize(
     ("device", "changes", "reason"),
     [
-        ("cpu", {}, "cpu is none"),
+        ("cpu", {}, "needs a CUDA device, and this one is cpu"),
         ("cuda", {"precision": "fp16"}, "fp16's loss scaler"),
         ("cuda", {"compile": "reduce-overhead"}, "graphs of its own"),
         ("cuda", {"checkpoint": "selective"}, "sets back the random numbers"),

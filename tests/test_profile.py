@@ -60,7 +60,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "words"),
     [
         ("strategy.micro_batch", "eight", ["strategy.micro_batch", "int", "str"]),
-        ("strategy.precision", "fp12", ["strategy.precision", "fp12"]),
+        ("strategy.precision", "fp12", ["strategy.precision", "fp12", "it is one of fp32, tf32, bf16"]),
         ("strategy.flux_capacitor", 1, ["at strategy", "flux_capacitor"]),
         ("strategy.micro_batch", 0, ["at strategy", "micro_batch must be >= 1, got 0"]),
         ("strategy.micro_batch", 4, ["micro_batch x accumulation is 16", "global_batch is 32"]),

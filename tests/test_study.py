@@ -81,7 +81,8 @@ def test_accumulation_s_cells_have_one_global_batch() -> None:
         (("checkpoint =", "chekpoint ="), "did you mean 'checkpoint'"),
         (("checkpoint =", "micro_batch = 4\ncheckpoint ="), "drop one"),
         (("checkpoint =", "accumulation = 3\ncheckpoint ="), "cannot be accumulated"),
-        (("checkpoint =", 'graphs = "step"\ncheckpoint ='), "have no phases"),
+        (("checkpoint =", 'graphs = "stpe"\ncheckpoint ='), "it is one of none, step"),
+        (("checkpoint =", 'graphs = "step"\ncheckpoint ='), "no phases to time; leave graphs out"),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused_by_name(change: tuple[str, str], message: str, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def command(
     with TrainDisplay(title, num_steps=steps_per_epoch, num_epochs=num_epochs, done=training.epochs) as display:
         display.say(title)
         if len(training.epochs) >= num_epochs:
-            display.say(f"the run is done already: {num_epochs} epochs")
+            display.say(f"the run is done already: {num_epochs} epoch{'s' if num_epochs > 1 else ''}")
         elif training.epochs or training.step:
             display.say(f"going on after {len(training.epochs)} epochs and {training.step} steps")
 

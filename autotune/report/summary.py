@@ -219,7 +219,7 @@ def _proof_words(result: Result) -> str:
     if result.best.strategy == result.baseline.strategy:
         return ""
     if proof is None:
-        return " Interrupted before its losses were compared and it was soaked: search again to go on."
+        return " Interrupted before its last test, on losses and long samples: search again to go on."
     compared = f"Losses not compared, the baseline did not train these batches ({proof.not_compared}); "
     if proof.loss_deviation is not None:
         how = "Approximate: first losses" if result.best.strategy.is_approximate else "First losses"

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from autotune.errors import UsageError, at_fault, nearest
-from autotune.strategy import Strategy
+from autotune.strategy import Strategy, choices
 from autotune.workloads.base import Recipe
 
 SUFFIX = ".toml"
@@ -95,7 +95,7 @@ def _words(error: Exception, known: list[str]) -> str:
     words = f"{f', {key}' if key else ''}: {message}"
     found = re.search(r"unknown field `(\w+)`", message)
     if found is None:
-        return words
+        return words + (choices(key) if message.startswith("Invalid enum") else "")
     if "recipe" in known and found[1] in Recipe.__struct_fields__:
         return f"{words}; it belongs to the recipe: recipe = {{ {found[1]} = ... }}"
     return words + nearest(found[1], known)
@@ -127,8 +127,6 @@ def _definition(name: str, origin: str, file: _File) -> Definition:
             raise ValueError(f"technique {technique.name!r} needs a micro_batch, as there are no batch_sizes")
         if file.batch_sizes and "micro_batch" in technique.knobs:
             raise ValueError(f"technique {technique.name!r} has a micro_batch, and the study batch_sizes: drop one")
-        if technique.knobs.get("graphs", "none") != "none":
-            raise ValueError(f"technique {technique.name!r} has graphs, which have no phases that could be timed")
         try:
             for size in file.batch_sizes or [1]:
                 technique.strategy(size)
@@ -136,6 +134,10 @@ def _definition(name: str, origin: str, file: _File) -> Definition:
         except (msgspec.ValidationError, ValueError) as exc:
             words = _words(exc, [*Strategy.__struct_fields__, "recipe"])
             raise ValueError(f"technique {technique.name!r}{words}") from exc
+        if technique.knobs.get("graphs", "none") != "none":
+            raise ValueError(
+                f"technique {technique.name!r}: a recorded step (graphs=step) has no phases to time; leave graphs out"
+            )
     return Definition(
         name=name,
         origin=origin,

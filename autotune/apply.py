@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import sys
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from autotune.backends.base import Backend, torch_device
+from autotune.compiler import compile_model, loss_compiler, prepare_compiler
 from autotune.data.batching import (
     Indices,
     MicroBatch,
@@ -27,18 +27,16 @@ from autotune.data.batching import (
     rounding_of,
 )
 from autotune.errors import AutotuneError, UsageError
+from autotune.graphs import check_recorded, make_capturable
 from autotune.models.attention import set_attention
-from autotune.models.blocks import find_blocks, set_checkpoint
+from autotune.models.blocks import set_checkpoint
 from autotune.models.fp8 import use_fp8
 from autotune.schedule import schedule
-from autotune.step import Loss, Step, compute_dtype, weights_dtype
-from autotune.store import cache_dir
+from autotune.step import Step, compute_dtype, weights_dtype
 from autotune.strategy import SPARSE, Strategy
-from autotune.workloads.base import CrossEntropy, Workload
+from autotune.workloads.base import Workload
 from autotune.workloads.seen import evaluating
 
-KEPT_SHARE = 0.5
-"""Of the activations' memory, what ``checkpoint = memory_budget`` has the compiler keep."""
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -266,7 +264,7 @@ def apply(
     model = workload.build_model() if model is None else model
     forward_context = _set_knobs(model, strategy, workload, device.type)
     if strategy.graphs != "none":
-        _check_recorded(strategy, backend, recipe.schedule)
+        check_recorded(strategy, backend, recipe.schedule)
     if weights_dtype(strategy) is not torch.float32:
         model.to(weights_dtype(strategy))
     if strategy.precision == "fp8":
@@ -304,7 +302,7 @@ def apply(
         forward_context=forward_context,
         clip_norm=recipe.clip_norm if clip_norm is None else clip_norm,
         scheduler=scheduler,
-        compiled=_loss_compiler(strategy, workload),
+        compiled=loss_compiler(strategy, workload.loss),
     )
     return Run(
         model=model,
@@ -316,17 +314,6 @@ def apply(
         backend=backend,
         workload=workload,
     )
-
-
-def _check_recorded(strategy: Strategy, backend: Backend, schedule: str) -> None:
-    """Raises AutotuneError where no step can be recorded as a graph."""
-    reason = strategy.unrecorded
-    if strategy.graphs not in backend.graphs:
-        reason = f"a recorded step needs a CUDA device, and this one is {backend.name}"
-    elif schedule == "onecycle":
-        reason = "the recipe's schedule changes more than the rate, which a recorded step would not see"
-    if reason:
-        raise AutotuneError(f"graphs={strategy.graphs}: {reason}; set graphs to none in the profile")
 
 
 def _set_knobs(
@@ -352,51 +339,16 @@ def _set_knobs(
             "search with this model, or set checkpoint to none in the profile"
         )
     if strategy.compile != "none" or strategy.attention in SPARSE:  # which on CUDA is compiled by itself
-        _prepare_compiler(strategy)
-    if strategy.compile != "none":
-        compiled = [model] if strategy.compile_scope == "model" else find_blocks(model)
-        for module in compiled:
-            _compile(module, **_compile_options(strategy))
+        prepare_compiler(strategy)
+    compile_model(model, strategy)
     return forward_context
-
-
-def _compile_options(strategy: Strategy) -> dict[str, Any]:
-    mode = {} if strategy.compile == "default" else {"mode": strategy.compile}
-    return {"dynamic": strategy.padding != "max", **mode}
-
-
-def _loss_compiler(strategy: Strategy, workload: Workload) -> Callable[[Loss], Loss] | None:
-    """Compiles the built-in loss with the model: written out, the cross-entropy of a language model's logits takes
-    several copies of them in fp32. A loss of the user's own is left as it is."""
-    if strategy.compile == "none" or strategy.compile_scope != "model" or not isinstance(workload.loss, CrossEntropy):
-        return None
-    return functools.partial(torch.compile, **_compile_options(strategy))
-
-
-def _compile(module: nn.Module, **options: Any) -> None:
-    """What ``module.compile`` does, from a frame of our own: the one in torch is passed over by the compiler where the
-    module's class is torch's own, and nothing would be compiled (torch 2.13)."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    module._compiled_call_impl = torch.compile(call, **options)
 
 
 def _set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
     """Chooses the update's implementation, as the constructor's arguments ``foreach`` and ``fused`` would."""
     chosen = strategy.optimizer
     if strategy.graphs == "step":
-        if "capturable" in optimizer.defaults:
-            for group in optimizer.param_groups:
-                group["capturable"] = True
-        elif not isinstance(optimizer, torch.optim.SGD):  # which has nothing to keep on the device but its momentum
-            raise AutotuneError(
-                f"graphs=step needs one of torch's optimizers that can be recorded, {type(optimizer).__name__} cannot; "
-                "set graphs to none in the profile"
-            )
-        # a shape's first step is not recorded, on purpose: torch 2.11 would warn of that
-        optimizer._warned_capturable_if_run_uncaptured = True
+        make_capturable(optimizer)
     if chosen == "default":
         return
     if chosen not in optimizer.defaults:
@@ -408,23 +360,3 @@ def _set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None
         group["foreach"], group["fused"] = chosen == "foreach", chosen == "fused"
     # what the constructor sets with fused=True, so that a GradScaler hands it the scale (torch 2.13, optim/adam.py)
     optimizer._step_supports_amp_scaling = chosen == "fused"  # type: ignore[attr-defined]
-
-
-def _prepare_compiler(strategy: Strategy) -> None:
-    """What is compiled is kept in autotune's cache folder, unless the user names another: training starts with what the
-    search has compiled.
-
-    Inductor compiles a test program for every CPU instruction set before its first kernel, 8 s on two cores; that the
-    kernels themselves compile and run is test enough.
-    """
-    from torch._functorch import config as functorch
-    from torch._inductor import config as inductor
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    # importing the compiler has named its own folder already, where the user has named none
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "compiled" / "inductor")
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "compiled" / "triton"))
-    if hasattr(inductor.cpp, "vec_isa_ok"):
-        inductor.cpp.vec_isa_ok = True
-    functorch.activation_memory_budget = KEPT_SHARE if strategy.checkpoint == "memory_budget" else 1.0

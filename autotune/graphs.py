@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autotune.backends.base import Backend
 from autotune.data.batching import MicroBatch
 from autotune.errors import AutotuneError
+from autotune.strategy import Strategy
 
 Trained = tuple[Tensor, Tensor | None]
 """The step's loss and the norm of its gradients, detached scalars."""
@@ -159,6 +161,34 @@ class StepGraphs:
 
     def _own(self, tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=self._stream.device).copy_(tensor, non_blocking=True)
+
+
+def check_recorded(strategy: Strategy, backend: Backend, schedule: str) -> None:
+    """Raises AutotuneError where no step of a setting can be recorded on a device, under a recipe's schedule."""
+    if strategy.graphs not in backend.graphs:
+        _refuse(f"a recorded step needs a CUDA device, and this one is {backend.name}")
+    if reason := strategy.unrecorded or unrecorded_schedule(schedule):
+        _refuse(reason)
+
+
+def unrecorded_schedule(schedule: str) -> str | None:
+    """Why no step under this schedule can be recorded; None where one can."""
+    return (
+        "the schedule changes more than the rate, which a recorded step does not see"
+        if schedule == "onecycle"
+        else None
+    )
+
+
+def make_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimizer keep all of its state on the device. Raises AutotuneError for one that cannot."""
+    if "capturable" in optimizer.defaults:
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+    elif not isinstance(optimizer, torch.optim.SGD):  # which has nothing to keep on the device but its momentum
+        _refuse(f"it needs one of torch's optimizers that can be recorded, {type(optimizer).__name__} cannot")
+    # a shape's first step is not recorded, on purpose: torch 2.11 would warn of that
+    optimizer._warned_capturable_if_run_uncaptured = True
 
 
 def _shape(micro: MicroBatch) -> Hashable:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from autotune.apply import Run
+from autotune.compiler import graph_breaks, is_from_cache, num_compiled
 from autotune.cost import BY_TOKENS, Cost, Work, fit, total
-from autotune.data.batching import MicroBatch, PlannedBatch
+from autotune.data.batching import MicroBatch, PlannedBatch, every_shape, full_batches
 from autotune.measurement import Lap, Measurement
 from autotune.pace import Beats, at_pulse, even, usual_pulse_s
 from autotune.stats import relative_margin
@@ -77,9 +78,9 @@ class Timer:
         order = [self._plan[index] for index in _low_discrepancy(len(self._plan))]
         opening = self._plan[-1:]
         if not run.backend.is_host_memory:
-            order = _full(order)
+            order = full_batches(order)
             times = STEPS_TO_RECORD if run.strategy.records_shapes else STEPS_TO_PLAN
-            opening += [batch for batch in _every_shape(order) for _ in range(times)]
+            opening += [batch for batch in every_shape(order) for _ in range(times)]
         first = int(start * len(order))
         self._num_opening = len(opening)
         stream = [*opening, *islice(cycle(order[first:] + order[:first]), _MAX_STREAM)]
@@ -190,7 +191,7 @@ class Timer:
         """
         if self._eval_batches is None:
             if not self._run.backend.is_host_memory:
-                self._run.evaluate(self._run.evaluation_batches(_every_shape(_full(self._eval_plan))))
+                self._run.evaluate(self._run.evaluation_batches(every_shape(full_batches(self._eval_plan))))
             plan = [self._eval_plan[index] for index in _low_discrepancy(len(self._eval_plan))]
             stream = list(islice(cycle(plan), _MAX_STREAM))
             self._eval_batches = zip(stream, self._run.evaluation_batches(stream), strict=True)
@@ -265,7 +266,7 @@ class Timer:
         warm_up, timed = self.steady()
         rate, cost = self._rate(timed), self._cost()
         power_w, eval_samples_per_s = _power_w(timed), math.inf
-        num_breaks, graph_break = _graph_breaks()
+        num_breaks, graph_break = graph_breaks()
         if self._eval_laps:
             evaluated = [at_pulse(lap, self.pulse_s, self.pulse_s) for lap in self._evaluated()]
             eval_s = self._rate(evaluated) * cost.of(total(map(_work, self._eval_plan)))
@@ -282,7 +283,7 @@ class Timer:
             epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
             losses=tuple(loss for lap in self.laps for loss in lap.losses),
             num_recompiled=sum(lap.num_compiled for lap in self.laps[self._num_warm_up() :]),
-            is_from_cache=_is_from_cache(),
+            is_from_cache=is_from_cache(),
             num_graph_breaks=num_breaks,
             graph_break=graph_break,
             pulse_s=self.pulse_s,
@@ -351,52 +352,6 @@ def _first_steady(laps: list[Lap], cost: Cost) -> int:
 def _power_w(laps: Sequence[Lap]) -> float | None:
     drawn = [lap.joules for lap in laps if lap.joules is not None]
     return sum(drawn) / sum(lap.seconds for lap in laps) if len(drawn) == len(laps) else None
-
-
-def check_compiled(run: Run) -> None:
-    """Raises RuntimeError where steps were taken and nothing was compiled of a model that should have been."""
-    if run.strategy.compile != "none" and num_compiled() <= run.step.compiles_loss:
-        raise RuntimeError("torch.compile has compiled nothing of this model")
-
-
-def num_compiled() -> int:
-    """Graphs that torch.compile has compiled in this process so far."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
-def _is_from_cache() -> bool:
-    """Whether the compiler's cache had all that this process has compiled so far, and that was something."""
-    from torch._dynamo.utils import counters
-
-    found = counters["inductor"]
-    compiled = found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"]
-    return bool(found["fxgraph_cache_hit"]) and not compiled
-
-
-def _graph_breaks() -> tuple[int, str]:
-    """For how many reasons torch.compile has left graphs in this process so far, and the first one's first line."""
-    from torch._dynamo.utils import counters
-
-    found = counters["graph_break"]
-    return len(found), next((str(reason).strip().splitlines()[0] for reason in found), "")
-
-
-def _full(plan: Sequence[PlannedBatch]) -> list[PlannedBatch]:
-    """Without the last batch where that is short: once in an epoch it has a shape of its own."""
-    full = max(batch.num_samples for batch in plan)
-    return [batch for batch in plan if batch.num_samples == full]
-
-
-def _every_shape(plan: Sequence[PlannedBatch]) -> list[PlannedBatch]:
-    """Batches in which every shape of the plan's micro batches comes up."""
-    shapes = {
-        (len(indices), width): batch
-        for batch in plan
-        for indices, width in zip(batch.micro_batches, batch.widths, strict=True)
-    }
-    return list({id(batch): batch for batch in shapes.values()}.values())
 
 
 def _work(batch: PlannedBatch) -> Work:

@@ -152,17 +152,23 @@ def test_a_heat_without_the_baseline_says_who_races_it(prepared: Prepared, scrip
     assert best.number == heat[3]
 
 
-def test_there_is_no_heat_where_the_budget_has_no_time_for_it(
-    prepared: Prepared, scripted_device: pytest.MonkeyPatch
-) -> None:
-    raced: list[int] = []
+@pytest.fixture
+def raced(scripted_device: pytest.MonkeyPatch) -> list[int]:
+    """How many entered each race."""
+    numbers: list[int] = []
 
     class Counted(ScriptedRace):
         def run(self, **_: Any) -> None:
             super().run()
-            raced.append(len(self.entrants))
+            numbers.append(len(self.entrants))
 
     scripted_device.setattr(races, "Race", Counted)
+    return numbers
+
+
+def test_there_is_no_heat_where_the_budget_has_no_time_for_it(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, raced: list[int]
+) -> None:
     scripted_device.setattr(races, "FINALS_SHARE", 0.0)
     searched(prepared, budget_s=3600.0, max_trials=20)
     assert raced[0] == 1 + NUM_FINALISTS
@@ -189,16 +195,8 @@ def test_the_final_gets_all_that_is_left_where_time_is_what_ended_the_trials(
 
 @pytest.mark.parametrize(("alone_s", "num_entrants"), [(0.0, 1 + NUM_FINALISTS), (math.inf, 2)])
 def test_entrants_have_to_fit_together_only_where_they_are_alive_together(
-    prepared: Prepared, scripted_device: pytest.MonkeyPatch, alone_s: float, num_entrants: int
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, raced: list[int], alone_s: float, num_entrants: int
 ) -> None:
-    raced: list[int] = []
-
-    class Counted(ScriptedRace):
-        def run(self, **_: Any) -> None:
-            super().run()
-            raced.append(len(self.entrants))
-
-    scripted_device.setattr(races, "Race", Counted)
     scripted_device.setattr(races, "FINALS_SHARE", 0.0)  # no heat
     scripted_device.setattr(races, "_peak_bytes", lambda trial: 8 * GIB)  # two fit into what is free
     scripted_device.setattr(turns, "ALONE_S", alone_s)

@@ -7,6 +7,7 @@ cut into micro batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -163,6 +164,22 @@ def plan_batch(
     return PlannedBatch(
         micro_batches, widths, sum(count * width for count, width in computed), sum(n * w**2 for n, w in computed)
     )
+
+
+def full_batches(plan: Sequence[PlannedBatch]) -> list[PlannedBatch]:
+    """Without the last batch where that is short: once in an epoch it has a shape of its own."""
+    full = max(batch.num_samples for batch in plan)
+    return [batch for batch in plan if batch.num_samples == full]
+
+
+def every_shape(plan: Sequence[PlannedBatch]) -> list[PlannedBatch]:
+    """Batches in which every shape of the plan's micro batches comes up."""
+    shapes = {
+        (len(indices), width): batch
+        for batch in plan
+        for indices, width in zip(batch.micro_batches, batch.widths, strict=True)
+    }
+    return list({id(batch): batch for batch in shapes.values()}.values())
 
 
 def collate(data: SequenceData, indices: Indices, width: int) -> MicroBatch:

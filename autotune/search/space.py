@@ -11,6 +11,7 @@ import msgspec
 from autotune.backends.base import Backend
 from autotune.backends.cpu import thread_counts
 from autotune.checks.kernels import UNMASKED_MS
+from autotune.graphs import unrecorded_schedule
 from autotune.models.attention import SDPA_KERNELS
 from autotune.probe import Hardware
 from autotune.strategy import (
@@ -223,9 +224,9 @@ def build_space(
     graphs = [g for g in backend.graphs if g == "none" or allowed("graphs", g, f"graphs.{g}")]
     for value in [value for value in get_args(Graphs) if value not in backend.graphs]:
         left_out[f"graphs={value}"] = "not for this kind of device"
-    if "step" in graphs and workload.recipe.schedule == "onecycle":
+    if "step" in graphs and (reason := unrecorded_schedule(workload.recipe.schedule)):
         graphs.remove("step")
-        left_out["graphs=step"] = "the schedule changes more than the rate, which a recorded step would not see"
+        left_out["graphs=step"] = reason
     for setting in [value for value in get_args(Allocator) if value not in backend.allocators]:
         left_out[f"allocator={setting}"] = "not for this kind of device"
     allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]

@@ -151,9 +151,10 @@ def main(connection: Connection, job: Job) -> None:
 def _serve(connection: Connection, job: Job) -> None:
     from autotune import backends, trace, workloads
     from autotune.apply import apply
+    from autotune.compiler import check_compiled
     from autotune.pace import Beats
     from autotune.phases import train_some
-    from autotune.timing import Timer, check_compiled, time_until
+    from autotune.timing import Timer, time_until
 
     backend = backends.get(job.backend)
     connection.send(Progress(stage="building"))
@@ -192,7 +193,7 @@ def _serve(connection: Connection, job: Job) -> None:
                 command.num_eval,
                 on_step=lambda step: say(Progress(stage="training", step=step)),
             )
-            check_compiled(run)
+            check_compiled(job.strategy, run.step)
             return trained
         if isinstance(command, Trace):
             comparing = Progress(stage="comparing losses")
@@ -216,7 +217,7 @@ def _serve(connection: Connection, job: Job) -> None:
             narrow=command.narrow,
             on_lap=report,
         )
-        check_compiled(run)
+        check_compiled(job.strategy, run.step)
         if command.eval_batches:
             connection.send(Progress(stage="evaluating"))
             timer().evaluate(command.eval_batches, EVAL_ENOUGH_S)

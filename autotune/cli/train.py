@@ -142,8 +142,6 @@ def command(
         raise UsageError(f"{folder} has a run's checkpoint already; go on with it (--resume {folder}), or move it")
     ref, workload = prepare(name, data, limit)
     metrics = metrics or folder / "metrics.json"
-    store.check_writable(metrics, "--metrics")
-    store.check_writable(folder / checkpoint.CHECKPOINT_FILE, "--run")
     workload = workload.with_recipe(recipe)
     strategy = saved.strategy if saved is not None else _strategy(name, profile_name, profile, workload.baseline)
     strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
@@ -166,6 +164,8 @@ def command(
     steps_per_epoch = -(-workload.num_train // recipe.global_batch)
     backend.start_memory_window()
     run = apply(strategy, workload, backend, total_steps=num_epochs * steps_per_epoch, seed=seed)
+    store.check_writable(metrics, "--metrics")
+    store.check_writable(folder / checkpoint.CHECKPOINT_FILE, "--run")
     training = Training(run, patience=patience)
     if state is not None:
         training.restore(state)

@@ -27,6 +27,8 @@ SDPA_KERNELS: dict[Attention, SDPBackend] = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+WHOLE_ROW: tuple[Attention, ...] = ("sdpa", "sdpa_flash")
+"""Those that have all sequences of a packed row taken by one kernel of torch's, where there is one."""
 
 
 def attend(
@@ -153,7 +155,7 @@ def set_attention(
     kind, kernel, package = _switches(model), None, ""
     if backend == "flash_attn":
         package, kernel = packaged(device_type, dtype, torch.are_deterministic_algorithms_enabled())
-    elif backend in ("sdpa", "sdpa_flash"):
+    elif backend in WHOLE_ROW:
         kernel = native(device_type, dtype)
     for module in model.modules():
         if isinstance(module, SelfAttention):

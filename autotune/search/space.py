@@ -12,7 +12,7 @@ from autotune.backends.base import Backend
 from autotune.backends.cpu import thread_counts
 from autotune.checks.kernels import UNMASKED_MS
 from autotune.graphs import unrecorded_schedule
-from autotune.models.attention import SDPA_KERNELS
+from autotune.models.attention import SDPA_KERNELS, WHOLE_ROW
 from autotune.probe import Hardware
 from autotune.strategy import (
     APPROXIMATE,
@@ -54,8 +54,6 @@ _NEEDS_BLOCKS: dict[Checkpoint, int] = {
 }
 
 
-WHOLE_ROW: tuple[Attention, ...] = ("sdpa", "sdpa_flash")
-"""Attentions that have all sequences of a packed row taken by one kernel of torch's, where there is one."""
 _COUPLED = ("micro_batch", "compile", "compile_scope", "checkpoint", "workers", "prefetch", "padding", "graphs")
 """Knobs of which one's value may rule out another's, besides attention and precision."""
 

@@ -85,7 +85,7 @@ class Backend(Protocol):
     guess_micro_batch: int | None
     """The micro batch that a first guess takes at most; None for the whole global batch."""
     guess_compile: Compile
-    """The compile mode of a first guess."""
+    """The compile mode that a first guess is tried with besides; none where compiling seldom pays."""
 
     def unavailable(self) -> str | None:
         """Why this machine has no such device; None where it has one. Creates no device context."""

@@ -14,7 +14,7 @@
 # SEARCH_S   for each search (300)                    PLANNED   epochs that searches plan for (the recipe's)
 # REVIEWS    a folder with the real reviews           EPOCHS    of the accuracy runs (5)
 # UNTIL      seconds in all: a step that does not end by then is interrupted, as by ^C
-# PACK       an archive of all results but the cache, written anew after every step
+# PACK       an archive of all results but the cache and weights, written anew after every step
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-evidence}
@@ -121,7 +121,7 @@ run() {  # a step that is not done yet, and what became of it
 
 pack() {
     [ -n "$PACK" ] || return 0
-    tar czf "$PACK.new" --exclude=cache --exclude=checkpoint.pt -C "$OUT" . 2> /dev/null
+    tar czf "$PACK.new" --exclude=cache --exclude='*.pt' -C "$OUT" . 2> /dev/null
     [ $? -le 1 ] && mv "$PACK.new" "$PACK" # 1: a file was written to meanwhile
 }
 

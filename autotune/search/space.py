@@ -307,7 +307,7 @@ def attention_ms(hardware: Hardware, attention: Attention, precision: Precision,
 
 def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy:
     """What a person who reads the probe would write down: the fastest precision and attention it measured, no padding
-    waste, no recomputation, memory retained; micro batch and compilation as usually pays on this device family."""
+    waste, no recomputation, memory retained, nothing compiled; the micro batch as usually pays on this device family."""
     most = backend.guess_micro_batch or space.global_batch
 
     def optimizer_ms(optimizer: Optimizer) -> float:
@@ -339,7 +339,7 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
             "prefetch": PREFETCH[0],
             "deterministic": space.values["deterministic"][0],
             "memory_format": min(space.values["memory_format"], key=format_ms),
-            "compile": backend.guess_compile if backend.guess_compile in space.values["compile"] else "none",
+            "compile": "none",
             "workers": 0,
             "padding": next(p for p in ("buckets", *space.values["padding"]) if p in space.values["padding"]),
             "allocator": space.values["allocator"][-1],
@@ -348,6 +348,17 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
         }
     )
     return guess if space.refusal(guess) is None else msgspec.structs.replace(guess, graphs="none")
+
+
+def compiled_guess(space: Space, backend: Backend, guess: Strategy) -> Strategy | None:
+    """A guess compiled, where that usually pays on this device family: each repeated block by itself where there are
+    such, as that is compiled once (PyTorch, "Reducing torch.compile cold start compilation time with regional
+    compilation")."""
+    if backend.guess_compile == "none" or backend.guess_compile not in space.values["compile"]:
+        return None
+    scope = space.values["compile_scope"][-1]
+    compiled = msgspec.structs.replace(guess, compile=backend.guess_compile, compile_scope=scope)
+    return compiled if space.refusal(compiled) is None else None
 
 
 def _needs(precision: Precision) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from autotune.search.memory import Fit, MemoryModel
 from autotune.search.objective import FASTEST, Aim, hopeless
 from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
-from autotune.search.space import expert_guess
+from autotune.search.space import compiled_guess, expert_guess
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
@@ -113,7 +113,11 @@ class Trials:
     def _beginnings(self) -> dict[Strategy, str]:
         """What is tried behind the baseline, and whose idea it is."""
         task = self._task
-        found = {expert_guess(task.space, task.hardware, task.backend): "expert's guess"}
+        guess = expert_guess(task.space, task.hardware, task.backend)
+        found = {guess: "expert's guess"}
+        compiled = compiled_guess(task.space, task.backend, guess)
+        if compiled is not None:
+            found[compiled] = "expert's guess, compiled"
         if task.known_good is not None:
             found.setdefault(task.space.nearest(task.known_good), "as in the nearest profile")
         return {s: origin for s, origin in found.items() if s != task.baseline and task.space.refusal(s) is None}
@@ -142,8 +146,8 @@ class Trials:
         return tried if tried in self.history.usable() else None
 
     def timeout_s(self, strategy: Strategy) -> float:
-        """A trial's limit: a third of the budget, and no more than is left of it. The first after the baseline, which
-        may be the only one, has as long as that would have taken with as many laps."""
+        """A trial's limit: a third of the budget, half of it for what is compiled, and no more than is left of it. The
+        first after the baseline, which may be the only one, has as long as that would have taken with as many laps."""
         budget_s, history = self._task.settings.budget_s, self.history
         if budget_s is None or strategy == self._task.baseline:
             return 600.0
@@ -151,7 +155,8 @@ class Trials:
         if len(history.all) == 1:
             more_s = (ORDINARY.least_laps - ONCE.least_laps) * (history.reference_step_s or 0.0)
             least_s = max(least_s, history.reference.wall_s + more_s)
-        return max(least_s, min(budget_s / 3, budget_s - self.elapsed_s()))
+        share = 1 / 2 if self._task.compiles(strategy) else 1 / 3
+        return max(least_s, min(share * budget_s, budget_s - self.elapsed_s()))
 
     def silence_s(self, strategy: Strategy) -> float:
         """How long its process may say nothing: several of the baseline's steps; compilers say nothing for minutes."""

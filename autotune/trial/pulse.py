@@ -42,7 +42,9 @@ class Pulse:
         self._backend_name = backend_name
         self._child: Child | None = None
         self._paused: int | None = None
-        self.pauses = sys.platform == "linux" and backends.get(backend_name).is_host_memory
+        self.is_on_host = backends.get(backend_name).is_host_memory
+        """Whether the device is the host's own processor."""
+        self.pauses = sys.platform == "linux" and self.is_on_host
         """Whether what is timed can be paused for it."""
 
     def __enter__(self) -> Self:

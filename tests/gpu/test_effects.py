@@ -23,7 +23,11 @@ from autotune.workloads.custom import workload_of
 from tests.applied import reviews
 from tests.observing import matmul_dtypes
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # torch's compiler warns of itself, and where that is an error it stops
+]
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,9 @@ def compile_model(model: nn.Module, strategy: Strategy) -> None:
 
 
 def loss_compiler(strategy: Strategy, loss: Loss) -> Callable[[Loss], Loss] | None:
-    """Compiles the built-in loss with the model: written out, the cross-entropy of a language model's logits takes
-    several copies of them in fp32. A loss of the user's own is left as it is."""
-    if strategy.compile == "none" or strategy.compile_scope != "model" or not isinstance(loss, CrossEntropy):
+    """Compiles the built-in loss beside the model or its blocks: written out, the cross-entropy of a language model's
+    logits takes several copies of them in fp32. A loss of the user's own is left as it is."""
+    if strategy.compile == "none" or not isinstance(loss, CrossEntropy):
         return None
     return functools.partial(torch.compile, **_options(strategy))
 

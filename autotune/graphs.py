@@ -1,6 +1,6 @@
 """A whole optimizer step as a CUDA graph: forward, backward, clipping and update are recorded once for each shape of
-batch, and then replayed with a single launch. Where a step's kernels are short, launching them one by one from Python
-takes longer than running them (PyTorch, "CUDA Graphs", torch.cuda.graph).
+batch, and then replayed with a single launch; evaluation's forward passes likewise. Where a step's kernels are short,
+launching them one by one from Python takes longer than running them (PyTorch, "CUDA Graphs", torch.cuda.graph).
 
 What is recorded is the step that trains: a shape's first batch is trained as ever, which also has kernels chosen and
 compiled for it, and its second is recorded and replayed. Nothing is trained twice and nothing is left out.
@@ -8,10 +8,9 @@ compiled for it, and its second is recorded and replayed. Nothing is trained twi
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -24,14 +23,94 @@ from autotune.strategy import Strategy
 
 Trained = tuple[Tensor, Tensor | None]
 """The step's loss and the norm of its gradients, detached scalars."""
+Result = TypeVar("Result")
 
 
-class _Recorded(NamedTuple):
+class _Recorded(NamedTuple, Generic[Result]):
     graph: torch.cuda.CUDAGraph
     batch: list[MicroBatch]
-    """What the graph reads: the batch to be trained is copied here."""
-    trained: Trained
+    """What the graph reads: the batch to be worked on is copied here."""
+    result: Result
     """What it writes."""
+
+
+class _Graphs(Generic[Result]):
+    """Does some work on batches: one graph for each shape that they have.
+
+    Raises AutotuneError where a replay would go wrong without a word, or the work cannot be recorded.
+    """
+
+    def __init__(self, work: Callable[[Sequence[MicroBatch]], Result], stream: torch.cuda.Stream, pool: Any) -> None:
+        """``stream`` is what is recorded. Graphs that never run at once, and read nothing that another has left, may
+        have one ``pool`` of memory."""
+        self._work, self._stream, self._pool = work, stream, pool
+        self._seen: set[Hashable] = set()
+        self.recorded: dict[Hashable, _Recorded[Result]] = {}
+
+    def forget(self) -> None:
+        """Has every shape recorded anew."""
+        torch.cuda.synchronize()
+        self._seen.clear()
+        self.recorded.clear()
+
+    def __call__(self, batch: Sequence[MicroBatch]) -> Result:
+        """What comes of a batch, which may still be on the host; the next call may overwrite it."""
+        shape = tuple(map(_shape, batch))
+        if shape not in self.recorded:
+            placed = [self._placed(micro) for micro in batch]
+            if shape not in self._seen:
+                self._seen.add(shape)
+                return self._launched(placed)
+            self.recorded[shape] = self._record(placed)
+        recorded = self.recorded[shape]
+        for own, new in zip(recorded.batch, batch, strict=True):
+            own.targets.copy_(new.targets, non_blocking=True)
+            for name, value in own.inputs.items():
+                if isinstance(value, Tensor):
+                    value.copy_(new.inputs[name], non_blocking=True)
+        recorded.graph.replay()
+        return recorded.result
+
+    def _launched(self, batch: Sequence[MicroBatch]) -> Result:
+        """On the stream that is recorded later: what autograd keeps for a parameter belongs to a stream."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        before = _random_state()
+        with torch.cuda.stream(self._stream):
+            result = self._work(batch)
+        current.wait_stream(self._stream)
+        if _random_state() != before:
+            _refuse("the model draws random numbers on the host, and every replay would have the same ones")
+        return result
+
+    def _record(self, batch: list[MicroBatch]) -> _Recorded[Result]:
+        """The loader's threads may meanwhile ask the driver for pinned memory: only this thread is held to what may be
+        recorded."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        try:
+            with recording:
+                result = self._work(batch)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is the reason
+            cause = exc.__context__ or exc  # what ends the recording complains as well, and leaves its stream behind
+            torch.cuda.set_stream(current)
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
+            _refuse(f"the step cannot be recorded ({lines[0][:120]})", cause)
+        return _Recorded(graph, batch, result)
+
+    def _placed(self, micro: MicroBatch) -> MicroBatch:
+        """On the device, in memory of its own."""
+        return micro._replace(
+            inputs={
+                name: self._own(value) if isinstance(value, Tensor) else value for name, value in micro.inputs.items()
+            },
+            targets=self._own(micro.targets),
+        )
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=self._stream.device).copy_(tensor, non_blocking=True)
 
 
 class StepGraphs:
@@ -47,120 +126,91 @@ class StepGraphs:
         self._train, self._optimizer = train, optimizer
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs = _Graphs(self._train_by_rates_on_device, self._stream, self._pool)
         self._rates: list[Tensor] = [
             torch.tensor(float(group["lr"]), device=self._stream.device) for group in optimizer.param_groups
         ]
         self._set: list[float] = [float(group["lr"]) for group in optimizer.param_groups]
         self._options: list[dict[str, Any]] = []
         """At the first step: schedules note more in an optimizer when they are made."""
-        self._seen: set[Hashable] = set()
-        self._recorded: dict[Hashable, _Recorded] = {}
         # a state that is loaded lies elsewhere in memory
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
 
     def forget(self) -> None:
         """Has every shape recorded anew."""
-        torch.cuda.synchronize()
-        self._seen.clear()
-        self._recorded.clear()
+        self._graphs.forget()
         self._options = []
 
     @property
     def num_recorded(self) -> int:
         """Shapes that are recorded."""
-        return len(self._recorded)
+        return len(self._graphs.recorded)
 
     def __call__(self, batch: Sequence[MicroBatch]) -> Trained:
         """Trains a batch, which may still be on the host. The results are the caller's to keep."""
-        shape = tuple(map(_shape, batch))
+        self._check_optimizer()
         self._set_rates()
-        if shape not in self._recorded:
-            placed = [self._placed(micro) for micro in batch]
-            if shape not in self._seen:
-                self._seen.add(shape)
-                return self._trained_once(placed)
-            self._recorded[shape] = self._record(placed)
-        recorded = self._recorded[shape]
-        for own, new in zip(recorded.batch, batch, strict=True):
-            own.targets.copy_(new.targets, non_blocking=True)
-            for name, value in own.inputs.items():
-                if isinstance(value, Tensor):
-                    value.copy_(new.inputs[name], non_blocking=True)
-        recorded.graph.replay()
-        loss, norm = recorded.trained
+        try:
+            loss, norm = self._graphs(batch)
+        except Exception:
+            self._optimizer.zero_grad(set_to_none=True)  # of a recording that failed they hold nothing
+            raise
         return loss.clone(), None if norm is None else norm.clone()  # the next replay overwrites them
 
-    def _trained_once(self, batch: Sequence[MicroBatch]) -> Trained:
-        """On the stream that is recorded later: what autograd keeps for a parameter belongs to a stream."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        before = _random_state()
-        with torch.cuda.stream(self._stream), self._rates_on_device():
-            trained = self._train(batch)
-        current.wait_stream(self._stream)
-        if _random_state() != before:
-            _refuse("the model draws random numbers on the host, and every replay would have the same ones")
-        return trained
+    def of_evaluation(self, forward: Callable[[MicroBatch], Result]) -> EvaluationGraphs[Result]:
+        """Graphs of the model's forward passes in evaluation mode, in the same memory."""
+        return EvaluationGraphs(forward, self._stream, self._pool)
 
-    def _record(self, batch: list[MicroBatch]) -> _Recorded:
-        """All graphs have one pool of memory: they never run at once, and none reads what another has left there.
-
-        The loader's threads may meanwhile ask the driver for pinned memory: only this thread is held to what may be
-        recorded.
-        """
-        hooks = (getattr(self._optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
-        if any(hooks):
-            _refuse("the optimizer's hooks would not be called")
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        try:
-            with self._rates_on_device(), recording:
-                trained = self._train(batch)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is the reason
-            cause = exc.__context__ or exc  # what ends the recording complains as well, and leaves its stream behind
-            torch.cuda.set_stream(current)
-            self._optimizer.zero_grad(set_to_none=True)
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
-            lines = str(cause).strip().splitlines() or [type(cause).__name__]
-            _refuse(f"the step cannot be recorded ({lines[0][:120]})", cause)
-        return _Recorded(graph, batch, trained)
-
-    @contextlib.contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
+    def _train_by_rates_on_device(self, batch: Sequence[MicroBatch]) -> Trained:
         """The optimizer reads its learning rates from the device, where a replay finds those of its own step; outside,
         they are numbers, as schedules and people expect."""
         before = [group["lr"] for group in self._optimizer.param_groups]
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         try:
-            yield
+            return self._train(batch)
         finally:
             for group, rate in zip(self._optimizer.param_groups, before, strict=True):
                 group["lr"] = rate
 
-    def _set_rates(self) -> None:
+    def _check_optimizer(self) -> None:
+        hooks = (getattr(self._optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+        if any(hooks):
+            _refuse("the optimizer's hooks would not be called")
         options = _options(self._optimizer)
         if options != (self._options or options):
             _refuse("an option of the optimizer beside its rate was changed, which a recorded step does not see")
         self._options = options
+
+    def _set_rates(self) -> None:
         wanted = [float(group["lr"]) for group in self._optimizer.param_groups]
         for rate, before, now in zip(self._rates, self._set, wanted, strict=True):
             if now != before:
                 rate.fill_(now)
         self._set = wanted
 
-    def _placed(self, micro: MicroBatch) -> MicroBatch:
-        """On the device, in memory of its own."""
-        return micro._replace(
-            inputs={
-                name: self._own(value) if isinstance(value, Tensor) else value for name, value in micro.inputs.items()
-            },
-            targets=self._own(micro.targets),
-        )
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=self._stream.device).copy_(tensor, non_blocking=True)
+class EvaluationGraphs(Generic[Result]):
+    """Forward passes of a model in evaluation mode. A model that cannot be recorded in it is launched as ever."""
+
+    def __init__(self, forward: Callable[[MicroBatch], Result], stream: torch.cuda.Stream, pool: Any) -> None:
+        self._forward = forward
+        self._graphs = _Graphs(lambda batch: forward(batch[0]), stream, pool)
+        self._is_launched = False
+
+    @property
+    def num_recorded(self) -> int:
+        """Shapes that are recorded."""
+        return len(self._graphs.recorded)
+
+    def __call__(self, micro: MicroBatch) -> Result:
+        """What the model gives for a micro batch, which may still be on the host; the next call may overwrite it."""
+        if not self._is_launched:
+            try:
+                return self._graphs([micro])
+            except AutotuneError:
+                self._is_launched = True
+        return self._forward(micro)
 
 
 def check_recorded(strategy: Strategy, backend: Backend, schedule: str) -> None:

@@ -59,6 +59,7 @@ class Step:
         self._compiles_graphs = strategy.compiles_graphs
         self._is_skipped = False
         self.graphs = StepGraphs(self._train, optimizer) if strategy.graphs == "step" else None
+        self.evaluation_graphs = self.graphs.of_evaluation(self._forward_only) if self.graphs else None
         # a cast that is kept for a weight's next use is missing when that use is recomputed alone: shared weights
         self._caches_casts = strategy.checkpoint != "selective"
 
@@ -110,9 +111,13 @@ class Step:
             total += loss.detach()
         return total, self._update()
 
-    def forward_only(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Output and targets of one micro batch without gradients, in the same precision; never compiled, because a
-        second graph for the few evaluation batches costs more than it gives. The caller sets eval mode."""
+    def forward_only(self, micro: MicroBatch) -> tuple[Any, Tensor]:
+        """Output and targets of one micro batch without gradients, in the same precision, to be used before the next
+        call. The model must be in evaluation mode."""
+        return (self.evaluation_graphs or self._forward_only)(micro)
+
+    def _forward_only(self, micro: MicroBatch) -> tuple[Any, Tensor]:
+        """Never compiled as a whole, because a second graph for the few evaluation batches costs more than it gives."""
         micro = self._on_device(micro)
         with torch.no_grad(), self.context():
             return _in_fp32(self.model.forward(**micro.inputs)), micro.targets

@@ -79,8 +79,7 @@ class Timer:
         opening = self._plan[-1:]
         if not run.backend.is_host_memory:
             order = full_batches(order)
-            times = STEPS_TO_RECORD if run.strategy.records_shapes else STEPS_TO_PLAN
-            opening += [batch for batch in every_shape(order) for _ in range(times)]
+            opening += self._repeated(every_shape(order))
         first = int(start * len(order))
         self._num_opening = len(opening)
         stream = [*opening, *islice(cycle(order[first:] + order[:first]), _MAX_STREAM)]
@@ -191,7 +190,8 @@ class Timer:
         """
         if self._eval_batches is None:
             if not self._run.backend.is_host_memory:
-                self._run.evaluate(self._run.evaluation_batches(every_shape(full_batches(self._eval_plan))))
+                shapes = self._repeated(every_shape(full_batches(self._eval_plan)))
+                self._run.evaluate(self._run.evaluation_batches(shapes))
             plan = [self._eval_plan[index] for index in _low_discrepancy(len(self._eval_plan))]
             stream = list(islice(cycle(plan), _MAX_STREAM))
             self._eval_batches = zip(stream, self._run.evaluation_batches(stream), strict=True)
@@ -223,6 +223,11 @@ class Timer:
                     pulse_s=pulse_s,
                 )
             )
+
+    def _repeated(self, shapes: list[PlannedBatch]) -> list[PlannedBatch]:
+        """Each as often as it takes until it is as fast as it will be."""
+        times = STEPS_TO_RECORD if self._run.strategy.records_shapes else STEPS_TO_PLAN
+        return [batch for batch in shapes for _ in range(times)]
 
     def _evaluated(self) -> list[Lap]:
         """The evaluated batches that count: the first is warm-up where it costs clearly more than those after it, and

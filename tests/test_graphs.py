@@ -21,7 +21,7 @@ from autotune import backends
 from autotune.apply import apply
 from autotune.data.batching import MicroBatch
 from autotune.errors import AutotuneError
-from autotune.graphs import StepGraphs
+from autotune.graphs import EvaluationGraphs, StepGraphs
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
@@ -59,8 +59,10 @@ class Card:
     @contextlib.contextmanager
     def record(self, graph: Graph, **_: object) -> Iterator[None]:
         self.recording = graph
-        yield
-        self.recording = None
+        try:
+            yield
+        finally:
+            self.recording = None
 
     def train(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
         loss, norm, rate = torch.zeros(()), torch.zeros(()), self.optimizer.param_groups[0]["lr"]
@@ -206,6 +208,47 @@ def test_what_cannot_be_recorded_says_why_and_leaves_nothing_half_done(card: Car
     assert weight.grad is None
     assert len(card.streams) == 1
     assert isinstance(card.optimizer.param_groups[0]["lr"], float)
+
+
+def forwards(card: Card, model: Callable[[MicroBatch], Tensor]) -> tuple[EvaluationGraphs[Tensor], list[str]]:
+    """Graphs of a model's forward passes, and how each was done."""
+    done: list[str] = []
+
+    def forward(micro: MicroBatch) -> Tensor:
+        card.also()
+        result = torch.zeros(())
+
+        def run(how: str) -> None:
+            done.append(how)
+            result.copy_(model(micro))
+
+        if card.recording is None:
+            run("launched")
+        else:
+            card.recording.run = lambda: run("replayed")
+        return result
+
+    return StepGraphs(card.train, card.optimizer).of_evaluation(forward), done
+
+
+def test_evaluation_is_recorded_for_each_shape(card: Card) -> None:
+    graphs, done = forwards(card, lambda micro: micro.inputs["x"].sum())
+    found = [float(graphs(*one)) for one in (batch(1, 2), batch(3, 4), batch(5), batch(6, 7), batch(8))]
+    assert found == [3, 7, 5, 13, 8]
+    assert done == ["launched", "replayed", "launched", "replayed", "replayed"]
+    assert graphs.num_recorded == 2
+
+
+def test_a_model_that_cannot_be_recorded_in_evaluation_is_launched(card: Card) -> None:
+    def wait() -> None:
+        if card.recording is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    for also in (wait, lambda: torch.rand(1)):
+        graphs, done = forwards(card, lambda micro: micro.inputs["x"].sum())
+        card.recording, card.also = None, also
+        assert [float(graphs(*one)) for one in (batch(1, 2), batch(3, 4), batch(5, 6))] == [3, 7, 11]
+        assert set(done) == {"launched"}
 
 
 def test_memory_that_runs_out_in_a_recording_is_out_of_memory(card: Card) -> None:

@@ -125,7 +125,9 @@ class Races:
             self._trials.reconsider()
 
     def _last_test_s(self) -> float:
-        return proof.needed_s(self._step_s, self.soak, has_reference=self.has_reference)
+        best = self._history.best()
+        warm_up_s = best.measurement.warm_up_s if best and best.measurement else 0.0
+        return proof.needed_s(self._step_s, self.soak, warm_up_s, has_reference=self.has_reference)
 
     @property
     def soak(self) -> Soak:

@@ -307,7 +307,7 @@ def attention_ms(hardware: Hardware, attention: Attention, precision: Precision,
 
 def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy:
     """What a person who reads the probe would write down: the fastest precision and attention it measured, no padding
-    waste, no recomputation, memory retained, nothing compiled; the micro batch as usually pays on this device family."""
+    waste, no recomputation, memory retained, nothing compiled, the micro batch as usually pays on such a device."""
     most = backend.guess_micro_batch or space.global_batch
 
     def optimizer_ms(optimizer: Optimizer) -> float:

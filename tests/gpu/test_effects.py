@@ -184,6 +184,7 @@ def some_losses(run: Run, count: int = 6) -> list[Tensor]:
         {},
         {"padding": "buckets", "workers": 2},
         {"padding": "buckets", "compile": "default"},
+        {"padding": "buckets", "compile": "default", "compile_scope": "blocks"},
         {"accumulation": 4, "micro_batch": 8},
         {"optimizer": "fused", "precision": "bf16", "padding": "packed"},
     ],
@@ -201,6 +202,24 @@ def test_a_recorded_step_trains_as_a_launched_one(workload: Workload, knobs: dic
     assert isinstance(recorded.optimizer.param_groups[0]["lr"], float)
     torch.testing.assert_close(launched.step.grad_norm, recorded.step.grad_norm, rtol=0.05, atol=0.05)
     assert "cudaGraphLaunch" in events(recorded)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"compile": "default", "compile_scope": "blocks", "precision": "bf16"}], ids=str)
+def test_a_recorded_evaluation_finds_what_a_launched_one_does(workload: Workload, knobs: dict[str, object]) -> None:
+    run = run_of(workload, attention="sdpa", padding="buckets", **knobs, graphs="step")
+    graphs = run.step.evaluation_graphs
+    assert graphs is not None
+    found = []
+    for _ in range(3):
+        recorded = run.evaluate()
+        run.step.evaluation_graphs = None
+        found.append((recorded, run.evaluate()))
+        run.step.evaluation_graphs = graphs
+        some_losses(run, 4)
+    assert graphs.num_recorded > 0
+    for recorded, launched in found:
+        assert recorded == pytest.approx(launched, rel=1e-3)
+    assert len({loss for (loss, _), _ in found}) == 3, "by the weights as they are"
 
 
 def test_a_recorded_step_draws_new_random_numbers_each_time(workload: Workload) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 
 def autotune(*arguments: str | Path, module: str = "autotune", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,12 +35,20 @@ def called(*arguments: str | Path) -> int:
     return run([*map(str, arguments)])
 
 
+def heard(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, and what it says."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.dict(os.environ, environment):
+        status = called(*arguments)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
 def refused(status: int, *arguments: str | Path, **environment: str) -> str:
     """The one line that a refused call prints."""
-    done = autotune(*arguments, **environment)
+    done = heard(*arguments, **environment)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()
+    lines: list[str] = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     return lines[0]

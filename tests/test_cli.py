@@ -17,7 +17,7 @@ import pytest
 from autotune import backends, store
 from autotune.profile import write_profile
 from tests import factories
-from tests.commands import autotune, refused
+from tests.commands import autotune, heard, refused
 
 # One worker runs all of these, so that they share one search.
 pytestmark = [pytest.mark.xdist_group("cli"), pytest.mark.usefixtures("probed")]
@@ -91,7 +91,7 @@ def test_bad_data_is_refused_before_anything_is_measured(tmp_path: Path, content
     path = tmp_path / "reviews.jsonl"
     if content is not None:
         path.write_text(content)
-    done = autotune("search", "--model", "imdb", "--data", path, "--profiles", tmp_path / "profiles")
+    done = heard("search", "--model", "imdb", "--data", path, "--profiles", tmp_path / "profiles")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]

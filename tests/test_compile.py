@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from autotune import backends
 from autotune.apply import Run, apply
 from autotune.errors import AutotuneError
+from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import Padding, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
@@ -43,6 +44,26 @@ def test_compiling_by_block_compiles_the_blocks_and_not_the_model(workload: Work
     assert all(block._compiled_call_impl is not None for block in run.model.get_submodule("blocks").children())
     batch = next(iter(run.loader))
     assert float(run.step(batch)) == pytest.approx(float(run_of(workload).step(batch)), rel=1e-5)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_compiled_blocks_drop_in_training_alone(workload: Workload) -> None:
+    """Evaluation calls the blocks, which are compiled, though the model is not."""
+    model = EncoderClassifier(width=32, num_heads=2, ffn_width=32, num_layers=2, dropout=0.5)
+    strategy = Strategy(micro_batch=32, compile="default", compile_scope="blocks")
+    run = apply(strategy, workload, backends.get("cpu"), model=model)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    run.step.scheduler = None
+    batch = next(iter(run.loader))
+    losses, found = set(), []
+    for _ in range(3):
+        losses.add(float(run.step(batch)))
+        found.append(run.evaluate())
+    for block in run.model.get_submodule("blocks").children():
+        block._compiled_call_impl = None
+    assert len(losses) == 3
+    assert found == [pytest.approx(run.evaluate())] * 3
 
 
 @pytest.mark.usefixtures("graphs_only")

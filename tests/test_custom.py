@@ -19,7 +19,7 @@ from autotune.errors import AutotuneError
 from autotune.strategy import Attention, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
-from tests.commands import autotune, briefly
+from tests.commands import autotune, briefly, heard
 
 SCRIPT = """
 import torch
@@ -160,7 +160,7 @@ def test_the_space_is_explained(script: Path, probed: None) -> None:
     ],
 )
 def test_what_is_no_workload_is_refused_in_a_line(script: Path, name: str, words: str) -> None:
-    done = autotune("search", "--model", name.format(script))
+    done = heard("search", "--model", name.format(script))
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert words in done.stderr.strip().splitlines()[-1]

@@ -24,7 +24,7 @@ from tests import factories
 from tests.commands import briefly, refused
 from tests.faulty import NAME
 
-pytestmark = [pytest.mark.xdist_group("interrupted"), pytest.mark.usefixtures("probed")]
+pytestmark = pytest.mark.usefixtures("probed")
 
 SEARCH = ("search", "--model", NAME, "--trials", "5", "--epochs", "1000")
 

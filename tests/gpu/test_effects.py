@@ -17,7 +17,7 @@ from autotune.checks import RefusalError, kernels
 from autotune.models import flash
 from autotune.models.attention import KernelsSeen, attend
 from autotune.models.encoder import EncoderClassifier
-from autotune.strategy import SPARSE, Attention, Precision, Strategy
+from autotune.strategy import SPARSE, Attention, CompileScope, Precision, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
 from tests.applied import reviews
@@ -222,10 +222,13 @@ def test_a_recorded_evaluation_finds_what_a_launched_one_does(workload: Workload
     assert len({loss for (loss, _), _ in found}) == 3, "by the weights as they are"
 
 
-def test_a_recorded_step_draws_new_random_numbers_each_time(workload: Workload) -> None:
+@pytest.mark.parametrize("scope", [None, "model", "blocks"])
+def test_a_recorded_step_draws_new_random_numbers_each_time(workload: Workload, scope: CompileScope | None) -> None:
     torch.manual_seed(1)
     model = EncoderClassifier(width=64, num_heads=2, ffn_width=64, num_layers=2, dropout=0.5)
-    run = apply(Strategy(micro_batch=32, graphs="step"), workload, backends.get("cuda"), model=model)
+    compiled = Strategy(micro_batch=32, compile="default", compile_scope=scope or "model", graphs="step")
+    strategy = compiled if scope else Strategy(micro_batch=32, graphs="step")
+    run = apply(strategy, workload, backends.get("cuda"), model=model)
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
     run.step.scheduler = None

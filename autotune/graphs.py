@@ -133,12 +133,15 @@ class StepGraphs:
         self._set: list[float] = [float(group["lr"]) for group in optimizer.param_groups]
         self._options: list[dict[str, Any]] = []
         """At the first step: schedules note more in an optimizer when they are made."""
+        self._others: list[Callable[[], None]] = []
+        """What else is to be forgotten."""
         # a state that is loaded lies elsewhere in memory
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
 
     def forget(self) -> None:
-        """Has every shape recorded anew."""
-        self._graphs.forget()
+        """Has every shape recorded anew, those of the evaluation too."""
+        for forget in (self._graphs.forget, *self._others):
+            forget()
         self._options = []
 
     @property
@@ -159,7 +162,9 @@ class StepGraphs:
 
     def of_evaluation(self, forward: Callable[[MicroBatch], Result]) -> EvaluationGraphs[Result]:
         """Graphs of the model's forward passes in evaluation mode, in the same memory."""
-        return EvaluationGraphs(forward, self._stream, self._pool)
+        graphs = EvaluationGraphs(forward, self._stream, self._pool)
+        self._others.append(graphs.forget)
+        return graphs
 
     def _train_by_rates_on_device(self, batch: Sequence[MicroBatch]) -> Trained:
         """The optimizer reads its learning rates from the device, where a replay finds those of its own step; outside,
@@ -197,6 +202,10 @@ class EvaluationGraphs(Generic[Result]):
         self._forward = forward
         self._graphs = _Graphs(lambda batch: forward(batch[0]), stream, pool)
         self._is_launched = False
+
+    def forget(self) -> None:
+        """Has every shape recorded anew."""
+        self._graphs.forget()
 
     @property
     def num_recorded(self) -> int:

@@ -113,11 +113,13 @@ class Step:
 
     def forward_only(self, micro: MicroBatch) -> tuple[Any, Tensor]:
         """Output and targets of one micro batch without gradients, in the same precision, to be used before the next
-        call. The model must be in evaluation mode."""
-        return (self.evaluation_graphs or self._forward_only)(micro)
+        call. Recorded, where steps are and the model is in evaluation mode; never compiled as a whole, because a second
+        graph for the few evaluation batches costs more than it gives."""
+        if self.evaluation_graphs is None or self.model.training:
+            return self._forward_only(micro)
+        return self.evaluation_graphs(micro)
 
     def _forward_only(self, micro: MicroBatch) -> tuple[Any, Tensor]:
-        """Never compiled as a whole, because a second graph for the few evaluation batches costs more than it gives."""
         micro = self._on_device(micro)
         with torch.no_grad(), self.context():
             return _in_fp32(self.model.forward(**micro.inputs)), micro.targets

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -237,6 +238,8 @@ def test_evaluation_is_recorded_for_each_shape(card: Card) -> None:
     assert found == [3, 7, 5, 13, 8]
     assert done == ["launched", "replayed", "launched", "replayed", "replayed"]
     assert graphs.num_recorded == 2
+    card.optimizer.load_state_dict(card.optimizer.state_dict())
+    assert graphs.num_recorded == 0, "as of the steps"
 
 
 def test_a_model_that_cannot_be_recorded_in_evaluation_is_launched(card: Card) -> None:
@@ -305,6 +308,12 @@ def test_steps_go_to_the_graphs_unless_phases_are_asked_for(
     (one,) = batch(1, 2)
     run.step([one])
     assert [how for how, *_ in card.trained] == ["launched"]
+    graphs = mock.Mock(wraps=run.step.evaluation_graphs)
+    monkeypatch.setattr(run.step, "evaluation_graphs", graphs)
+    run.evaluate()
+    assert graphs.call_count == len(run.evaluation_plan())
+    run.step.forward_only(next(iter(run.loader))[0])  # which would drop
+    assert graphs.call_count == len(run.evaluation_plan())
     run.optimizer.param_groups[0]["capturable"] = False  # on a CPU it could not be
     run.step.on_phase = lambda phase: None
     run.step(next(iter(run.loader)))

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import msgspec
 import pytest
@@ -26,7 +27,7 @@ from autotune.search.work import ATTENTION_POWER
 from autotune.strategy import Attention, Checkpoint, Strategy, baseline
 from autotune.trial.worker import Job
 from tests import factories
-from tests.observing import Silent
+from tests.observing import Silent, SilentPulse
 from tests.scripted import (
     CPU,
     Prepared,
@@ -131,6 +132,15 @@ def test_the_guess_has_as_long_as_the_baseline_took_however_short_the_budget(
     searched(prepared, budget_s=60.0, max_trials=3)
     step_s = scripted(baseline(32)).step_ms / 1000
     assert limits_s[:2] == [600.0, pytest.approx(50.0 + 2 * step_s)], "and two laps more than the baseline's one"
+
+
+def test_what_is_compiled_may_take_half_of_the_budget(task: Task) -> None:
+    task = dataclasses.replace(task, settings=Settings(budget_s=300.0))
+    journal = mock.Mock(trials=[factories.trial(number) for number in range(2)], spent_s=0.0)
+    tried = trials.Trials(task, Silent(), journal, SilentPulse("cpu"), clock=lambda: 0.0)
+    plain = msgspec.structs.replace(baseline(32), precision="bf16")
+    assert tried.timeout_s(plain) == 100.0
+    assert tried.timeout_s(msgspec.structs.replace(plain, compile="default")) == 150.0
 
 
 def test_the_nearest_profiles_setting_is_tried_third(

@@ -20,7 +20,7 @@ from autotune.probe import Hardware
 from autotune.search.memory import Fit, MemoryModel
 from autotune.search.objective import BALANCED, FASTEST, LEANEST, THRIFTIEST, PlannedRun, hopeless, loss_of
 from autotune.search.sampling import Sampler
-from autotune.search.space import Space, build_space, expert_guess
+from autotune.search.space import Space, build_space, compiled_guess, expert_guess
 from autotune.strategy import Padding, Strategy
 from autotune.trial.worker import Progress
 from autotune.workloads.base import Workload
@@ -263,6 +263,21 @@ def test_the_guess_on_cuda_is_recorded_unless_it_cannot_be(prepared: Prepared) -
     hardware = cuda_hardware(matmul__bf16="refused: no", attention__sdpa_flash__fp16="no")
     guess = expert_guess(build_space(hardware, CUDA, prepared[1]), hardware, CUDA)
     assert (guess.precision, guess.graphs) == ("fp16", "none")
+
+
+def test_the_guess_is_tried_compiled_by_block_where_that_usually_pays(prepared: Prepared) -> None:
+    hardware = cuda_hardware()
+    space = build_space(hardware, CUDA, prepared[1])
+    guess = expert_guess(space, hardware, CUDA)
+    assert guess.compile == "none"
+    compiled = compiled_guess(space, CUDA, guess)
+    assert compiled == msgspec.structs.replace(guess, compile="default", compile_scope="blocks")
+    for values in ({"compile_scope": ("model",)}, {"compile": ("none",)}):
+        less = msgspec.structs.replace(space, values={**space.values, **values})
+        found = compiled_guess(less, CUDA, guess)
+        assert (found and found.compile_scope) == (None if "compile" in values else "model")
+    hardware = factories.hardware()
+    assert compiled_guess(build_space(hardware, CPU, prepared[1]), CPU, guess) is None
 
 
 def test_packed_rows_are_compiled_where_one_kernel_takes_them(prepared: Prepared) -> None:

@@ -33,7 +33,7 @@ but where a single step takes seconds."""
 WITH_BEATS = msgspec.structs.replace(ORDINARY, enough_s=6.0, least_laps=2)
 """As an ordinary trial where the device's speed is known all along: fewer laps tell as much."""
 ON_ACCELERATOR = msgspec.structs.replace(ORDINARY, enough_s=3.0)
-"""As an ordinary trial where laps are short, a tenth of a second: and thirty of them tell who may race."""
+"""As an ordinary trial where laps are short, a tenth of a second: thirty of them tell who may race."""
 ONCE, ONCE_WITH_BEATS = (msgspec.structs.replace(command, least_laps=1) for command in (ORDINARY, WITH_BEATS))
 """The same, but where a step takes those ten or six seconds it is timed once."""
 

@@ -27,6 +27,7 @@ from autotune.data.batching import (
     rounding_of,
 )
 from autotune.errors import AutotuneError, UsageError
+from autotune.evaluation import Evaluation
 from autotune.graphs import check_recorded, make_capturable
 from autotune.models.attention import set_attention
 from autotune.models.blocks import set_checkpoint
@@ -35,7 +36,6 @@ from autotune.schedule import schedule
 from autotune.step import Step, compute_dtype, weights_dtype
 from autotune.strategy import SPARSE, Strategy
 from autotune.workloads.base import Workload
-from autotune.workloads.seen import evaluating
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -156,6 +156,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None
     loader: Loader
     step: Step
+    evaluation: Evaluation
     strategy: Strategy
     backend: Backend
     workload: Workload
@@ -207,23 +208,7 @@ class Run:
     def evaluate(self, batches: Iterable[list[MicroBatch]] | None = None) -> tuple[float, float]:
         """Mean loss and share classified correctly, over the test set or the given part of it; where samples have no
         class, the share is no number; nor is the loss where there are none."""
-        if batches is None:
-            batches = self.evaluation_batches(self.evaluation_plan())
-        loss_sum = torch.zeros((), device=torch_device(self.backend))
-        num_correct = torch.zeros((), device=loss_sum.device)
-        num_samples = 0
-        with evaluating(self.model):
-            for batch in batches:
-                for micro in batch:
-                    output, targets = self.step.forward_only(micro)
-                    loss_sum += self.workload.evaluation_loss(output, targets)
-                    if self.workload.num_correct is not None:
-                        num_correct += self.workload.num_correct(output, targets)
-                    num_samples += micro.num_samples
-        if not num_samples:
-            return math.nan, math.nan
-        accuracy = float(num_correct) / num_samples if self.workload.num_correct is not None else math.nan
-        return float(loss_sum) / num_samples, accuracy
+        return self.evaluation(self.evaluation_batches(self.evaluation_plan()) if batches is None else batches)
 
 
 def apply(
@@ -310,6 +295,7 @@ def apply(
         scheduler=scheduler,
         loader=loader,
         step=step,
+        evaluation=Evaluation(step, workload),
         strategy=strategy,
         backend=backend,
         workload=workload,

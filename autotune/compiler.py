@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autotune.models.blocks import find_blocks
 from autotune.step import Loss, Step
@@ -27,12 +27,27 @@ def compile_model(model: nn.Module, strategy: Strategy) -> None:
             _compile(module, **_options(strategy))
 
 
+class CompiledLoss:
+    """The built-in loss, compiled beside the model or its blocks: written out, the cross-entropy of a language model's
+    logits takes several copies of them in fp32."""
+
+    def __init__(self, loss: Loss, strategy: Strategy) -> None:
+        self._loss = torch.compile(loss, **_options(strategy))
+        self.num_graphs = 0
+        """That were compiled of it so far."""
+
+    def __call__(self, output: Any, targets: Tensor) -> Tensor:
+        before = num_compiled()
+        found: Tensor = self._loss(output, targets)
+        self.num_graphs += num_compiled() - before
+        return found
+
+
 def loss_compiler(strategy: Strategy, loss: Loss) -> Callable[[Loss], Loss] | None:
-    """Compiles the built-in loss beside the model or its blocks: written out, the cross-entropy of a language model's
-    logits takes several copies of them in fp32. A loss of the user's own is left as it is."""
+    """Compiles what is made of the built-in loss; a loss of the user's own is left as it is."""
     if strategy.compile == "none" or not isinstance(loss, CrossEntropy):
         return None
-    return functools.partial(torch.compile, **_options(strategy))
+    return functools.partial(CompiledLoss, strategy=strategy)
 
 
 def prepare_compiler(strategy: Strategy) -> None:
@@ -57,7 +72,8 @@ def prepare_compiler(strategy: Strategy) -> None:
 
 def check_compiled(strategy: Strategy, step: Step) -> None:
     """Raises RuntimeError where steps were taken and nothing was compiled of a model that should have been."""
-    if strategy.compile != "none" and num_compiled() <= step.compiles_loss:
+    of_loss = step.loss.num_graphs if isinstance(step.loss, CompiledLoss) else 0
+    if strategy.compile != "none" and num_compiled() <= of_loss:
         raise RuntimeError("torch.compile has compiled nothing of this model")
 
 

@@ -1,6 +1,6 @@
 """A whole optimizer step as a CUDA graph: forward, backward, clipping and update are recorded once for each shape of
-batch, and then replayed with a single launch; evaluation's forward passes likewise. Where a step's kernels are short,
-launching them one by one from Python takes longer than running them (PyTorch, "CUDA Graphs", torch.cuda.graph).
+batch, and then replayed with a single launch. Where a step's kernels are short, launching them one by one from Python
+takes longer than running them (PyTorch, "CUDA Graphs", torch.cuda.graph).
 
 What is recorded is the step that trains: a shape's first batch is trained as ever, which also has kernels chosen and
 compiled for it, and its second is recorded and replayed. Nothing is trained twice and nothing is left out.
@@ -9,6 +9,7 @@ compiled for it, and its second is recorded and replayed. Nothing is trained twi
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -34,7 +35,7 @@ class _Recorded(NamedTuple, Generic[Result]):
     """What it writes."""
 
 
-class _Graphs(Generic[Result]):
+class Graphs(Generic[Result]):
     """Does some work on batches: one graph for each shape that they have.
 
     Raises AutotuneError where a replay would go wrong without a word, or the work cannot be recorded.
@@ -52,6 +53,25 @@ class _Graphs(Generic[Result]):
         torch.cuda.synchronize()
         self._seen.clear()
         self.recorded.clear()
+
+    def tried(self, batch: Sequence[MicroBatch]) -> tuple[Result, str]:
+        """What comes of a batch, launched, and why that cannot be recorded; no words where it seems that it can. A
+        recording that fails may leave torch's allocator and random numbers as if it went on."""
+        placed = [self._placed(micro) for micro in batch]
+        self._seen.add(tuple(map(_shape, batch)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it does not find every wait yet
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            return self._launched(placed), ""
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AutotuneError) as exc:
+            reason = _first_line(exc)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return self._work(placed), reason
 
     def __call__(self, batch: Sequence[MicroBatch]) -> Result:
         """What comes of a batch, which may still be on the host; the next call may overwrite it."""
@@ -96,8 +116,7 @@ class _Graphs(Generic[Result]):
             torch.cuda.set_stream(current)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            lines = str(cause).strip().splitlines() or [type(cause).__name__]
-            _refuse(f"the step cannot be recorded ({lines[0][:120]})", cause)
+            _refuse(f"what is done with a batch cannot be recorded ({_first_line(cause)})", cause)
         return _Recorded(graph, batch, result)
 
     def _placed(self, micro: MicroBatch) -> MicroBatch:
@@ -116,32 +135,31 @@ class _Graphs(Generic[Result]):
 class StepGraphs:
     """Trains batches by ``train``, which does all of a step on batches that are on the device already.
 
-    The learning rates may change from step to step; what else the host changes after a shape is recorded (a frozen
-    layer, another dropout rate, a cache that is replaced and not written to) the graph does not see. Raises
-    AutotuneError where it would go wrong without a word: a model that draws random numbers on the host, hooks of the
-    optimizer, other options of it than at first; and where a step waits for the device, which no graph can.
+    The learning rates may change from step to step; a replay leaves out what else the host does or changes after a
+    shape is recorded (hooks of modules, a frozen layer, another dropout rate, a cache that is replaced and not written
+    to). Raises AutotuneError where it would go wrong without a word: a model that draws random numbers on the host,
+    hooks of the optimizer, other options of it than at first; and where a step waits for the device, which no graph can.
     """
 
     def __init__(self, train: Callable[[Sequence[MicroBatch]], Trained], optimizer: torch.optim.Optimizer) -> None:
         self._train, self._optimizer = train, optimizer
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs = _Graphs(self._train_by_rates_on_device, self._stream, self._pool)
+        self._graphs = Graphs(self._train_by_rates_on_device, self._stream, self._pool)
         self._rates: list[Tensor] = [
             torch.tensor(float(group["lr"]), device=self._stream.device) for group in optimizer.param_groups
         ]
         self._set: list[float] = [float(group["lr"]) for group in optimizer.param_groups]
         self._options: list[dict[str, Any]] = []
         """At the first step: schedules note more in an optimizer when they are made."""
-        self._others: list[Callable[[], None]] = []
-        """What else is to be forgotten."""
+        self._beside: list[Graphs[Any]] = []
         # a state that is loaded lies elsewhere in memory
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
 
     def forget(self) -> None:
-        """Has every shape recorded anew, those of the evaluation too."""
-        for forget in (self._graphs.forget, *self._others):
-            forget()
+        """Has every shape recorded anew, those of what is recorded beside, too."""
+        for graphs in (self._graphs, *self._beside):
+            graphs.forget()
         self._options = []
 
     @property
@@ -160,10 +178,10 @@ class StepGraphs:
             raise
         return loss.clone(), None if norm is None else norm.clone()  # the next replay overwrites them
 
-    def of_evaluation(self, forward: Callable[[MicroBatch], Result]) -> EvaluationGraphs[Result]:
-        """Graphs of the model's forward passes in evaluation mode, in the same memory."""
-        graphs = EvaluationGraphs(forward, self._stream, self._pool)
-        self._others.append(graphs.forget)
+    def beside(self, work: Callable[[Sequence[MicroBatch]], Result]) -> Graphs[Result]:
+        """Graphs of something else that is done with the model between steps, in the same memory."""
+        graphs = Graphs(work, self._stream, self._pool)
+        self._beside.append(graphs)
         return graphs
 
     def _train_by_rates_on_device(self, batch: Sequence[MicroBatch]) -> Trained:
@@ -193,33 +211,6 @@ class StepGraphs:
             if now != before:
                 rate.fill_(now)
         self._set = wanted
-
-
-class EvaluationGraphs(Generic[Result]):
-    """Forward passes of a model in evaluation mode. A model that cannot be recorded in it is launched as ever."""
-
-    def __init__(self, forward: Callable[[MicroBatch], Result], stream: torch.cuda.Stream, pool: Any) -> None:
-        self._forward = forward
-        self._graphs = _Graphs(lambda batch: forward(batch[0]), stream, pool)
-        self._is_launched = False
-
-    def forget(self) -> None:
-        """Has every shape recorded anew."""
-        self._graphs.forget()
-
-    @property
-    def num_recorded(self) -> int:
-        """Shapes that are recorded."""
-        return len(self._graphs.recorded)
-
-    def __call__(self, micro: MicroBatch) -> Result:
-        """What the model gives for a micro batch, which may still be on the host; the next call may overwrite it."""
-        if not self._is_launched:
-            try:
-                return self._graphs([micro])
-            except AutotuneError:
-                self._is_launched = True
-        return self._forward(micro)
 
 
 def check_recorded(strategy: Strategy, backend: Backend, schedule: str) -> None:
@@ -262,6 +253,11 @@ def _shape(micro: MicroBatch) -> Hashable:
 def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """All that an optimizer is told but the rates and, as they are tensors, the parameters."""
     return [{name: group[name] for name in group if name not in ("lr", "params")} for group in optimizer.param_groups]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:120]
 
 
 def _random_state() -> tuple[Any, ...]:

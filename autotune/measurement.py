@@ -78,17 +78,21 @@ class Measurement(Rates, frozen=True, kw_only=True):
     """Reasons for which the compiler had to leave a part of the model to Python."""
     graph_break: str = ""
     """The first of them."""
+    launched_evaluation: str = ""
+    """Why the evaluation was not recorded as the steps were."""
     pulse_s: float | None = None
     """The device's own speed that the rates are for: laps from slower and faster moments are moved to it."""
 
     @property
-    def compiler_words(self) -> str:
-        """What a person should know of the compilation; nothing where it went well."""
+    def remarks(self) -> str:
+        """What a person should know of how it ran; nothing where it went well."""
         words = []
         if self.num_recompiled:
             words.append(f"compiled {self.num_recompiled} more graphs while timed")
         if self.num_graph_breaks:
             words.append(f"{self.num_graph_breaks} graph breaks, the first: {self.graph_break}")
+        if self.launched_evaluation:
+            words.append(f"the evaluation is not recorded: {self.launched_evaluation}")
         return "; ".join(words)
 
     def measured_again(self, later: Self) -> Self:

@@ -47,11 +47,12 @@ class Step:
         """L2 norm of the last step's gradients before clipping."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Called when a micro batch's forward or backward pass is queued, and when the step is."""
-        self.compiles_loss = compiled is not None
-        self._loss = (compiled or _as_it_is)(functools.partial(_loss_in_fp32, loss))
+        self.loss = (compiled or _as_it_is)(functools.partial(_loss_in_fp32, loss))
+        """In fp32, and compiled where that is wanted."""
         self._forward_context = forward_context or contextlib.nullcontext()
         self._clip_norm = clip_norm
-        self._device = device
+        self.device = device
+        """What it trains on."""
         self._dtype = _AUTOCAST_DTYPE.get(strategy.precision)
         self._weights_dtype = _WEIGHTS_DTYPE.get(strategy.precision)
         self._is_channels_last = strategy.memory_format == "channels_last"
@@ -59,7 +60,6 @@ class Step:
         self._compiles_graphs = strategy.compiles_graphs
         self._is_skipped = False
         self.graphs = StepGraphs(self._train, optimizer) if strategy.graphs == "step" else None
-        self.evaluation_graphs = self.graphs.of_evaluation(self._forward_only) if self.graphs else None
         # a cast that is kept for a weight's next use is missing when that use is recomputed alone: shared weights
         self._caches_casts = strategy.checkpoint != "selective"
 
@@ -96,14 +96,14 @@ class Step:
     def _train(self, batch: Sequence[MicroBatch]) -> tuple[Tensor, Tensor | None]:
         """All of a step that happens on the device; the loss, and the gradients' norm where they are clipped."""
         num_samples = sum(micro.num_samples for micro in batch)
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), device=self.device)
         for micro in batch:
             micro = self._on_device(micro)
             if self._compiles_graphs:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with self.context():
                 output = self.model(**micro.inputs)
-            loss = self._loss(output, micro.targets) / num_samples
+            loss = self.loss(output, micro.targets) / num_samples
             self._reach("forward")
             with self._forward_context:  # what is recomputed runs as it ran at first
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -111,15 +111,9 @@ class Step:
             total += loss.detach()
         return total, self._update()
 
-    def forward_only(self, micro: MicroBatch) -> tuple[Any, Tensor]:
-        """Output and targets of one micro batch without gradients, in the same precision, to be used before the next
-        call. Recorded, where steps are and the model is in evaluation mode; never compiled as a whole, because a second
-        graph for the few evaluation batches costs more than it gives."""
-        if self.evaluation_graphs is None or self.model.training:
-            return self._forward_only(micro)
-        return self.evaluation_graphs(micro)
-
-    def _forward_only(self, micro: MicroBatch) -> tuple[Any, Tensor]:
+    def forward_only(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Output and targets of one micro batch without gradients, in the same precision; never compiled as a whole,
+        because a second graph for the few evaluation batches costs more than it gives. The caller sets eval mode."""
         micro = self._on_device(micro)
         with torch.no_grad(), self.context():
             return _in_fp32(self.model.forward(**micro.inputs)), micro.targets
@@ -149,7 +143,7 @@ class Step:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype, cache_enabled=self._caches_casts)
+        return torch.autocast(self.device.type, dtype=self._dtype, cache_enabled=self._caches_casts)
 
     def _on_device(self, micro: MicroBatch) -> MicroBatch:
         return micro._replace(
@@ -157,13 +151,13 @@ class Step:
                 name: self._placed(value) if isinstance(value, Tensor) else value
                 for name, value in micro.inputs.items()
             },
-            targets=micro.targets.to(self._device, non_blocking=True),
+            targets=micro.targets.to(self.device, non_blocking=True),
         )
 
     def _placed(self, tensor: Tensor) -> Tensor:
         is_images = self._is_channels_last and tensor.dim() == 4
         return tensor.to(
-            self._device,
+            self.device,
             dtype=self._weights_dtype if tensor.is_floating_point() else None,
             non_blocking=True,
             memory_format=torch.channels_last if is_images else torch.preserve_format,

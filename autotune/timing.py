@@ -291,6 +291,7 @@ class Timer:
             is_from_cache=is_from_cache(),
             num_graph_breaks=num_breaks,
             graph_break=graph_break,
+            launched_evaluation=self._run.evaluation.launched_because,
             pulse_s=self.pulse_s,
         )
 

@@ -11,9 +11,11 @@
 # OUT        folder for results (evidence)            DEVICE    cuda, or cpu to rehearse
 # STEPS      which are timed, one after another       BESIDE    which are not, all at once after them
 # LAST       which nothing may run beside, as they fill the card
-# SEARCH_S   for each search (300)                    PLANNED   epochs that searches plan for (the recipe's)
+# SEARCH_S   for each search (300), less where UNTIL leaves less    PLANNED   epochs that searches plan for (the recipe's)
 # REVIEWS    a folder with the real reviews           EPOCHS    of the accuracy runs (5)
+# GRID_MIN   minutes for the recorded grid (8)
 # UNTIL      seconds in all: a step that does not end by then is interrupted, as by ^C
+#            (an H100 took: probe 26 to 41 s, a search its budget and 35, tests 120, accuracy 30 and, plain, 130)
 # PACK       an archive of all results but the cache and weights, written anew after every step
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -36,12 +38,17 @@ PROFILES=$OUT/profiles
 left() { echo $((UNTIL - SECONDS)); }
 limited() { timeout -s INT -k 10 "$(($(left) > 0 ? $(left) : 1))" "$@"; }
 autotune() { limited "$PYTHON" -m autotune "$@"; }
+search() {  # within its budget and what it overruns by: cut off, it has no last test
+    local spare=$(($(left) - 40)) budget=()
+    [ -z "$REHEARSE" ] && budget=(--budget "$((spare < SEARCH_S ? (spare > 30 ? spare : 30) : SEARCH_S))s")
+    autotune search "${budget[@]}" --device "$DEVICE" "$@" "${search_args[@]}"
+}
 
 # small: a rehearsal's sizes
-search_args=(--budget "${SEARCH_S}s" ${PLANNED:+--epochs "$PLANNED"})
+search_args=(${PLANNED:+--epochs "$PLANNED"})
 study_args=(--max-batch)
 train_args=(--epochs "$EPOCHS")
-grid_minutes=8
+grid_minutes=${GRID_MIN:-8}
 replay_args=(--seeds 100)
 test_args=(-p no:benchmark tests/gpu tests/backends) # the backends' contract has no mark of its own
 if [ -n "$REHEARSE" ]; then
@@ -71,7 +78,7 @@ step() {  # what one step runs; its output is its evidence
     search-*)
         local data=()
         [ "$1" = search-imdb ] && data=("${data_args[@]}")
-        autotune search --model "${1#search-}" --device "$DEVICE" --profiles "$PROFILES" "${data[@]}" "${search_args[@]}" &&
+        search --model "${1#search-}" --profiles "$PROFILES" "${data[@]}" &&
             autotune report "${1#search-}" --device "$DEVICE" --profiles "$PROFILES" -o "$OUT/$1.html"
         ;;
     study)
@@ -84,8 +91,7 @@ step() {  # what one step runs; its output is its evidence
         ;;
     replay) limited "$PYTHON" -m benchmarks.replay "${replay_args[@]}" ;;
     budget)  # real out-of-memory: the search goes on, and ends within its budget
-        autotune search --model imdb --device "$DEVICE" --profiles "$OUT/budget" --memory-budget 2GiB \
-            "${data_args[@]}" "${search_args[@]}"
+        search --model imdb --profiles "$OUT/budget" --memory-budget 2GiB "${data_args[@]}"
         ;;
     too-big)  # a batch that no card holds: a row with its reason, the smaller ones measured
         autotune study --study precision --model lm --device "$DEVICE" --output "$OUT/too-big.json" --steps 2 \

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 from autotune import backends
 from autotune.apply import Run, apply
+from autotune.compiler import check_compiled, num_compiled
 from autotune.errors import AutotuneError
 from autotune.models.encoder import EncoderClassifier
 from autotune.strategy import Padding, Strategy
@@ -80,6 +81,22 @@ def test_torchs_own_layers_are_compiled_too(scope: str, num_graphs: int) -> None
     before = counters["stats"]["unique_graphs"]
     run.step(next(iter(run.loader)))
     assert counters["stats"]["unique_graphs"] - before == num_graphs
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_a_model_that_the_compiler_passes_over_is_told_from_its_loss(workload: Workload) -> None:
+    """Whose graphs may be two: the epoch's last batch is short."""
+    counters.clear()
+    run = run_of(workload, compile="default")
+    run.model._compiled_call_impl = None
+    for batch in run.loader:
+        run.step(batch)
+    assert num_compiled() > 1
+    with pytest.raises(RuntimeError, match="compiled nothing of this model"):
+        check_compiled(run.strategy, run.step)
+    run = run_of(workload, compile="default")
+    run.step(next(iter(run.loader)))
+    check_compiled(run.strategy, run.step)
 
 
 def kept_bytes(run: Run) -> int:

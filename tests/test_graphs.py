@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import msgspec
 import numpy as np
@@ -22,7 +21,7 @@ from autotune import backends
 from autotune.apply import apply
 from autotune.data.batching import MicroBatch
 from autotune.errors import AutotuneError
-from autotune.graphs import EvaluationGraphs, StepGraphs
+from autotune.graphs import Graphs, StepGraphs, _Recorded
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
@@ -37,6 +36,7 @@ class Card:
         self.recording: Card.Graph | None = None
         self.streams: list[object] = []
         """Made current by hand."""
+        self.sync_debug_mode: str | int = 0
         self.also: Callable[[], object] = lambda: None
         """What a step does besides."""
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters(), lr=1.0, capturable=True)
@@ -95,6 +95,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
         "graph_pool_handle": object,
         "set_stream": lambda stream: card.streams.append(stream),
         "synchronize": lambda: None,
+        "get_sync_debug_mode": lambda: card.sync_debug_mode,
+        "set_sync_debug_mode": lambda mode: setattr(card, "sync_debug_mode", mode),
     }
     for name, value in scripted.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -211,17 +213,17 @@ def test_what_cannot_be_recorded_says_why_and_leaves_nothing_half_done(card: Car
     assert isinstance(card.optimizer.param_groups[0]["lr"], float)
 
 
-def forwards(card: Card, model: Callable[[MicroBatch], Tensor]) -> tuple[EvaluationGraphs[Tensor], list[str]]:
-    """Graphs of a model's forward passes, and how each was done."""
+def beside(card: Card) -> tuple[Graphs[Tensor], list[str]]:
+    """Something else that is done with batches, and how it was done."""
     done: list[str] = []
 
-    def forward(micro: MicroBatch) -> Tensor:
+    def work(batch: Sequence[MicroBatch]) -> Tensor:
         card.also()
         result = torch.zeros(())
 
         def run(how: str) -> None:
             done.append(how)
-            result.copy_(model(micro))
+            result.copy_(batch[0].inputs["x"].sum())
 
         if card.recording is None:
             run("launched")
@@ -229,29 +231,37 @@ def forwards(card: Card, model: Callable[[MicroBatch], Tensor]) -> tuple[Evaluat
             card.recording.run = lambda: run("replayed")
         return result
 
-    return StepGraphs(card.train, card.optimizer).of_evaluation(forward), done
+    return StepGraphs(card.train, card.optimizer).beside(work), done
 
 
-def test_evaluation_is_recorded_for_each_shape(card: Card) -> None:
-    graphs, done = forwards(card, lambda micro: micro.inputs["x"].sum())
-    found = [float(graphs(*one)) for one in (batch(1, 2), batch(3, 4), batch(5), batch(6, 7), batch(8))]
+def test_what_is_done_beside_steps_is_recorded_and_forgotten_with_them(card: Card) -> None:
+    graphs, done = beside(card)
+    found = [float(graphs(one)) for one in (batch(1, 2), batch(3, 4), batch(5), batch(6, 7), batch(8))]
     assert found == [3, 7, 5, 13, 8]
     assert done == ["launched", "replayed", "launched", "replayed", "replayed"]
-    assert graphs.num_recorded == 2
     card.optimizer.load_state_dict(card.optimizer.state_dict())
-    assert graphs.num_recorded == 0, "as of the steps"
+    assert len(graphs.recorded) == 0
 
 
-def test_a_model_that_cannot_be_recorded_in_evaluation_is_launched(card: Card) -> None:
+def test_whether_something_can_be_recorded_is_asked_before_a_recording_fails(card: Card) -> None:
     def wait() -> None:
-        if card.recording is not None:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        if card.sync_debug_mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
 
-    for also in (wait, lambda: torch.rand(1)):
-        graphs, done = forwards(card, lambda micro: micro.inputs["x"].sum())
-        card.recording, card.also = None, also
-        assert [float(graphs(*one)) for one in (batch(1, 2), batch(3, 4), batch(5, 6))] == [3, 7, 11]
+    for also, words in ((wait, "called a synchronizing CUDA operation"), (lambda: torch.rand(1), "random numbers")):
+        graphs, done = beside(card)
+        card.also = also
+        result, reason = graphs.tried(batch(1, 2))
+        assert float(result) == 3
+        assert words in reason
+        assert "\n" not in reason
+        assert card.sync_debug_mode == 0, "as before"
         assert set(done) == {"launched"}
+    card.also = lambda: None
+    graphs, done = beside(card)
+    assert graphs.tried(batch(1, 2))[1] == ""
+    assert float(graphs(batch(3, 4))) == 7
+    assert done == ["launched", "replayed"], "which counts as the shape's first"
 
 
 def test_memory_that_runs_out_in_a_recording_is_out_of_memory(card: Card) -> None:
@@ -308,16 +318,66 @@ def test_steps_go_to_the_graphs_unless_phases_are_asked_for(
     (one,) = batch(1, 2)
     run.step([one])
     assert [how for how, *_ in card.trained] == ["launched"]
-    graphs = mock.Mock(wraps=run.step.evaluation_graphs)
-    monkeypatch.setattr(run.step, "evaluation_graphs", graphs)
-    run.evaluate()
-    assert graphs.call_count == len(run.evaluation_plan())
-    run.step.forward_only(next(iter(run.loader))[0])  # which would drop
-    assert graphs.call_count == len(run.evaluation_plan())
     run.optimizer.param_groups[0]["capturable"] = False  # on a CPU it could not be
     run.step.on_phase = lambda phase: None
     run.step(next(iter(run.loader)))
     assert len(card.trained) == 1
+
+
+def test_evaluation_is_recorded_where_steps_are_and_anew_where_weights_are_elsewhere(
+    card: Card, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = backends.get("cpu")
+    monkeypatch.setattr(cpu, "graphs", ("none", "step"))
+    run = apply(Strategy(micro_batch=4, accumulation=8, graphs="step"), workload, cpu, model=small_model())
+    launched = apply(Strategy(micro_batch=4, accumulation=8), workload, cpu, model=small_model())
+    graphs: list[list[MicroBatch]] = []
+
+    def record(batch: list[MicroBatch]) -> Any:
+        """A graph, of which a replay is launched after all."""
+        graph = Card.Graph()
+        results = [torch.zeros(()), torch.zeros(())]
+
+        def replay() -> None:
+            for result, found in zip(results, run.evaluation._launched(batch), strict=True):
+                result.copy_(found)
+
+        graph.run = replay
+        graphs.append(batch)
+        return _Recorded(graph, batch, (results[0], results[1]))  # type: ignore[arg-type]
+
+    assert run.evaluation._graphs is not None
+    monkeypatch.setattr(run.evaluation._graphs, "_record", record)
+    for _ in range(2):
+        assert run.evaluate() == pytest.approx(launched.evaluate())
+    assert run.evaluation.num_recorded > 0
+    num_graphs = len(graphs)
+    launched.model.load_state_dict({name: 2 * value for name, value in launched.model.state_dict().items()})
+    run.model.load_state_dict({name: 2 * value for name, value in run.model.state_dict().items()}, assign=True)
+    assert run.evaluate() == pytest.approx(launched.evaluate())
+    assert run.evaluate() == pytest.approx(launched.evaluate())
+    assert len(graphs) > num_graphs
+    assert run.evaluation.launched_because == ""
+
+
+def test_an_evaluation_that_waits_is_launched_and_says_why(
+    card: Card, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = backends.get("cpu")
+    monkeypatch.setattr(cpu, "graphs", ("none", "step"))
+    run = apply(Strategy(micro_batch=4, accumulation=8, graphs="step"), workload, cpu, model=small_model())
+    forward = run.step.forward_only
+
+    def wait(micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        if card.sync_debug_mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return forward(micro)
+
+    monkeypatch.setattr(run.step, "forward_only", wait)
+    expected = apply(Strategy(micro_batch=4, accumulation=8), workload, cpu, model=small_model()).evaluate()
+    assert [run.evaluate() for _ in range(2)] == [pytest.approx(expected)] * 2
+    assert run.evaluation.num_recorded == 0
+    assert run.evaluation.launched_because == "called a synchronizing CUDA operation"
 
 
 def test_an_optimizer_that_cannot_be_recorded_is_refused(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,11 @@ from autotune.backends.base import Capability
 from autotune.checks.kernels import UNMASKED_MS
 from autotune.errors import AutotuneError
 from autotune.measurement import Outcome, Trial
-from autotune.search import trials
+from autotune.search import races, trials
 from autotune.search.objective import FASTEST
 from autotune.search.settings import Settings
 from autotune.search.space import build_space
+from autotune.search.standings import Standings
 from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.search.work import ATTENTION_POWER
@@ -134,13 +135,31 @@ def test_the_guess_has_as_long_as_the_baseline_took_however_short_the_budget(
     assert limits_s[:2] == [600.0, pytest.approx(50.0 + 2 * step_s)], "and two laps more than the baseline's one"
 
 
-def test_what_is_compiled_may_take_half_of_the_budget(task: Task) -> None:
+def trials_so_far(task: Task, *found: Trial) -> trials.Trials:
+    journal = mock.Mock(trials=list(found), spent_s=0.0)
+    return trials.Trials(task, Silent(), journal, SilentPulse("cpu"), clock=lambda: 0.0)
+
+
+def test_what_is_compiled_may_take_half_of_the_budget_until_that_was_not_enough(task: Task) -> None:
     task = dataclasses.replace(task, settings=Settings(budget_s=300.0))
-    journal = mock.Mock(trials=[factories.trial(number) for number in range(2)], spent_s=0.0)
-    tried = trials.Trials(task, Silent(), journal, SilentPulse("cpu"), clock=lambda: 0.0)
     plain = msgspec.structs.replace(baseline(32), precision="bf16")
-    assert tried.timeout_s(plain) == 100.0
-    assert tried.timeout_s(msgspec.structs.replace(plain, compile="default")) == 150.0
+    compiled = msgspec.structs.replace(plain, compile="default")
+    first = [factories.trial(0), factories.trial(1, plain)]
+    tried = trials_so_far(task, *first)
+    assert [tried.timeout_s(one) for one in (plain, compiled)] == [100.0, 150.0]
+    tried = trials_so_far(task, *first, factories.trial(2, compiled, outcome="timeout", measurement=None))
+    assert [tried.timeout_s(one) for one in (plain, compiled)] == [100.0, 100.0]
+
+
+def test_a_compiled_winner_has_time_left_to_compile_in_its_last_test(task: Task) -> None:
+    task = dataclasses.replace(task, settings=Settings(budget_s=300.0))
+    left_s = []
+    for compile_mode in ("none", "default"):
+        best = msgspec.structs.replace(baseline(32), precision="bf16", compile=compile_mode)
+        fast = factories.measurement(samples_per_s=100.0, warm_up_s=30.0)
+        tried = trials_so_far(task, factories.trial(0), factories.trial(1, best, measurement=fast))
+        left_s.append(races.Races(task, Silent(), tried, Standings(task, tried.history)).left_s())
+    assert left_s[0] - left_s[1] == pytest.approx(races.CACHED_SHARE * 30.0)
 
 
 def test_the_nearest_profiles_setting_is_tried_third(

@@ -87,8 +87,7 @@ class Images:
 def collate(data: Images, indices: Indices, width: int) -> MicroBatch:
     """Images [B, C, H, W] with mean 0 and deviation 1, and classes [B].
 
-    By one thread, on purpose: of sixteen that torch takes for such a batch, all wait for one that a shared machine
-    keeps from its core, and a batch that takes 3 ms took 50 (docs/LOG.md 2026-11-27).
+    By one thread, on purpose: torch would take one for each core for such a batch, all of which wait for the last.
     """
     images = data.pixels(indices).transpose(0, 3, 1, 2).astype(np.float32, order="C")
     images /= 255

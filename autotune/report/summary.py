@@ -79,8 +79,8 @@ def search_summary(
         f"saves {format_duration(base_s - best_s)}" if base_s > best_s else "",
     )
     found: list[RenderableType] = [table, "", Text(_confidence(result), style="bright_black"), ""]
-    if best.compiler_words:
-        found += [Text(f"Compiling the best: {best.compiler_words}.", style="yellow"), ""]
+    if best.remarks:
+        found += [Text(f"Of the best: {best.remarks}.", style="yellow"), ""]
     if result.front:
         found += [front_table(result), ""]
     knobs = changed_knobs(result.best.strategy, result.baseline.strategy, result.shares)

@@ -34,12 +34,10 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """Of those steps and an evaluation among them."""
 
 
-def needed_s(baseline_step_s: float, soak: Soak, warm_up_s: float, *, has_reference: bool) -> float:
-    """Seconds that the last test of one setting takes, whose warm-up is so long, and the reference's losses, which it
-    may have already."""
+def needed_s(baseline_step_s: float, soak: Soak, *, has_reference: bool) -> float:
+    """Seconds that the last test of one setting takes, and the reference's losses, which it may have already."""
     num_steps = 1 if has_reference else 2
-    soak_s = min(soak.enough_s, 2 * soak.enough_steps * baseline_step_s)
-    return warm_up_s + soak_s + num_steps * baseline_step_s + 1
+    return min(soak.enough_s, 2 * soak.enough_steps * baseline_step_s) + num_steps * baseline_step_s + 1
 
 
 def reference_losses(

@@ -88,8 +88,7 @@ class Trials:
                 self.try_now(strategy, "again, the search was killed in it")
             else:
                 self._give_up(strategy, starts)
-        # the second trial of a killed search may have been the guess
-        origins = self._beginnings() if len(history.all) <= 2 else {}
+        origins = self._beginnings()
         for strategy in origins:
             self._sampler.enqueue(strategy)
         while self._goes_on(reserved_s):
@@ -146,8 +145,9 @@ class Trials:
         return tried if tried in self.history.usable() else None
 
     def timeout_s(self, strategy: Strategy) -> float:
-        """A trial's limit: a third of the budget, half of it for what is compiled, and no more than is left of it. The
-        first after the baseline, which may be the only one, has as long as that would have taken with as many laps."""
+        """A trial's limit: a third of the budget, half of it for what compiles until such a one was not done in that,
+        and no more than is left of it. The first after the baseline, which may be the only one, has as long as that
+        would have taken with as many laps."""
         budget_s, history = self._task.settings.budget_s, self.history
         if budget_s is None or strategy == self._task.baseline:
             return 600.0
@@ -155,7 +155,9 @@ class Trials:
         if len(history.all) == 1:
             more_s = (ORDINARY.least_laps - ONCE.least_laps) * (history.reference_step_s or 0.0)
             least_s = max(least_s, history.reference.wall_s + more_s)
-        share = 1 / 2 if self._task.compiles(strategy) else 1 / 3
+        compiles = self._task.compiles
+        has_waited = any(trial.outcome == "timeout" and compiles(trial.strategy) for trial in history.all)
+        share = 1 / 2 if compiles(strategy) and not has_waited else 1 / 3
         return max(least_s, min(share * budget_s, budget_s - self.elapsed_s()))
 
     def silence_s(self, strategy: Strategy) -> float:

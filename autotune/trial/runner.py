@@ -261,7 +261,7 @@ def run_trial(
     peak_bytes = done.measurement.peak_memory_bytes
     if peak_bytes > memory_limit_bytes:
         return ended("oom", over_budget(peak_bytes, memory_limit_bytes), done.measurement)
-    return ended("ok", done.measurement.compiler_words, done.measurement)
+    return ended("ok", done.measurement.remarks, done.measurement)
 
 
 def over_budget(taken_bytes: int, limit_bytes: int) -> str:

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from autotune import backends
 from autotune.apply import Run, apply
 from autotune.checks import RefusalError, kernels
+from autotune.evaluation import Evaluation
 from autotune.models import flash
 from autotune.models.attention import KernelsSeen, attend
 from autotune.models.encoder import EncoderClassifier
@@ -207,19 +208,38 @@ def test_a_recorded_step_trains_as_a_launched_one(workload: Workload, knobs: dic
 @pytest.mark.parametrize("knobs", [{}, {"compile": "default", "compile_scope": "blocks", "precision": "bf16"}], ids=str)
 def test_a_recorded_evaluation_finds_what_a_launched_one_does(workload: Workload, knobs: dict[str, object]) -> None:
     run = run_of(workload, attention="sdpa", padding="buckets", **knobs, graphs="step")
-    graphs = run.step.evaluation_graphs
-    assert graphs is not None
+    launched = Evaluation(run.step, workload)
+    launched._graphs = None
     found = []
     for _ in range(3):
-        recorded = run.evaluate()
-        run.step.evaluation_graphs = None
-        found.append((recorded, run.evaluate()))
-        run.step.evaluation_graphs = graphs
+        found.append((run.evaluate(), launched(run.evaluation_batches(run.evaluation_plan()))))
         some_losses(run, 4)
-    assert graphs.num_recorded > 0
-    for recorded, launched in found:
-        assert recorded == pytest.approx(launched, rel=1e-3)
+    assert run.evaluation.launched_because == ""
+    assert run.evaluation.num_recorded > 0
+    for by_graphs, by_launches in found:
+        assert by_graphs == pytest.approx(by_launches, rel=1e-3)
     assert len({loss for (loss, _), _ in found}) == 3, "by the weights as they are"
+
+
+def test_a_model_that_waits_in_evaluation_is_launched_and_trains_on(workload: Workload) -> None:
+    """With new shapes and dropout, as if nothing had been tried."""
+
+    def wait(module: nn.Module, _: object, output: Tensor) -> None:
+        if not module.training:
+            output.sum().item()
+
+    torch.manual_seed(1)
+    model = EncoderClassifier(width=64, num_heads=2, ffn_width=64, num_layers=2, dropout=0.5)
+    next(model.get_submodule("blocks").children()).register_forward_hook(wait)
+    strategy = Strategy(micro_batch=32, padding="buckets", graphs="step")
+    run = apply(strategy, workload, backends.get("cuda"), model=model)
+    for _ in range(3):
+        run.evaluate()
+        assert all(torch.isfinite(loss) for loss in some_losses(run, 8))
+    assert "synchroniz" in run.evaluation.launched_because
+    assert run.evaluation.num_recorded == 0
+    assert run.step.graphs is not None
+    assert run.step.graphs.num_recorded > 0
 
 
 @pytest.mark.parametrize("scope", [None, "model", "blocks"])

@@ -138,7 +138,7 @@ class StepGraphs:
     The learning rates may change from step to step; a replay leaves out what else the host does or changes after a
     shape is recorded (hooks of modules, a frozen layer, another dropout rate, a cache that is replaced and not written
     to). Raises AutotuneError where it would go wrong without a word: a model that draws random numbers on the host,
-    hooks of the optimizer, other options of it than at first; and where a step waits for the device, which no graph can.
+    hooks of the optimizer, other options of it than at first; and where a step waits for the device, as no graph can.
     """
 
     def __init__(self, train: Callable[[Sequence[MicroBatch]], Trained], optimizer: torch.optim.Optimizer) -> None:

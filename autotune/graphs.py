@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from autotune.backends.base import Backend
+from autotune.checks import first_line
 from autotune.data.batching import MicroBatch
 from autotune.errors import AutotuneError
 from autotune.strategy import Strategy
@@ -68,7 +69,7 @@ class Graphs(Generic[Result]):
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AutotuneError) as exc:
-            reason = _first_line(exc)
+            reason = first_line(exc)
         finally:
             torch.cuda.set_sync_debug_mode(before)
         return self._work(placed), reason
@@ -116,7 +117,7 @@ class Graphs(Generic[Result]):
             torch.cuda.set_stream(current)
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            _refuse(f"what is done with a batch cannot be recorded ({_first_line(cause)})", cause)
+            _refuse(f"what is done with a batch cannot be recorded ({first_line(cause)})", cause)
         return _Recorded(graph, batch, result)
 
     def _placed(self, micro: MicroBatch) -> MicroBatch:
@@ -253,11 +254,6 @@ def _shape(micro: MicroBatch) -> Hashable:
 def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """All that an optimizer is told but the rates and, as they are tensors, the parameters."""
     return [{name: group[name] for name in group if name not in ("lr", "params")} for group in optimizer.param_groups]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:120]
 
 
 def _random_state() -> tuple[Any, ...]:

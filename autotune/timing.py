@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +21,13 @@ from autotune.apply import Run
 from autotune.compiler import graph_breaks, is_from_cache, num_compiled
 from autotune.cost import BY_TOKENS, Cost, Work, fit, total
 from autotune.data.batching import MicroBatch, PlannedBatch, every_shape, full_batches
+from autotune.laps import STEADY, Epoch, first_steady, lap_work, power_w, steady, uncompiled
 from autotune.measurement import Lap, Measurement
 from autotune.pace import Beats, at_pulse, even, usual_pulse_s
 from autotune.stats import relative_margin
 
 LAP_S = 0.1
 """Steps shorter than this are timed several at a time, so that synchronising does not slow what is measured."""
-STEADY = 1.25
-"""A first lap belongs to the warm-up while it costs this much more than the median lap after it, for its work."""
 NARROW = 0.03
 """Half a 95 % interval, relative: the mean of a trial's laps is known well enough to compare it with others."""
 MIN_LOSS_SCALE = 1.0
@@ -42,16 +40,6 @@ STEPS_TO_PLAN = 2
 STEPS_TO_RECORD = 3
 """Of one shape: one to warm up, one that is recorded as CUDA graphs, one to replay them (torch 2.11)."""
 _MAX_STREAM = 200_000
-
-
-class Epoch(NamedTuple):
-    """What an epoch of a run consists of."""
-
-    work: Work
-    num_samples: int
-    num_steps: int
-    usual_cost: Cost = BY_TOKENS
-    """How long batches usually take by their shape."""
 
 
 class Timer:
@@ -259,7 +247,7 @@ class Timer:
     def margin(self, laps: list[Lap]) -> float:
         """Half the 95 % interval of the rate that some laps give, relative."""
         cost = self._cost()
-        return relative_margin([lap.seconds / cost.of(_lap_work(lap)) for lap in even(laps)])
+        return relative_margin([lap.seconds / cost.of(lap_work(lap)) for lap in even(laps)])
 
     def steady(self) -> tuple[list[Lap], list[Lap]]:
         """Warm-up laps and timed laps so far, all at the speed that the device had in the timed ones."""
@@ -270,7 +258,7 @@ class Timer:
         """The figures of all laps so far. Needs at least one lap."""
         warm_up, timed = self.steady()
         rate, cost = self._rate(timed), self._cost()
-        power_w, eval_samples_per_s = _power_w(timed), math.inf
+        drawn_w, eval_samples_per_s = power_w(timed), math.inf
         num_breaks, graph_break = graph_breaks()
         if self._eval_laps:
             evaluated = [at_pulse(lap, self.pulse_s, self.pulse_s) for lap in self._evaluated()]
@@ -281,10 +269,10 @@ class Timer:
             tokens_per_s=sum(lap.num_tokens for lap in timed) / sum(lap.seconds for lap in timed),
             step_ms=1000 * self.epoch_s(timed) / len(self._plan),
             eval_samples_per_s=eval_samples_per_s,
-            warm_up_s=max(0.0, sum(lap.seconds - rate * cost.of(_lap_work(lap)) for lap in warm_up)),
+            warm_up_s=max(0.0, sum(lap.seconds - rate * cost.of(lap_work(lap)) for lap in warm_up)),
             loader_wait=sum(lap.wait_s for lap in timed) / sum(lap.seconds for lap in timed),
             peak_memory_bytes=self._run.backend.peak_memory_bytes(),
-            joules_per_sample=None if power_w is None else power_w / self.samples_per_s(),
+            joules_per_sample=None if drawn_w is None else drawn_w / self.samples_per_s(),
             epoch_s=tuple(self.epoch_s([lap]) for lap in timed),
             losses=tuple(loss for lap in self.laps for loss in lap.losses),
             num_recompiled=sum(lap.num_compiled for lap in self.laps[self._num_warm_up() :]),
@@ -296,15 +284,15 @@ class Timer:
         )
 
     def _num_warm_up(self) -> int:
-        return _first_steady(even(self.laps), self._cost()) if self.laps else 0
+        return first_steady(even(self.laps), self._cost()) if self.laps else 0
 
     def _rate(self, laps: list[Lap]) -> float:
-        return sum(lap.seconds for lap in laps) / self._cost().of(total(map(_lap_work, laps)))
+        return sum(lap.seconds for lap in laps) / self._cost().of(total(map(lap_work, laps)))
 
     def _cost(self) -> Cost:
         if self._fitted[0] != len(self.laps):
             laps = even(self.laps[1:])
-            works, seconds = [_lap_work(lap) for lap in laps], [lap.seconds for lap in laps]
+            works, seconds = [lap_work(lap) for lap in laps], [lap.seconds for lap in laps]
             self._fitted = len(self.laps), fit(works, seconds, self._usual_cost)
         return self._fitted[1]
 
@@ -324,48 +312,8 @@ class Timer:
         return found
 
 
-def epoch_seconds(rounds: Sequence[Sequence[Lap]], epoch: Epoch) -> list[float]:
-    """Seconds of a whole epoch by each round's laps, carried over to the epoch by one cost, fitted to all of them."""
-    laps = [lap for found in rounds for lap in found]
-    cost = fit([_lap_work(lap) for lap in laps], [lap.seconds for lap in laps], epoch.usual_cost)
-    whole = cost.of(epoch.work)
-    return [sum(lap.seconds for lap in found) * whole / cost.of(total(map(_lap_work, found))) for found in rounds]
-
-
-def steady(laps: list[Lap], cost: Cost = BY_TOKENS) -> tuple[list[Lap], list[Lap]]:
-    """Warm-up laps and timed laps. The first lap is always warm-up, unless it is the only one; later ones are where
-    something was compiled in them, unless all are."""
-    start = _first_steady(laps, cost)
-    late = laps[start:]
-    timed = uncompiled(late)
-    compiled = [lap for lap in late if lap.num_compiled] if len(timed) < len(late) else []
-    return laps[:start] + compiled, timed
-
-
-def uncompiled(laps: Sequence[Lap]) -> list[Lap]:
-    """Those in which nothing was compiled, unless something was in all."""
-    return [lap for lap in laps if not lap.num_compiled] or list(laps)
-
-
-def _first_steady(laps: list[Lap], cost: Cost) -> int:
-    costs = [lap.seconds / cost.of(_lap_work(lap)) for lap in laps]
-    start = min(1, len(laps) - 1)
-    while start < len(laps) - 2 and costs[start] > STEADY * float(np.median(costs[start + 1 :])):
-        start += 1
-    return start
-
-
-def _power_w(laps: Sequence[Lap]) -> float | None:
-    drawn = [lap.joules for lap in laps if lap.joules is not None]
-    return sum(drawn) / sum(lap.seconds for lap in laps) if len(drawn) == len(laps) else None
-
-
 def _work(batch: PlannedBatch) -> Work:
     return Work(1, batch.padded_tokens, batch.padded_squares)
-
-
-def _lap_work(lap: Lap) -> Work:
-    return Work(lap.num_steps, lap.padded_tokens, lap.padded_squares)
 
 
 def _low_discrepancy(count: int) -> Iterator[int]:

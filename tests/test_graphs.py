@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from autotune import backends
 from autotune.apply import apply
+from autotune.backends.base import Backend
 from autotune.data.batching import MicroBatch
 from autotune.errors import AutotuneError
 from autotune.graphs import Graphs, StepGraphs, _Recorded
@@ -101,6 +102,14 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     for name, value in scripted.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return card
+
+
+@pytest.fixture
+def cpu(card: Card, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """On which steps may be recorded, by the scripted card."""
+    found = backends.get("cpu")
+    monkeypatch.setattr(found, "graphs", ("none", "step"))
+    return found
 
 
 def batch(*values: float) -> list[MicroBatch]:
@@ -306,10 +315,8 @@ def test_a_schedule_that_changes_more_than_the_rate_is_refused(workload: Workloa
 
 
 def test_steps_go_to_the_graphs_unless_phases_are_asked_for(
-    card: Card, workload: Workload, monkeypatch: pytest.MonkeyPatch
+    card: Card, cpu: Backend, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu = backends.get("cpu")
-    monkeypatch.setattr(cpu, "graphs", ("none", "step"))
     run = apply(Strategy(micro_batch=32, graphs="step"), workload, cpu, model=small_model())
     assert run.optimizer.param_groups[0]["capturable"]
     assert run.step.graphs is not None
@@ -325,10 +332,8 @@ def test_steps_go_to_the_graphs_unless_phases_are_asked_for(
 
 
 def test_evaluation_is_recorded_where_steps_are_and_anew_where_weights_are_elsewhere(
-    card: Card, workload: Workload, monkeypatch: pytest.MonkeyPatch
+    card: Card, cpu: Backend, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu = backends.get("cpu")
-    monkeypatch.setattr(cpu, "graphs", ("none", "step"))
     run = apply(Strategy(micro_batch=4, accumulation=8, graphs="step"), workload, cpu, model=small_model())
     launched = apply(Strategy(micro_batch=4, accumulation=8), workload, cpu, model=small_model())
     graphs: list[list[MicroBatch]] = []
@@ -361,10 +366,8 @@ def test_evaluation_is_recorded_where_steps_are_and_anew_where_weights_are_elsew
 
 
 def test_an_evaluation_that_waits_is_launched_and_says_why(
-    card: Card, workload: Workload, monkeypatch: pytest.MonkeyPatch
+    card: Card, cpu: Backend, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu = backends.get("cpu")
-    monkeypatch.setattr(cpu, "graphs", ("none", "step"))
     run = apply(Strategy(micro_batch=4, accumulation=8, graphs="step"), workload, cpu, model=small_model())
     forward = run.step.forward_only
 
@@ -380,10 +383,8 @@ def test_an_evaluation_that_waits_is_launched_and_says_why(
     assert run.evaluation.launched_because == "called a synchronizing CUDA operation"
 
 
-def test_an_optimizer_that_cannot_be_recorded_is_refused(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_that_cannot_be_recorded_is_refused(cpu: Backend) -> None:
     other = workload_of("other", lambda: (nn.Linear(2, 2), (torch.zeros(4, 2), torch.arange(4) % 2)))
-    cpu = backends.get("cpu")
-    monkeypatch.setattr(cpu, "graphs", ("none", "step"))
     strategy = Strategy(micro_batch=4, graphs="step")
     with pytest.raises(AutotuneError, match="Adagrad cannot; set graphs to none"):
         apply(strategy, other, cpu, optimizer=lambda parameters: torch.optim.Adagrad(parameters, lr=0.1))

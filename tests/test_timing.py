@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from autotune import backends, workloads
 from autotune.apply import Run, apply
 from autotune.data.batching import MicroBatch
+from autotune.laps import steady
 from autotune.measurement import Lap
 from autotune.models.encoder import EncoderClassifier
 from autotune.pace import LAP_POWER, Beats, usual_pulse_s
 from autotune.stats import relative_margin
 from autotune.step import Step
 from autotune.strategy import Padding, Strategy
-from autotune.timing import Timer, _low_discrepancy, steady, time_until
+from autotune.timing import Timer, _low_discrepancy, time_until
 from autotune.trial.runner import ONCE, ONCE_WITH_BEATS, ORDINARY, WITH_BEATS
 from autotune.trial.worker import Command
 from tests.applied import reviews, run_of

@@ -11,13 +11,13 @@ import pytest
 from autotune import stats
 from autotune.contention import Load
 from autotune.cost import Work
+from autotune.laps import Epoch
 from autotune.measurement import Measurement
 from autotune.pace import LAP_POWER, WITHIN
 from autotune.search import turns
 from autotune.search.finals import ratio
 from autotune.search.turns import Entrant, Race
 from autotune.strategy import Padding, Strategy
-from autotune.timing import Epoch
 from autotune.trial.runner import TrialEndedError
 from autotune.trial.worker import Command, Done, Job
 from tests import factories

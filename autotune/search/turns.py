@@ -12,11 +12,11 @@ import msgspec
 from autotune import backends
 from autotune.backends.cpu import usable_cores
 from autotune.contention import Load
+from autotune.laps import Epoch, epoch_seconds, uncompiled
 from autotune.measurement import Lap, Measurement, Trial
 from autotune.pace import at_pulse, measured_at, usual_pulse_s
 from autotune.search.finals import Final, ratio
 from autotune.stats import MIN_RANKED
-from autotune.timing import Epoch, epoch_seconds, uncompiled
 from autotune.trial.pulse import Pulse
 from autotune.trial.runner import Session, TrialEndedError
 from autotune.trial.worker import Command, Done, Job

@@ -21,8 +21,8 @@ from autotune.units import format_bytes
 from autotune.workloads.base import Recipe, WorkloadRef
 
 if TYPE_CHECKING:
+    from autotune.laps import Epoch
     from autotune.phases import Trained
-    from autotune.timing import Epoch
 
 EVAL_ENOUGH_S = 1.0
 """Seconds of evaluation in a process after which no further batch is timed."""

@@ -29,6 +29,7 @@ from autotune.data.batching import (
 from autotune.errors import AutotuneError, UsageError
 from autotune.evaluation import Evaluation
 from autotune.graphs import check_recorded, make_capturable
+from autotune.models.aligned import align_linear
 from autotune.models.attention import set_attention
 from autotune.models.blocks import set_checkpoint
 from autotune.models.fp8 import use_fp8
@@ -254,6 +255,8 @@ def apply(
         model.to(weights_dtype(strategy))
     if strategy.precision == "fp8":
         use_fp8(model, is_emulated=device.type == "cpu")
+    if strategy.precision != "fp32":
+        align_linear(model, backend.matmul_multiple)
     if strategy.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.to(device)

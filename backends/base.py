@@ -82,6 +82,9 @@ class Backend(Protocol):
     """Whether the device's memory is this process's resident memory, so that a parent can watch it."""
     pins_memory: bool
     """Whether batches reach the device faster from page-locked memory."""
+    matmul_multiple: int
+    """What the sides of matrix products are to be multiples of to be computed at full rate, below fp32; 1 where that
+    is not known to matter."""
     guess_micro_batch: int | None
     """The micro batch that a first guess takes at most; None for the whole global batch."""
     guess_compile: Compile

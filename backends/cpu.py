@@ -36,6 +36,7 @@ graphs: tuple[Graphs, ...] = ("none",)
 allocators: tuple[Allocator, ...] = ("default", "retain")
 is_host_memory = True
 pins_memory = False
+matmul_multiple = 1
 # Where the caches hold the activations of a micro batch; measured on imdb, docs/LOG.md 2026-11-21.
 guess_micro_batch: int | None = 8
 guess_compile: Compile = "none"

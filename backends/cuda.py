@@ -27,6 +27,7 @@ graphs: tuple[Graphs, ...] = get_args(Graphs)
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = False
 pins_memory = True
+matmul_multiple = 64  # 128 bytes in half precision (NVIDIA, Matrix Multiplication Background)
 guess_micro_batch: int | None = None
 guess_compile: Compile = "default"
 

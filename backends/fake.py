@@ -27,6 +27,7 @@ graphs: tuple[Graphs, ...] = ("none",)
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = True
 pins_memory = False
+matmul_multiple = 8
 guess_micro_batch: int | None = 8
 guess_compile: Compile = "none"
 

@@ -24,6 +24,7 @@ graphs: tuple[Graphs, ...] = ("none",)
 allocators: tuple[Allocator, ...] = ("default",)
 is_host_memory = False
 pins_memory = False
+matmul_multiple = 1
 guess_micro_batch: int | None = None
 guess_compile: Compile = "none"
 

@@ -13,7 +13,7 @@
 # LAST       which nothing may run beside, as they fill the card
 # SEARCH_S   for each search (300), less where UNTIL leaves less    PLANNED   epochs that searches plan for (the recipe's)
 # REVIEWS    a folder with the real reviews           EPOCHS    of the accuracy runs (5)
-# GRID_MIN   minutes for the recorded grid (8)
+# GRID_MIN   minutes for the recorded grid (8)   STUDY_STEPS   steps of each of the study's runs (the study's own)
 # UNTIL      seconds in all: a step that does not end by then is interrupted, as by ^C
 #            (an H100 took: probe 26 to 41 s, a search its budget and 35, tests 120, accuracy 30 and, plain, 130)
 # PACK       an archive of all results but the cache and weights, written anew after every step
@@ -46,7 +46,7 @@ search() {  # within its budget and what it overruns by: cut off, it has no last
 
 # small: a rehearsal's sizes
 search_args=(${PLANNED:+--epochs "$PLANNED"})
-study_args=(--max-batch)
+study_args=(--max-batch ${STUDY_STEPS:+--steps "$STUDY_STEPS"})
 train_args=(--epochs "$EPOCHS")
 grid_minutes=${GRID_MIN:-8}
 replay_args=(--seeds 100)

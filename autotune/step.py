@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autotune.data.batching import MicroBatch
 from autotune.graphs import StepGraphs
 from autotune.strategy import Strategy
+from autotune.workloads.base import CrossEntropy
 
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _WEIGHTS_DTYPE = {"bf16_weights": torch.bfloat16}
@@ -47,8 +48,9 @@ class Step:
         """L2 norm of the last step's gradients before clipping."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Called when a micro batch's forward or backward pass is queued, and when the step is."""
-        self.loss = (compiled or _as_it_is)(functools.partial(_loss_in_fp32, loss))
-        """In fp32, and compiled where that is wanted."""
+        self._gives_fp32 = not isinstance(loss, CrossEntropy)
+        self.loss = (compiled or _as_it_is)(functools.partial(_loss_in_fp32, loss) if self._gives_fp32 else loss)
+        """In fp32, and compiled where that is wanted; the built-in one sees to fp32 itself."""
         self._forward_context = forward_context or contextlib.nullcontext()
         self._clip_norm = clip_norm
         self.device = device
@@ -104,6 +106,7 @@ class Step:
             with self.context():
                 output = self.model(**micro.inputs)
             loss = self.loss(output, micro.targets) / num_samples
+            del output  # what the backward pass needs of it, the loss has
             self._reach("forward")
             with self._forward_context:  # what is recomputed runs as it ran at first
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -112,11 +115,12 @@ class Step:
         return total, self._update()
 
     def forward_only(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Output and targets of one micro batch without gradients, in the same precision; never compiled as a whole,
+        """Output, as the loss takes it, and targets of one micro batch without gradients; never compiled as a whole,
         because a second graph for the few evaluation batches costs more than it gives. The caller sets eval mode."""
         micro = self._on_device(micro)
         with torch.no_grad(), self.context():
-            return _in_fp32(self.model.forward(**micro.inputs)), micro.targets
+            output = self.model.forward(**micro.inputs)
+        return _in_fp32(output) if self._gives_fp32 else output, micro.targets
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:

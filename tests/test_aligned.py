@@ -66,7 +66,8 @@ def run_of(precision: Precision) -> Run:
 
 def test_a_run_below_fp32_is_aligned_where_the_device_asks_for_it_and_trains_the_same() -> None:
     plain, aligned = run_of("fp32"), run_of("bf16")
-    assert isinstance(plain.model, Speaker) and isinstance(aligned.model, Speaker)
+    assert isinstance(plain.model, Speaker)
+    assert isinstance(aligned.model, Speaker)
     assert type(plain.model.head) is nn.Linear
     assert type(aligned.model.head) is AlignedLinear
     assert aligned.model.head.weight is aligned.model.words.weight, "what was shared still is"

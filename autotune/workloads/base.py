@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autotune.data.batching import Indices, MicroBatch, Rounding, collate
 from autotune.errors import AutotuneError, UsageError
 from autotune.models.blocks import find_blocks
+from autotune.models.cross_entropy import summed_cross_entropy, takes_parts
 from autotune.strategy import Attention, Padding, Strategy, baseline
 from autotune.workloads import seen
 
@@ -46,16 +47,17 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Summed over samples; a sample of tokens counts as their mean."""
+    """Summed over samples, in fp32; a sample of tokens counts as their mean."""
 
     label_smoothing: float = 0.0
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """From logits [B, C] and classes [B], or [B, T, C] and [B, T]."""
         per_sample = targets[0].numel() if len(targets) else 1
-        loss = F.cross_entropy(
-            logits.float().flatten(0, -2), targets.flatten(), reduction="sum", label_smoothing=self.label_smoothing
-        )
+        rows, targets = logits.flatten(0, -2), targets.flatten()
+        if not self.label_smoothing and takes_parts(rows, targets):
+            return summed_cross_entropy(rows, targets) / per_sample
+        loss = F.cross_entropy(rows.float(), targets, reduction="sum", label_smoothing=self.label_smoothing)
         return loss / per_sample
 
 

@@ -106,6 +106,19 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
         assert max(len(line) for line in rendered(what, width)) <= width
 
 
+def test_a_race_that_waited_for_data_as_the_trials_did_not_says_so() -> None:
+    found = result()
+    assert "In turns" not in "\n".join(rendered(summary.search_summary(found, "imdb", Path("p")), 200))
+    assert found.baseline.measurement is not None
+    starved = msgspec.structs.replace(found.baseline.measurement, loader_wait=0.247)
+    found = msgspec.structs.replace(found, baseline=msgspec.structs.replace(found.baseline, measurement=starved))
+    text = "\n".join(rendered(summary.search_summary(found, "imdb", Path("p")), 200))
+    alone = found.trials[0].measurement
+    assert alone is not None
+    words = f"the baseline waited for data 25% of the time, in its trial {alone.loader_wait:.0%}"
+    assert f"In turns {words}: the loader has a part in the ratio." in text
+
+
 def test_for_a_loop_of_ones_own_the_summary_shows_that_loop() -> None:
     found = summary.search_summary(result(), "my_train.py:workload", Path("p"), has_own_loop=True)
     lines = rendered(found, 80)

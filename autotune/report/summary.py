@@ -20,6 +20,8 @@ from autotune.units import format_bytes, format_duration, format_rate
 
 _BAR = 14
 """Columns of the longest bar."""
+WAITS_MORE = 0.1
+"""Of the time: so much more waiting for data in the race than in the trial is worth a word."""
 
 
 def search_summary(
@@ -81,6 +83,8 @@ def search_summary(
     found: list[RenderableType] = [table, "", Text(_confidence(result), style="bright_black"), ""]
     if best.remarks:
         found += [Text(f"Of the best: {best.remarks}.", style="yellow"), ""]
+    if starved := _starved(result):
+        found += [Text(starved, style="yellow"), ""]
     if result.front:
         found += [front_table(result), ""]
     knobs = changed_knobs(result.best.strategy, result.baseline.strategy, result.shares)
@@ -212,6 +216,20 @@ def _confidence(result: Result) -> str:
         f"{verdict} {len(result.trials)} trials ({counts}) in "
         f"{format_duration(result.search_s)}{pays}.{settled}{_proof_words(result)}"
     )
+
+
+def _starved(result: Result) -> str:
+    """Where one of the two waited for data in the race clearly more than in its trial, as the ratio is not the settings'
+    alone then."""
+    alone = {trial.number: trial.measurement for trial in result.trials}
+    words = []
+    for who, trial in (("the baseline", result.baseline), ("the best", result.best)):
+        raced, tried = trial.measurement, alone.get(trial.number)
+        if raced and tried and raced.loader_wait > tried.loader_wait + WAITS_MORE:
+            words.append(
+                f"{who} waited for data {raced.loader_wait:.0%} of the time, in its trial {tried.loader_wait:.0%}"
+            )
+    return f"In turns {', '.join(words)}: the loader has a part in the ratio." if words else ""
 
 
 def _proof_words(result: Result) -> str:

@@ -11,7 +11,7 @@ from autotune.models import cross_entropy
 from autotune.workloads.base import CrossEntropy
 
 
-class LargestInFp32(TorchDispatchMode):
+class LargestInFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Elements of the largest fp32 tensor that an operation gives."""
 
     elements = 0
@@ -31,7 +31,7 @@ def in_parts_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def loss_and_gradient(logits: Tensor, targets: Tensor, scale: float = 0.25) -> tuple[Tensor, Tensor]:
     logits = logits.clone().requires_grad_()
     loss = CrossEntropy()(logits, targets)
-    (loss * scale).backward()
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
     assert loss.dtype is torch.float32
     return loss.detach(), logits.grad

@@ -106,17 +106,16 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
         assert max(len(line) for line in rendered(what, width)) <= width
 
 
-def test_a_race_that_waited_for_data_as_the_trials_did_not_says_so() -> None:
+@pytest.mark.parametrize(("slowed", "is_told"), [(1.0, False), (0.8, False), (0.65, True), (1.5, True)])
+def test_where_race_and_trials_disagree_both_are_told(slowed: float, is_told: bool) -> None:
     found = result()
-    assert "In turns" not in "\n".join(rendered(summary.search_summary(found, "imdb", Path("p")), 200))
     assert found.baseline.measurement is not None
-    starved = msgspec.structs.replace(found.baseline.measurement, loader_wait=0.247)
-    found = msgspec.structs.replace(found, baseline=msgspec.structs.replace(found.baseline, measurement=starved))
+    rate = slowed * found.baseline.measurement.samples_per_s
+    raced = msgspec.structs.replace(found.baseline.measurement, samples_per_s=rate)
+    found = msgspec.structs.replace(found, baseline=msgspec.structs.replace(found.baseline, measurement=raced))
     text = "\n".join(rendered(summary.search_summary(found, "imdb", Path("p")), 200))
-    alone = found.trials[0].measurement
-    assert alone is not None
-    words = f"the baseline waited for data 25% of the time, in its trial {alone.loader_wait:.0%}"
-    assert f"In turns {words}: the loader has a part in the ratio." in text
+    words = f"it was {5 * slowed:.2f}x: in turns the baseline had {slowed:.0%} of its trial's speed, the best 100%."
+    assert (f"By their trials, one after the other, {words}" in text) == is_told
 
 
 def test_for_a_loop_of_ones_own_the_summary_shows_that_loop() -> None:

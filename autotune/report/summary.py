@@ -20,8 +20,8 @@ from autotune.units import format_bytes, format_duration, format_rate
 
 _BAR = 14
 """Columns of the longest bar."""
-WAITS_MORE = 0.1
-"""Of the time: so much more waiting for data in the race than in the trial is worth a word."""
+DISAGREES = 1.3
+"""So far apart are two trials' ratio and that of their race where both are told."""
 
 
 def search_summary(
@@ -83,8 +83,8 @@ def search_summary(
     found: list[RenderableType] = [table, "", Text(_confidence(result), style="bright_black"), ""]
     if best.remarks:
         found += [Text(f"Of the best: {best.remarks}.", style="yellow"), ""]
-    if starved := _starved(result):
-        found += [Text(starved, style="yellow"), ""]
+    if disagreement := _disagreement(result):
+        found += [Text(disagreement, style="yellow"), ""]
     if result.front:
         found += [front_table(result), ""]
     knobs = changed_knobs(result.best.strategy, result.baseline.strategy, result.shares)
@@ -218,18 +218,24 @@ def _confidence(result: Result) -> str:
     )
 
 
-def _starved(result: Result) -> str:
-    """Where one of the two waited for data in the race clearly more than in its trial, as the ratio is not the settings'
-    alone then."""
+def _disagreement(result: Result) -> str:
+    """Where the race and the trials say different things, both; the race is not always the one that is right."""
+    if not result.num_rounds or result.best.number == result.baseline.number:
+        return ""
     alone = {trial.number: trial.measurement for trial in result.trials}
-    words = []
-    for who, trial in (("the baseline", result.baseline), ("the best", result.best)):
-        raced, tried = trial.measurement, alone.get(trial.number)
-        if raced and tried and raced.loader_wait > tried.loader_wait + WAITS_MORE:
-            words.append(
-                f"{who} waited for data {raced.loader_wait:.0%} of the time, in its trial {tried.loader_wait:.0%}"
-            )
-    return f"In turns {', '.join(words)}: the loader has a part in the ratio." if words else ""
+    raced = [trial.measurement for trial in (result.baseline, result.best)]
+    tried = [alone.get(trial.number) for trial in (result.baseline, result.best)]
+    base, best = (
+        now.samples_per_s / then.samples_per_s if now and then else math.nan
+        for now, then in zip(raced, tried, strict=True)
+    )
+    if not max(best / base, base / best) > DISAGREES:
+        return ""
+    tried_ratio = result.speedup.ratio * base / best
+    return (
+        f"By their trials, one after the other, it was {tried_ratio:.2f}x: in turns the baseline had {base:.0%} of its "
+        f"trial's speed, the best {best:.0%}."
+    )
 
 
 def _proof_words(result: Result) -> str:

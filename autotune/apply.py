@@ -255,8 +255,7 @@ def apply(
         model.to(weights_dtype(strategy))
     if strategy.precision == "fp8":
         use_fp8(model, is_emulated=device.type == "cpu")
-    if strategy.precision != "fp32":
-        align_linear(model, backend.matmul_multiple)
+    align_linear(model, 1 if strategy.precision == "fp32" else backend.matmul_multiple)
     if strategy.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.to(device)

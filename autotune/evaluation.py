@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autotune.data.batching import MicroBatch
-from autotune.step import Step
+from autotune.step import Step, in_fp32
 from autotune.workloads.base import Workload
 from autotune.workloads.seen import evaluating
 
@@ -72,7 +72,7 @@ class Evaluation:
         (micro,) = batch
         output, targets = self._step.forward_only(micro)
         counts = self._workload.num_correct
-        correct = torch.zeros((), device=self._step.device) if counts is None else counts(output, targets)
+        correct = torch.zeros((), device=self._step.device) if counts is None else counts(in_fp32(output), targets)
         return self._workload.evaluation_loss(output, targets), correct
 
     def _find_weights(self) -> None:

@@ -48,7 +48,7 @@ class Step:
         """L2 norm of the last step's gradients before clipping."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Called when a micro batch's forward or backward pass is queued, and when the step is."""
-        self._gives_fp32 = not isinstance(loss, CrossEntropy)
+        self._gives_fp32 = type(loss) is not CrossEntropy
         self.loss = (compiled or _as_it_is)(functools.partial(_loss_in_fp32, loss) if self._gives_fp32 else loss)
         """In fp32, and compiled where that is wanted; the built-in one sees to fp32 itself."""
         self._forward_context = forward_context or contextlib.nullcontext()
@@ -120,7 +120,7 @@ class Step:
         micro = self._on_device(micro)
         with torch.no_grad(), self.context():
             output = self.model.forward(**micro.inputs)
-        return _in_fp32(output) if self._gives_fp32 else output, micro.targets
+        return in_fp32(output) if self._gives_fp32 else output, micro.targets
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -183,10 +183,10 @@ def _as_it_is(loss: Loss) -> Loss:
 
 
 def _loss_in_fp32(loss: Loss, output: Any, targets: Tensor) -> Tensor:
-    return loss(_in_fp32(output), targets)
+    return loss(in_fp32(output), targets)
 
 
-def _in_fp32(output: Any) -> Any:
+def in_fp32(output: Any) -> Any:
     """The loss is computed in fp32, whatever the model computes in."""
     is_short = isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16)
     return output.float() if is_short else output

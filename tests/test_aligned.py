@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -44,14 +45,43 @@ def test_outputs_and_gradients_are_the_layers_own(has_bias: bool) -> None:
     assert list(model.state_dict()) == [f"0.{name}" for name in plain.state_dict()]
 
 
-def test_small_layers_those_that_fit_and_the_users_own_are_left() -> None:
+def test_only_the_last_layer_is_and_small_ones_those_that_fit_and_the_users_own_are_left() -> None:
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(nn.Linear(8, 1030), nn.Linear(1030, 1024), nn.Linear(1024, 10), Own(10, 1030))
+    model = nn.Sequential(nn.Linear(8, 1030), nn.Linear(1030, 1031))
     assert align_linear(model, 64) == 1
-    assert [type(layer) for layer in model] == [AlignedLinear, nn.Linear, nn.Linear, Own]
-    assert align_linear(model, 1) == 0
+    assert [type(layer) for layer in model] == [nn.Linear, AlignedLinear]
+    for last in (nn.Linear(8, 10), nn.Linear(8, 1024), Own(8, 1030)):
+        assert align_linear(nn.Sequential(nn.Linear(8, 1030), last), 64) == 0
+
+
+def test_another_setting_puts_the_layer_back() -> None:
+    model = nn.Sequential(nn.Linear(8, 1030))
+    for multiple, kind in ((64, AlignedLinear), (8, AlignedLinear), (1, nn.Linear)):
+        align_linear(model, multiple)
+        assert type(model[0]) is kind
+    assert not hasattr(model[0], "multiple")
+
+
+def test_the_weights_rows_count_not_what_the_layer_was_made_with() -> None:
+    model = nn.Sequential(nn.Linear(8, 1030, bias=False))
+    model[0].weight = nn.Parameter(torch.randn(1100, 8))
+    expected = model(torch.ones(2, 8))
+    assert align_linear(model, 64) == 1
+    assert model(torch.ones(2, 8)).shape == (2, 1100)
+    torch.testing.assert_close(model(torch.ones(2, 8)), expected)
+
+
+def test_it_is_shown_copied_and_pickled_as_torchs_own() -> None:
+    model = nn.Sequential(nn.Linear(8, 1030))
+    shown = repr(model)
+    align_linear(model, 64)
+    assert repr(model) == shown
+    pickled = pickle.dumps(model)
+    assert b"autotune" not in pickled
+    for copied in (pickle.loads(pickled), copy.deepcopy(model)):
+        torch.testing.assert_close(copied(torch.ones(2, 8)), model(torch.ones(2, 8)))
 
 
 def run_of(precision: Precision) -> Run:

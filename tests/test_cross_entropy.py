@@ -70,11 +70,21 @@ def test_no_fp32_tensor_is_larger_than_a_part() -> None:
 def test_logits_of_a_padded_layer_are_taken_as_they_lie() -> None:
     torch.manual_seed(0)
     padded, targets = torch.randn(2, 5, 128, dtype=torch.bfloat16), torch.randint(0, 100, (2, 5))
-    found, own = (
-        loss_and_gradient(padded[..., :100], targets),
-        loss_and_gradient(padded[..., :100].contiguous(), targets),
-    )
-    torch.testing.assert_close(found, own)
+    leaf = padded.clone().requires_grad_()
+    loss = CrossEntropy()(leaf[..., :100], targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    own = loss_and_gradient(padded[..., :100].contiguous(), targets, scale=1.0)
+    torch.testing.assert_close(loss.detach(), own[0])
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad[..., :100], own[1])
+    assert not leaf.grad[..., 100:].any()
+
+
+@pytest.mark.usefixtures("in_parts_of_three_rows")
+def test_targets_of_any_integer_type_do() -> None:
+    logits, targets = torch.randn(10, 100, dtype=torch.bfloat16), torch.arange(10)
+    found = loss_and_gradient(logits, targets.to(torch.uint8))
+    torch.testing.assert_close(found, loss_and_gradient(logits, targets))
 
 
 @pytest.mark.usefixtures("in_parts_of_three_rows")

@@ -24,12 +24,13 @@ _IGNORED = -100
 
 def takes_parts(logits_NV: Tensor, targets_N: Tensor) -> bool:
     """Whether there is something to gain: logits in half precision, more of them than one part, targets that are
-    classes. A compiler fuses the written-out form on its own."""
+    classes. A compiler fuses the written-out form on its own; deterministic algorithms are torch's to choose."""
     return (
         not torch.compiler.is_compiling()
         and logits_NV.dtype in (torch.bfloat16, torch.float16)
         and 4 * logits_NV.numel() > PART_BYTES
         and not targets_N.is_floating_point()
+        and not torch.are_deterministic_algorithms_enabled()
     )
 
 
@@ -53,6 +54,7 @@ class _Summed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets_N = ctx.saved_tensors
+        targets_N = targets_N.long()
         grad_NV = torch.empty_like(logits_NV)
         parts = (torch.split(tensor, _rows_of_a_part(logits_NV)) for tensor in (logits_NV, targets_N, grad_NV))
         for part_NV, target_N, out_NV in zip(*parts, strict=True):

@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from autotune.measurement import Trial
+from autotune.pace import slowdown
 from autotune.report.terminal import describe, faster_words, interval_words, share_words
 from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
@@ -222,13 +224,17 @@ def _disagreement(result: Result) -> str:
     """Where the race and the trials say different things, both; the race is not always the one that is right."""
     if not result.num_rounds or result.best.number == result.baseline.number:
         return ""
-    alone = {trial.number: trial.measurement for trial in result.trials}
-    raced = [trial.measurement for trial in (result.baseline, result.best)]
-    tried = [alone.get(trial.number) for trial in (result.baseline, result.best)]
-    base, best = (
-        now.samples_per_s / then.samples_per_s if now and then else math.nan
-        for now, then in zip(raced, tried, strict=True)
-    )
+    alone = {trial.number: trial for trial in result.trials}
+
+    def of_trial(raced: Trial) -> float:
+        """In turns, as a share of the trial's speed, had the device been as fast then."""
+        tried = alone.get(raced.number)
+        if tried is None or tried.measurement is None or raced.measurement is None:
+            return math.nan
+        then = tried.measurement.samples_per_s * slowdown(tried, raced.pulse_s)
+        return raced.measurement.samples_per_s / then
+
+    base, best = of_trial(result.baseline), of_trial(result.best)
     if not max(best / base, base / best) > DISAGREES:
         return ""
     tried_ratio = result.speedup.ratio * base / best

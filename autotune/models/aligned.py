@@ -3,7 +3,8 @@ a vocabulary of 50,257. On an H200 such products in bf16 are five to six times a
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class AlignedLinear(nn.Linear):
     """An ``nn.Linear`` that multiplies with rows of zeros appended and leaves their outputs out again: what it gives
     is part of a larger tensor."""
 
-    multiple: int
+    multiple: ClassVar[int]
     """Of which the number of outputs is made."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
@@ -28,11 +29,7 @@ class AlignedLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as torch's own class, which is what a process without autotune can import."""
-        state = {name: value for name, value in self.__getstate__().items() if name != "multiple"}  # type: ignore[no-untyped-call]
-        return nn.Linear.__new__, (nn.Linear,), state
-
-    def _get_name(self) -> str:
-        return "Linear"
+        return nn.Linear.__new__, (nn.Linear,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def align_linear(model: nn.Module, multiple: int) -> int:
@@ -43,13 +40,16 @@ def align_linear(model: nn.Module, multiple: int) -> int:
     that only a tensor of its own can give. A layer of a class of the user's own is left as it is.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    for module in layers:
-        if isinstance(module, AlignedLinear):
-            del module.multiple
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-    for module in layers[-1:]:
-        if type(module) is nn.Linear and len(module.weight) >= LEAST and len(module.weight) % multiple:
-            module.__class__ = AlignedLinear
-            module.multiple = multiple  # type: ignore[assignment]
-            return 1
-    return 0
+    for layer in layers:
+        if issubclass(type(layer), AlignedLinear):
+            layer.__class__ = nn.Linear
+    last = layers[-1] if layers else None
+    if type(last) is not nn.Linear or len(last.weight) < LEAST or len(last.weight) % multiple == 0:
+        return 0
+    last.__class__ = _aligned_class(multiple)
+    return 1
+
+
+@functools.cache
+def _aligned_class(multiple: int) -> type[nn.Linear]:
+    return type("Linear", (AlignedLinear,), {"multiple": multiple})

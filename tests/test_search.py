@@ -17,7 +17,7 @@ from autotune.backends.base import Capability
 from autotune.checks.kernels import UNMASKED_MS
 from autotune.errors import AutotuneError
 from autotune.measurement import Outcome, Trial
-from autotune.search import races, trials
+from autotune.search import races, trials, turns
 from autotune.search.objective import FASTEST
 from autotune.search.settings import Settings
 from autotune.search.space import build_space
@@ -159,7 +159,7 @@ def test_a_compiled_winner_has_time_left_to_compile_in_its_last_test(task: Task)
         fast = factories.measurement(samples_per_s=100.0, warm_up_s=30.0)
         tried = trials_so_far(task, factories.trial(0), factories.trial(1, best, measurement=fast))
         left_s.append(races.Races(task, Silent(), tried, Standings(task, tried.history)).left_s())
-    assert left_s[0] - left_s[1] == pytest.approx(races.CACHED_SHARE * 30.0)
+    assert left_s[0] - left_s[1] == pytest.approx(turns.CACHED_SHARE * 30.0)
 
 
 def test_the_nearest_profiles_setting_is_tried_third(

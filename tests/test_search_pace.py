@@ -16,7 +16,7 @@ from autotune.search.history import NOISE_LAP, NOISE_WITHIN, History
 from autotune.search.objective import FASTEST
 from autotune.search.standings import Standings
 from autotune.search.task import Task
-from autotune.search.turns import shortest_s
+from autotune.search.turns import CACHED_SHARE, shortest_s
 from autotune.strategy import Strategy, baseline
 from autotune.trial.pulse import Pulse
 from autotune.trial.runner import ONCE, ONCE_WITH_BEATS, ORDINARY, WITH_BEATS
@@ -137,6 +137,16 @@ def test_what_a_race_takes_is_reckoned_at_the_speed_that_the_device_has_now(task
     assert needed_s(measured[0], baseline_s=8.0) == 1 + (8 + 1) + (8 + 1) + 3 * (8 + 2)
     a_start_for_each_turn = 3 * (1 + 8 + 1)
     assert needed_s(measured[0], "cpu", baseline_s=8.0) == a_start_for_each_turn + (8 + 1) + 3 * (8 + 2)
+
+    slow_start = factories.measurement(step_ms=1000.0, warm_up_s=30.0)
+    compiling = msgspec.structs.replace(compiled, measurement=slow_start)
+    cached = msgspec.structs.replace(
+        compiled, measurement=msgspec.structs.replace(slow_start, warm_up_s=10.0, is_from_cache=True)
+    )
+    for backend, later in (("cuda", 0), ("cpu", 2)):
+        at_once_s = needed_s(compiled, backend, baseline_s=8.0)
+        assert needed_s(compiling, backend, baseline_s=8.0) == at_once_s + 30 + later * CACHED_SHARE * 30
+        assert needed_s(cached, backend, baseline_s=8.0) == at_once_s + 10 + later * 10
 
 
 class DriftingPulse(SilentPulse):

@@ -204,6 +204,21 @@ def test_what_may_well_fail_has_to_promise_more_and_what_cannot_run_is_not_propo
     assert proposed(0.01).precision == proposed(0.0).precision == "fp32"
 
 
+def test_what_takes_longer_than_there_is_time_for_is_not_proposed() -> None:
+    def proposed(left_s: float) -> Strategy | None:
+        sampler = Sampler(SPACE, optuna.create_study(), seed=0)
+        known = [Known(BASELINE, 1000.0, 0.03)]
+        proposal = sampler.propose(known, lambda one, loss: 1.0 if one.precision == "fp32" else 1.1, left_s=left_s)
+        return proposal and proposal.strategy
+
+    unhurried, hurried = proposed(2.0), proposed(1.0)
+    assert unhurried is not None
+    assert hurried is not None
+    assert unhurried.precision != "fp32"
+    assert hurried.precision == "fp32"
+    assert proposed(0.5) is None
+
+
 def test_a_race_tells_ratios_alone() -> None:
     """However fast the device was in it, and however far off the baseline's trial is."""
     one, other = (

@@ -26,9 +26,6 @@ FINALS_S = 60.0
 """So long are they at most where there is no budget, and no longer than the trials took."""
 SOAK_SHARE = 0.1
 """At most this share of the budget goes to the soak: a search of a minute would else soak for half of another."""
-CACHED_SHARE = 0.5
-"""At most this share of its warm-up does a compiled setting take where the compiler's cache has it: 0.48, 0.20 and 0.14
-of imdb's, lm's and cifar10's on an H100 (docs/LOG.md 2026-11-27)."""
 MIN_LAST_TEST_S = 120.0
 """However little is left of the budget, races and last tests may be so slow before they count as hanging."""
 
@@ -130,7 +127,7 @@ class Races:
     def _last_test_s(self) -> float:
         best, compiling_s = self._history.best(), 0.0
         if best and best.measurement and self._task.compiles(best.strategy):
-            compiling_s = CACHED_SHARE * best.measurement.warm_up_s
+            compiling_s = turns.CACHED_SHARE * best.measurement.warm_up_s
         return compiling_s + proof.needed_s(self._step_s, self.soak, has_reference=self.has_reference)
 
     @property

@@ -7,6 +7,7 @@ is chosen here, by the surrogate, among the neighbours of the best and a few at 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -87,8 +88,9 @@ class Sampler:
         known: Sequence[Known],
         cost_s: Callable[[Strategy, float], float],
         prior: Prior = PRIOR_OF_TIME,
+        left_s: float = math.inf,
     ) -> Proposal | None:
-        """A strategy not taken before; None when all there are have been.
+        """A strategy not taken before; None when all there are have been, or none can be tried in ``left_s``.
 
         What is queued comes first. ``cost_s`` says what trying a strategy of an expected loss takes.
         """
@@ -107,9 +109,11 @@ class Sampler:
         best_log = float(surrogate.predict([one.strategy for one in _contenders(known)])[0].min())
         mean, deviation = surrogate.predict(candidates)
         gains = expected_gain(best_log, mean, deviation) * np.array([*likely.values()])
-        costs_s = [cost_s(strategy, loss) for strategy, loss in zip(candidates, np.exp(mean).tolist(), strict=True)]
-        chosen = int(np.argmax(gains / np.asarray(costs_s)))
-        return Proposal(candidates[chosen], float(gains[chosen]), costs_s[chosen])
+        losses = np.exp(mean).tolist()
+        costs_s = np.array([cost_s(strategy, loss) for strategy, loss in zip(candidates, losses, strict=True)])
+        chosen = int(np.argmax(np.where(costs_s <= left_s, gains / costs_s, -1.0)))
+        cost = float(costs_s[chosen])
+        return Proposal(candidates[chosen], float(gains[chosen]), cost) if cost <= left_s else None
 
     def tell(self, loss: float | None) -> None:
         """The last asked strategy's loss; None for one that cannot be used."""

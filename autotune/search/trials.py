@@ -99,8 +99,10 @@ class Trials:
             self._doubts = history.doubtful()
             self._fit = Fit(self._memory, task.space.values, history.all, task.memory_limit_bytes)
             aim = self._aim
-            proposal = self._sampler.propose(history.known(aim), history.cost(aim), task.prior(aim))
+            left_s = self._left_s(reserved_s)
+            proposal = self._sampler.propose(history.known(aim), history.cost(aim), task.prior(aim), left_s)
             if proposal is None:
+                self.is_time_up = left_s < math.inf
                 break
             if not self._pays(proposal):
                 self.is_settled = True
@@ -224,8 +226,13 @@ class Trials:
         if settings.budget_s is None or len(self.history.all) < 2:
             return True
         typical_s = statistics.median(trial.wall_s for trial in self.history.all[1:])
-        self.is_time_up = self.elapsed_s() + typical_s >= settings.budget_s - reserved_s()
+        self.is_time_up = typical_s >= self._left_s(reserved_s)
         return not self.is_time_up
+
+    def _left_s(self, reserved_s: Callable[[], float]) -> float:
+        """Of the budget, for trials."""
+        budget_s = self._task.settings.budget_s
+        return math.inf if budget_s is None else budget_s - reserved_s() - self.elapsed_s()
 
     @property
     def _aim(self) -> Aim:

@@ -40,6 +40,9 @@ COMPILED_LAPS = 3
 LONGEST = 2
 """The longest batch, on which a process warms up, takes as long as about so many usual ones where not all are padded
 alike: on imdb 512 tokens, of which buckets have 280 on average."""
+CACHED_SHARE = 0.5
+"""At most this share of its warm-up does a compiled setting take where the compiler's cache has it: 0.48, 0.20 and 0.14
+of imdb's, lm's and cifar10's on an H100 (docs/LOG.md 2026-11-27)."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 PROCESSES, LIFE_S = 12, 2.0
 """Where processes are replaced, each entrant gets about so many in a race, or more where they would race for longer
@@ -353,13 +356,13 @@ def shortest_s(
     slowdown_since: Callable[[Trial], float] = lambda _: 1.0,
 ) -> float:
     """Seconds that the shortest race of these and the baseline takes, which without one is 0: starting and the longest
-    batch, or more steps where they compile, once or for every turn; compiling, which those after the first find done;
-    an evaluation (a step's time); then the rounds. ``slowdown_since`` says how much slower each is now than in its
+    batch, or more steps where they compile, once or for every turn; compiling, which later turns find in the cache; an
+    evaluation (a step's time); then the rounds. ``slowdown_since`` says how much slower each is now than in its
     trial."""
     if not finalists:
         return 0.0
     steps_s = [baseline_step_s]
-    opening_s, compiling_s = baseline_step_s + 1, 0.0
+    opening_s, compiling_s, cached_s = baseline_step_s + 1, 0.0, 0.0
     for trial in finalists:
         if trial.measurement is not None:
             slowdown = slowdown_since(trial)
@@ -368,8 +371,11 @@ def shortest_s(
             opening_s += step_s * (1 if trial.strategy.padding == "max" else LONGEST)
             is_compiled = trial.strategy.compile != "none"
             opening_s += COMPILED_LAPS * step_s if is_compiled else 0.0
-            compiling_s += slowdown * trial.measurement.warm_up_s
+            warm_up_s = slowdown * trial.measurement.warm_up_s
+            compiling_s += warm_up_s
+            cached_s += warm_up_s * (1 if trial.measurement.is_from_cache else CACHED_SHARE)
     are_alone = is_alone(backend, steps_s)
     num_openings = MIN_ROUNDS if are_alone else 1
     round_s = sum(step_s * num_laps(step_s, max(steps_s), is_alone=are_alone) for step_s in steps_s)
-    return num_openings * opening_s + compiling_s + sum(steps_s) + MIN_ROUNDS * round_s
+    opening_s = num_openings * opening_s + compiling_s + (num_openings - 1) * cached_s
+    return opening_s + sum(steps_s) + MIN_ROUNDS * round_s

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from unittest import mock
 
 import msgspec
+import optuna
 import pytest
 import torch
 
@@ -18,7 +19,9 @@ from autotune.checks.kernels import UNMASKED_MS
 from autotune.errors import AutotuneError
 from autotune.measurement import Outcome, Trial
 from autotune.search import races, trials, turns
+from autotune.search.journal import Journal
 from autotune.search.objective import FASTEST
+from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Settings
 from autotune.search.space import build_space
 from autotune.search.standings import Standings
@@ -138,6 +141,27 @@ def test_the_guess_has_as_long_as_the_baseline_took_however_short_the_budget(
 def trials_so_far(task: Task, *found: Trial) -> trials.Trials:
     journal = mock.Mock(trials=list(found), spent_s=0.0)
     return trials.Trials(task, Silent(), journal, SilentPulse("cpu"), clock=lambda: 0.0)
+
+
+@pytest.mark.parametrize("is_any_left", [True, False])
+def test_time_is_up_where_what_is_left_takes_too_long_not_where_nothing_is_left(
+    task: Task, monkeypatch: pytest.MonkeyPatch, is_any_left: bool
+) -> None:
+    """The race then takes all that is left of the budget."""
+    propose = Sampler.propose
+
+    def slow_ones(self: Sampler, known: Any, *rest: Any) -> Proposal | None:
+        if not known:  # what is queued
+            return propose(self, known, *rest)
+        return Proposal(baseline(16)) if is_any_left and len(rest) < 3 else None
+
+    monkeypatch.setattr(Sampler, "propose", slow_ones)
+    task = dataclasses.replace(task, settings=Settings(budget_s=60.0))
+    journal = Journal(optuna.create_study())
+    tried = trials.Trials(task, Silent(), journal, SilentPulse("cpu"), run=run_scripted, clock=lambda: 0.0)
+    tried.run(lambda: 0.0)
+    assert len(tried.history.all) == 1, "the baseline"
+    assert tried.is_time_up == is_any_left
 
 
 def test_what_is_compiled_may_take_half_of_the_budget_until_that_was_not_enough(task: Task) -> None:

@@ -99,10 +99,10 @@ class Trials:
             self._doubts = history.doubtful()
             self._fit = Fit(self._memory, task.space.values, history.all, task.memory_limit_bytes)
             aim = self._aim
-            left_s = self._left_s(reserved_s)
-            proposal = self._sampler.propose(history.known(aim), history.cost(aim), task.prior(aim), left_s)
+            known, cost_s, prior = history.known(aim), history.cost(aim), task.prior(aim)
+            proposal = self._sampler.propose(known, cost_s, prior, self._left_s(reserved_s))
             if proposal is None:
-                self.is_time_up = left_s < math.inf
+                self.is_time_up = self._sampler.propose(known, cost_s, prior) is not None
                 break
             if not self._pays(proposal):
                 self.is_settled = True

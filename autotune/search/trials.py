@@ -101,10 +101,11 @@ class Trials:
             aim = self._aim
             known, cost_s, prior = history.known(aim), history.cost(aim), task.prior(aim)
             proposal = self._sampler.propose(known, cost_s, prior, self._left_s(reserved_s))
-            if proposal is None or not self._pays(proposal):
-                in_any_time = self._sampler.propose(known, cost_s, prior)
-                self.is_time_up = in_any_time is not None and self._pays(in_any_time)
-                self.is_settled = in_any_time is not None and not self.is_time_up
+            if proposal is None:
+                self.is_time_up = self._sampler.propose(known, cost_s, prior) is not None
+                break
+            if not self._pays(proposal):
+                self.is_settled = True
                 break
             self._sampler.take(proposal)
             self._try(proposal.strategy, origins.get(proposal.strategy, "search"))

@@ -153,7 +153,7 @@ def test_time_is_up_where_what_is_left_takes_too_long_not_where_nothing_is_left(
     def slow_ones(self: Sampler, known: Any, *rest: Any) -> Proposal | None:
         if not known:  # what is queued
             return propose(self, known, *rest)
-        return Proposal(baseline(16)) if is_any_left and len(rest) < 3 else None
+        return Proposal(baseline(16), cost_s=100.0) if is_any_left and len(rest) < 3 else None
 
     monkeypatch.setattr(Sampler, "propose", slow_ones)
     task = dataclasses.replace(task, settings=Settings(budget_s=60.0))

@@ -18,7 +18,7 @@ from autotune.measurement import Interval, Trial
 from autotune.search.finals import ratio
 from autotune.search.space import Space
 from autotune.search.surrogate import Surrogate
-from autotune.search.turns import MIN_ROUNDS, Race, is_alone
+from autotune.search.turns import CACHED_SHARE, MIN_ROUNDS, Race, is_alone
 from autotune.strategy import Strategy
 
 _START_S, _WARM_UP_STEPS = 1.5, 3
@@ -131,12 +131,13 @@ def groups(without: Mapping[str, Strategy], peaks: Sequence[int], room_bytes: in
 
 def needed_s(step_s: float, warm_up_s: float, shares: Iterable[Share], backend: str) -> float:
     """Seconds that measuring takes, where the best's step takes ``step_s`` after a warm-up, which each of the others
-    pays anew, and each knob brings so much."""
+    pays anew and processes of later turns find in the cache, and each knob brings so much."""
     steps_s = [step_s, *(step_s * share.ratio.ratio for share in shares if share.ratio)]
     num_rounds = MIN_ROUNDS + 1
     num_openings = num_rounds if is_alone(backend, steps_s) else 1
     opening_s = len(steps_s) * _START_S + _WARM_UP_STEPS * sum(steps_s)
-    return num_openings * opening_s + (len(steps_s) - 1) * warm_up_s + num_rounds * sum(steps_s)
+    compiling_s = (len(steps_s) - 1 + (num_openings - 1) * len(steps_s) * CACHED_SHARE) * warm_up_s
+    return num_openings * opening_s + compiling_s + num_rounds * sum(steps_s)
 
 
 def _share(knob: str, best: Strategy, baseline: Strategy, found: Interval | None, **details: Any) -> Share:

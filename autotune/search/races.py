@@ -127,7 +127,7 @@ class Races:
     def _last_test_s(self) -> float:
         best, compiling_s = self._history.best(), 0.0
         if best and best.measurement and self._task.compiles(best.strategy):
-            compiling_s = turns.CACHED_SHARE * best.measurement.warm_up_s
+            compiling_s = turns.cached_s(best.measurement)
         return compiling_s + proof.needed_s(self._step_s, self.soak, has_reference=self.has_reference)
 
     @property

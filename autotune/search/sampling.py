@@ -92,7 +92,8 @@ class Sampler:
     ) -> Proposal | None:
         """A strategy not taken before; None when all there are have been, or none can be tried in ``left_s``.
 
-        What is queued comes first. ``cost_s`` says what trying a strategy of an expected loss takes.
+        What is queued comes first, however long it takes. ``cost_s`` says what trying a strategy of an expected loss
+        takes.
         """
         while self._queue:
             strategy = self._queue.pop(0)
@@ -112,8 +113,9 @@ class Sampler:
         losses = np.exp(mean).tolist()
         costs_s = np.array([cost_s(strategy, loss) for strategy, loss in zip(candidates, losses, strict=True)])
         chosen = int(np.argmax(np.where(costs_s <= left_s, gains / costs_s, -1.0)))
-        cost = float(costs_s[chosen])
-        return Proposal(candidates[chosen], float(gains[chosen]), cost) if cost <= left_s else None
+        if costs_s[chosen] > left_s:
+            return None
+        return Proposal(candidates[chosen], float(gains[chosen]), float(costs_s[chosen]))
 
     def tell(self, loss: float | None) -> None:
         """The last asked strategy's loss; None for one that cannot be used."""

@@ -100,13 +100,18 @@ class Trials:
             self._fit = Fit(self._memory, task.space.values, history.all, task.memory_limit_bytes)
             aim = self._aim
             known, cost_s, prior = history.known(aim), history.cost(aim), task.prior(aim)
-            proposal = self._sampler.propose(known, cost_s, prior, self._left_s(reserved_s))
+            proposal = self._sampler.propose(known, cost_s, prior)
             if proposal is None:
-                self.is_time_up = self._sampler.propose(known, cost_s, prior) is not None
                 break
             if not self._pays(proposal):
                 self.is_settled = True
                 break
+            left_s = self._left_s(reserved_s)
+            if proposal.cost_s > left_s:
+                proposal = self._sampler.propose(known, cost_s, prior, left_s)
+                if proposal is None or not self._pays(proposal):
+                    self.is_time_up = True
+                    break
             self._sampler.take(proposal)
             self._try(proposal.strategy, origins.get(proposal.strategy, "search"))
         self._leave_device()
@@ -232,7 +237,7 @@ class Trials:
     def _left_s(self, reserved_s: Callable[[], float]) -> float:
         """Of the budget, for trials."""
         budget_s = self._task.settings.budget_s
-        return math.inf if budget_s is None else budget_s - reserved_s() - self.elapsed_s()
+        return math.inf if budget_s is None else max(0.0, budget_s - reserved_s() - self.elapsed_s())
 
     @property
     def _aim(self) -> Aim:

@@ -349,6 +349,11 @@ def num_laps(step_s: float, slowest_s: float, *, is_alone: bool) -> int:
     return max(1, min(MAX_LAPS, round(enough_s / step_s))) if step_s else 1
 
 
+def cached_s(measurement: Measurement) -> float:
+    """Seconds that a compiled setting warms up for where the compiler's cache has it, at most."""
+    return measurement.warm_up_s * (1 if measurement.is_from_cache else CACHED_SHARE)
+
+
 def shortest_s(
     baseline_step_s: float,
     finalists: Sequence[Trial],
@@ -362,7 +367,7 @@ def shortest_s(
     if not finalists:
         return 0.0
     steps_s = [baseline_step_s]
-    opening_s, compiling_s, cached_s = baseline_step_s + 1, 0.0, 0.0
+    opening_s, compiling_s, later_s = baseline_step_s + 1, 0.0, 0.0
     for trial in finalists:
         if trial.measurement is not None:
             slowdown = slowdown_since(trial)
@@ -371,11 +376,10 @@ def shortest_s(
             opening_s += step_s * (1 if trial.strategy.padding == "max" else LONGEST)
             is_compiled = trial.strategy.compile != "none"
             opening_s += COMPILED_LAPS * step_s if is_compiled else 0.0
-            warm_up_s = slowdown * trial.measurement.warm_up_s
-            compiling_s += warm_up_s
-            cached_s += warm_up_s * (1 if trial.measurement.is_from_cache else CACHED_SHARE)
+            compiling_s += slowdown * trial.measurement.warm_up_s
+            later_s += slowdown * (cached_s(trial.measurement) if is_compiled else trial.measurement.warm_up_s)
     are_alone = is_alone(backend, steps_s)
     num_openings = MIN_ROUNDS if are_alone else 1
     round_s = sum(step_s * num_laps(step_s, max(steps_s), is_alone=are_alone) for step_s in steps_s)
-    opening_s = num_openings * opening_s + compiling_s + (num_openings - 1) * cached_s
-    return opening_s + sum(steps_s) + MIN_ROUNDS * round_s
+    openings_s = num_openings * opening_s + compiling_s + (num_openings - 1) * later_s
+    return openings_s + sum(steps_s) + MIN_ROUNDS * round_s

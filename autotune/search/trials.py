@@ -235,7 +235,7 @@ class Trials:
         return not self.is_time_up
 
     def _left_s(self, reserved_s: Callable[[], float]) -> float:
-        """Of the budget, for trials."""
+        """Of the budget, for trials; not less than nothing, which is what queued proposals say they cost."""
         budget_s = self._task.settings.budget_s
         return math.inf if budget_s is None else max(0.0, budget_s - reserved_s() - self.elapsed_s())
 

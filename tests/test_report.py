@@ -77,6 +77,14 @@ def test_a_page_refers_to_nothing_outside(kind: str) -> None:
         assert word not in html
 
 
+def test_a_page_tells_where_race_and_trials_disagree() -> None:
+    found = factories.profile()
+    assert "By their trials" not in search_page(found, Path("imdb.toml"), [], None)
+    evidence = msgspec.structs.replace(found.evidence, in_turns=(0.65, 0.98))
+    html = search_page(msgspec.structs.replace(found, evidence=evidence), Path("imdb.toml"), [], None)
+    assert f"it was {evidence.speedup.ratio * 0.65 / 0.98:.2f}x: in turns the baseline had 65%" in html
+
+
 def test_a_profile_without_its_journal_is_a_page_too() -> None:
     html = search_page(factories.profile(), Path("imdb.toml"), [], None)
     assert "faster" in html

@@ -12,7 +12,14 @@ from autotune.measurement import Trial
 from autotune.probe import Hardware
 from autotune.profile import Profile
 from autotune.report import charts, page
-from autotune.report.terminal import describe, faster_words, interval_words, measured_words, share_words
+from autotune.report.terminal import (
+    describe,
+    disagreement_words,
+    faster_words,
+    interval_words,
+    measured_words,
+    share_words,
+)
 from autotune.strategy import Strategy
 from autotune.units import GIB, format_bytes, format_duration, format_rate
 
@@ -121,7 +128,7 @@ def _how_sure(profile: Profile) -> str:
         parts.append(f"first losses within {share_words(evidence.loss_deviation)} of it on the same batches")
     if evidence.soak_steps:
         parts.append(f"{evidence.soak_steps} steps lasted, the longest samples in a row first")
-    return "; ".join(parts) + "."
+    return " ".join(["; ".join(parts) + ".", disagreement_words(evidence.speedup, evidence.in_turns)]).strip()
 
 
 def _epochs(count: int) -> str:

@@ -11,9 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autotune.measurement import Trial
-from autotune.pace import slowdown
-from autotune.report.terminal import describe, faster_words, interval_words, share_words
+from autotune.report.terminal import describe, disagreement_words, faster_words, interval_words, share_words
 from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
 from autotune.search.result import Result
@@ -22,8 +20,6 @@ from autotune.units import format_bytes, format_duration, format_rate
 
 _BAR = 14
 """Columns of the longest bar."""
-DISAGREES = 1.3
-"""So far apart are two trials' ratio and that of their race where both are told."""
 
 
 def search_summary(
@@ -85,7 +81,7 @@ def search_summary(
     found: list[RenderableType] = [table, "", Text(_confidence(result), style="bright_black"), ""]
     if best.remarks:
         found += [Text(f"Of the best: {best.remarks}.", style="yellow"), ""]
-    if disagreement := _disagreement(result):
+    if disagreement := disagreement_words(result.speedup, result.in_turns()):
         found += [Text(disagreement, style="yellow"), ""]
     if result.front:
         found += [front_table(result), ""]
@@ -217,30 +213,6 @@ def _confidence(result: Result) -> str:
     return (
         f"{verdict} {len(result.trials)} trials ({counts}) in "
         f"{format_duration(result.search_s)}{pays}.{settled}{_proof_words(result)}"
-    )
-
-
-def _disagreement(result: Result) -> str:
-    """Where the race and the trials say different things, both; the race is not always the one that is right."""
-    if not result.num_rounds or result.best.number == result.baseline.number:
-        return ""
-    alone = {trial.number: trial for trial in result.trials}
-
-    def of_trial(raced: Trial) -> float:
-        """In turns, as a share of the trial's speed, had the device been as fast then."""
-        tried = alone.get(raced.number)
-        if tried is None or tried.measurement is None or raced.measurement is None:
-            return math.nan
-        then = tried.measurement.samples_per_s * slowdown(tried, raced.pulse_s)
-        return raced.measurement.samples_per_s / then
-
-    base, best = of_trial(result.baseline), of_trial(result.best)
-    if not max(best / base, base / best) > DISAGREES:
-        return ""
-    tried_ratio = result.speedup.ratio * base / best
-    return (
-        f"By their trials, one after the other, it was {tried_ratio:.2f}x: in turns the baseline had {base:.0%} of its "
-        f"trial's speed, the best {best:.0%}."
     )
 
 

@@ -41,6 +41,9 @@ _UNITS = {
     "speed_ratio": "{:.2f}x as fast as torch's choice",
 }
 
+DISAGREES = 1.3
+"""So far apart are two trials' ratio and that of their race where both are told."""
+
 
 def stdout() -> Console:
     """Where results go: as wide as the terminal; in a pipe as COLUMNS says, else 120."""
@@ -221,6 +224,18 @@ def interval_words(interval: Interval) -> str:
     if math.isinf(interval.high):
         return f"{interval.ratio:.2f}x (measured once, so without an interval)"
     return f"{interval.ratio:.2f}x (95 % interval {interval.low:.2f} to {interval.high:.2f})"
+
+
+def disagreement_words(speedup: Interval, in_turns: tuple[float, float] | None) -> str:
+    """Where the race and the trials say different things, both; the race is not always the one that is right.
+    ``in_turns`` are the speeds that baseline and best had there, as shares of their trials'."""
+    base, best = in_turns or (1.0, 1.0)
+    if max(best / base, base / best) <= DISAGREES:
+        return ""
+    return (
+        f"By their trials, one after the other, it was {speedup.ratio * base / best:.2f}x: in turns the baseline had "
+        f"{base:.0%} of its trial's speed, the best {best:.0%}."
+    )
 
 
 def faster_words(ratio: float) -> str:

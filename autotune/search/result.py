@@ -10,6 +10,7 @@ from autotune import __version__
 from autotune.backends.base import Device
 from autotune.flops import Flops
 from autotune.measurement import Interval, Rates, Trial
+from autotune.pace import slowdown
 from autotune.profile import SCHEMA, Evidence, Figures, Profile, ProfiledChoice, ProfiledDevice, ProfiledWorkload
 from autotune.search.explain import Share
 from autotune.search.objective import Objective, PlannedRun
@@ -67,6 +68,23 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return trial.measurement.samples_per_s * self.flops.per_sample / rate
 
+    def in_turns(self) -> tuple[float, float] | None:
+        """The speeds that baseline and best had in turns, as shares of their trials', had the device been as fast then.
+        None where they were not timed in turns, or one was never tried alone."""
+        alone = {trial.number: trial for trial in self.trials}
+
+        def share(raced: Trial) -> float | None:
+            tried = alone.get(raced.number)
+            if tried is None or tried.measurement is None or raced.measurement is None:
+                return None
+            then = tried.measurement.samples_per_s * slowdown(tried, raced.pulse_s)
+            return raced.measurement.samples_per_s / then
+
+        if not self.num_rounds or self.best.number == self.baseline.number:
+            return None
+        base, best = share(self.baseline), share(self.best)
+        return None if base is None or best is None else (round(base, 4), round(best, 4))
+
 
 def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
     """The profile that a search's result becomes."""
@@ -112,6 +130,7 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
             versions=device.versions,
             speedup=result.speedup,
             num_rounds=result.num_rounds,
+            in_turns=result.in_turns(),
             warm_up_cached_s=result.warm_up_cached_s,
             soak_steps=result.proof.soak_steps if result.proof else 0,
             loss_deviation=result.proof.loss_deviation if result.proof else None,

@@ -94,7 +94,8 @@ def load(
     from autotune import workloads
 
     wanted, backend = workloads.wanted(name), backends.find()
-    found = store.find_profile(backend.device(), wanted, None if profiles is None else Path(profiles))
+    device = backend.device()
+    found = store.find_profile(device, wanted, None if profiles is None else Path(profiles))
     if found is None and pick is not None:
         raise AutotuneError(f"there is no profile for {name} to pick {pick!r} from; make one: autotune search")
     if found is None:
@@ -105,6 +106,8 @@ def load(
         strategy, profile, path = safe_defaults(name), None, None
     else:
         profile, path = found
+        if words := store.caveat(profile, device):
+            warnings.warn(words, stacklevel=2)
         profile = profile if pick is None else profile.pick(pick)
         strategy = profile.strategy
     return Tuned(name=name, strategy=strategy, profile=profile, path=path, backend=backend, data=data, limit=limit)

@@ -110,6 +110,16 @@ def read_for(path: Path, device: Device, wanted: Wanted) -> Profile:
     return profile
 
 
+def caveat(profile: Profile, device: Device) -> str | None:
+    """What to bear in mind where an accelerator's profile was measured beside another host; None where it was not."""
+    if profile.device.num_cores == device.num_cores:
+        return None
+    return (
+        f"the profile was measured on a host with {profile.device.num_cores} cores, this one has {device.num_cores}: "
+        f"loading and launching may take another share; search again to know"
+    )
+
+
 def nearest_profile(device: Device, label: str, profiles: Path | None = None) -> Profile | None:
     """A profile to start a search from: this device's own, else its for another workload, else another device's of the
     kind, those of the same workload and architecture first. None where there is none; broken ones are passed over."""

@@ -7,6 +7,7 @@ their functions: naming the module costs nothing.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,9 +40,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that stay the same while the hardware does; software versions do not count."""
-        memory_gib = round(self.memory_total_bytes / 2**30)
-        identity = "|".join([self.kind, self.name, self.architecture, str(self.num_cores), str(memory_gib)])
+        """Twelve hex digits that stay the same while the hardware does; software versions do not count, and neither do
+        the host's cores beside an accelerator, nor what a driver keeps of the last GiB."""
+        cores = [str(self.num_cores)] if self.kind == "cpu" else []
+        memory_gib = math.ceil(self.memory_total_bytes / 2**30)
+        identity = "|".join([self.kind, self.name, self.architecture, *cores, str(memory_gib)])
         return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 

@@ -266,6 +266,34 @@ def test_the_fingerprint_ignores_software_and_free_memory() -> None:
     assert factories.device(num_cores=3).fingerprint != device.fingerprint
 
 
+def test_a_cards_fingerprint_ignores_its_host_and_what_the_driver_keeps() -> None:
+    card = factories.device(kind="cuda", name="NVIDIA H100 80GB HBM3", memory_total_bytes=int(79.2 * 2**30))
+    for host in ({"num_cores": 192}, {"memory_total_bytes": int(79.65 * 2**30)}):
+        assert msgspec.structs.replace(card, **host).fingerprint == card.fingerprint
+    assert msgspec.structs.replace(card, memory_total_bytes=94 * 2**30).fingerprint != card.fingerprint
+
+
+@pytest.mark.parametrize(
+    "path", sorted(store.shipped_dir().glob("*/*.toml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_a_shipped_profile_is_found_by_the_device_that_it_was_made_on(path: Path) -> None:
+    profile = read_profile(path)
+    own = {name: getattr(profile.device, name) for name in profile.device.__struct_fields__ if name != "fingerprint"}
+    device = factories.device(**own)
+    assert device.fingerprint == profile.device.fingerprint
+    found = store.find_profile(device, store.Wanted("x", profile.workload.name, profile.workload.global_batch))
+    assert found is not None
+    assert found[1].resolve() == path.resolve()
+
+
+def test_a_card_in_another_host_takes_its_profile_with_a_word_of_caution(tmp_path: Path) -> None:
+    profile = factories.profile()
+    assert store.caveat(profile, factories.device()) is None
+    words = store.caveat(profile, factories.device(num_cores=64))
+    assert words is not None
+    assert "a host with 2 cores, this one has 64" in words
+
+
 def test_a_folder_that_cannot_be_written_is_refused_with_the_option_to_change(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(AutotuneError, match="--profiles"):

@@ -193,6 +193,19 @@ def test_the_final_gets_all_that_is_left_where_time_is_what_ended_the_trials(
     assert asked == [enough_s]
 
 
+@pytest.mark.parametrize(("share", "num_entrants"), [(0.1, 1 + NUM_FINALISTS), (0.02, 2)])
+def test_the_best_races_alone_with_the_baseline_where_there_is_no_time_for_more(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, raced: list[int], share: float, num_entrants: int
+) -> None:
+    scripted_device.setattr(races, "FIELD", 0)
+    scripted_device.setattr(races, "FINALS_SHARE", share)
+    scripted_device.setattr(races, "LEAST_SHARE", 0.0)
+    scripted_device.setattr(races.Races, "left_s", lambda self: 0.0)
+    scripted_device.setattr(races.Races, "shortest_s", lambda self, field, **_: 15.0 * len(field))
+    searched(prepared, budget_s=1000.0, max_trials=20, explains=False)
+    assert raced[0] == num_entrants
+
+
 @pytest.mark.parametrize(("alone_s", "num_entrants"), [(0.0, 1 + NUM_FINALISTS), (math.inf, 2)])
 def test_entrants_have_to_fit_together_only_where_they_are_alive_together(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch, raced: list[int], alone_s: float, num_entrants: int

@@ -48,8 +48,10 @@ class Races:
         """What the trials have to leave of the budget."""
         if self._history.reference_step_s is None:
             return 0.0
-        field = self._field(self._share_s())
-        shortest_s = self._heat_s(field) if field else self.shortest_s(self._history.finalists())
+        share_s = self._share_s()
+        field = self._field(share_s)
+        entrants = self._in_time(self._history.finalists(), share_s)
+        shortest_s = self._heat_s(field) if field else self.shortest_s(entrants)
         least_s = LEAST_SHARE * (self._task.settings.budget_s or 0.0)
         return max(shortest_s, least_s) + self._last_test_s()
 
@@ -75,6 +77,7 @@ class Races:
         entrants = [trial for trial in finalists if trial is not reference]
         share_s = self._share_s()
         left_s = share_s if in_any_case else self.left_s()
+        entrants = self._in_time(entrants, max(left_s, share_s))
         if self._history.reference_step_s is None or self.shortest_s(entrants) > left_s + share_s:
             return
         while entrants and not self._fit_together([reference, *entrants]):
@@ -94,6 +97,14 @@ class Races:
         """Of their race, at the speed that the device has now."""
         step_s = self._step_s if with_baseline else 0.0
         return turns.shortest_s(step_s, field, self._task.backend.name, self._history.slowdown_since)
+
+    def _in_time(self, entrants: Sequence[Trial], enough_s: float) -> list[Trial]:
+        """As many, the best first, as the shortest race of them allows in so many seconds, one at least; all where each
+        is the best for an aim of its own."""
+        found = list(entrants)
+        while len(found) > 1 and len(self._task.sought) == 1 and self.shortest_s(found) > enough_s:
+            found.pop()
+        return found
 
     def race_of(self, trials: Sequence[Trial]) -> Race:
         """A race of these that nothing has been run of."""

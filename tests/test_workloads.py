@@ -50,6 +50,21 @@ def test_the_small_language_model_has_the_parameters_that_were_counted_elsewhere
         assert sum(parameter.numel() for parameter in DecoderLM().parameters()) == 28_941_393
 
 
+def test_another_global_batch_is_another_workload_on_the_same_data(image_folder: Path) -> None:
+    plain, other = (opened(name, image_folder, limit=64) for name in ("cifar10", "cifar10@16"))
+    assert (other.name, other.recipe.global_batch, other.baseline.micro_batch) == ("cifar10@16", 16, 16)
+    assert msgspec.structs.replace(other.recipe, global_batch=128) == plain.recipe
+    assert workloads.wanted("cifar10@16").global_batch == 16
+    run = apply(other.baseline, other, backends.get("cpu"))
+    assert [sum(micro.num_samples for micro in batch) for batch in run.loader] == [16] * 4
+
+
+@pytest.mark.parametrize("name", ["imdb@", "imdb@0", "imdb@x", "imdb@-4", "imdb@1.5", "imdb@70000", "imdb@²"])
+def test_a_global_batch_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="samples from 1 to 65,536"):
+        workloads.get(name)
+
+
 def test_the_decoder_does_not_see_what_comes_after() -> None:
     torch.manual_seed(0)
     model = DecoderLM(vocabulary_size=50, max_tokens=16, width=32, num_layers=2, num_heads=2, ffn_width=64).eval()

@@ -17,6 +17,7 @@ from autotune.workloads import cifar10, imdb, lm
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 from autotune.workloads.custom import Custom
 from autotune.workloads.named import hugging_face, timm_model
+from autotune.workloads.resized import Resized
 
 
 class WorkloadModule(Protocol):
@@ -34,12 +35,14 @@ class WorkloadModule(Protocol):
 
 
 REGISTRY: dict[str, WorkloadModule] = {"imdb": imdb, "lm": lm.SMALL, "lm-base": lm.BASE, "cifar10": cifar10}
+MAX_GLOBAL_BATCH = 65_536
 LIBRARIES: dict[str, Callable[[str], Any]] = {"hf": hugging_face, "timm": timm_model}
 
 
 def get(name: str) -> WorkloadModule:
-    """The built-in workload of that name; a library's model: ``hf:NAME`` or ``timm:NAME`` (workloads/named.py); or the
-    user's own: ``my_train.py:workload`` or ``package.module:workload``.
+    """The built-in workload of that name, ``imdb``, or ``imdb@64`` for another global batch; a library's model:
+    ``hf:NAME`` or ``timm:NAME`` (workloads/named.py); or the user's own: ``my_train.py:workload`` or
+    ``package.module:workload``.
 
     What the user's name stands for is a function (workloads/custom.py), or provides what a workload module does. Raises
     UsageError with the nearest name, or with what went wrong on the way to it.
@@ -49,6 +52,9 @@ def get(name: str) -> WorkloadModule:
         return Custom(name, name, functools.partial(LIBRARIES[library], model_name))
     place, colon, attribute = name.rpartition(":")
     if not colon:
+        plain, sized, size = name.partition("@")
+        if sized and plain in REGISTRY:
+            return Resized(name, REGISTRY[plain], _global_batch(name, size))
         if name not in REGISTRY:
             if name.endswith(".py"):
                 raise UsageError(f"name the function in {name} that gives the workload: --model {name}:FUNCTION")
@@ -68,6 +74,12 @@ def get(name: str) -> WorkloadModule:
     if hasattr(found, "open_workload"):
         return cast("WorkloadModule", found)
     return Custom(f"{Path(place).resolve()}:{attribute}" if is_file else name, label(name), found)
+
+
+def _global_batch(name: str, size: str) -> int:
+    if not (size.isdecimal() and 0 < int(size) <= MAX_GLOBAL_BATCH):
+        raise UsageError(f"{name}: behind the @ comes the global batch, samples from 1 to {MAX_GLOBAL_BATCH:,}")
+    return int(size)
 
 
 def label(name: str) -> str:

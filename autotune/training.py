@@ -14,6 +14,9 @@ import torch
 from autotune.apply import Run
 from autotune.errors import AutotuneError
 from autotune.files import save
+from autotune.strategy import Strategy
+
+METRICS_FILE = "metrics.json"
 
 T = TypeVar("T")
 
@@ -54,7 +57,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     workload: str
     source: str
     device: str
-    strategy: dict[str, str | int]
+    strategy: Strategy
     profile: str | None
     """The profile's file; None for the plain baseline."""
     num_train: int
@@ -211,7 +214,7 @@ class Training:
             workload=workload.name,
             source=workload.source,
             device=f"{device.name}, {device.architecture}",
-            strategy=self.run.strategy.to_dict(),
+            strategy=self.run.strategy,
             profile=profile,
             num_train=workload.num_train,
             num_test=workload.num_test,
@@ -299,6 +302,25 @@ class _Series:
 def write_metrics(metrics: Metrics, path: Path) -> None:
     """Writes the record as JSON, whole or not at all. Raises AutotuneError where it cannot be written."""
     save(path, msgspec.json.format(msgspec.json.encode(metrics), indent=1) + b"\n", "metrics")
+
+
+def read_metrics(path: Path) -> Metrics:
+    """A training run's record, by its file or the run's folder. Raises AutotuneError for what is none."""
+    file = path / METRICS_FILE if path.is_dir() else path
+    try:
+        record = msgspec.json.decode(file.read_bytes())
+        for epoch in record["epochs"]:  # JSON has no way to write what is no number
+            epoch["test_accuracy"] = _number(epoch["test_accuracy"])
+        record["steps"]["grad_norms"] = [_number(norm) for norm in record["steps"]["grad_norms"]]
+        return msgspec.convert(record, Metrics)
+    except OSError as exc:
+        raise AutotuneError(f"run {file} cannot be read: {exc.strerror or exc}") from exc
+    except (msgspec.DecodeError, ValueError, TypeError, KeyError) as exc:
+        raise AutotuneError(f"{file} is no training run's record: {exc}") from exc
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _plain_state(state: dict[str, Any]) -> dict[str, Any]:

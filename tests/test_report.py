@@ -10,13 +10,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from autotune.cli import run
 from autotune.measurement import Interval, Trial
 from autotune.profile import Profile
-from autotune.report.compare import compared_profiles, compared_studies
+from autotune.report.compare import compared_profiles, compared_runs, compared_studies
+from autotune.report.run_page import run_page
 from autotune.report.search_page import search_page
 from autotune.report.study_page import study_page
 from autotune.report.terminal import stdout
-from autotune.strategy import Strategy
+from autotune.strategy import Strategy, baseline
+from autotune.training import Epoch, Metrics, Steps, read_metrics, write_metrics
 from tests import factories
 from tests.test_study import results
 
@@ -56,10 +59,54 @@ def profile() -> Profile:
     return msgspec.structs.replace(plain, evidence=msgspec.structs.replace(plain.evidence, shares=shares))
 
 
+def run_of(strategy: Strategy, *, seconds: float, num_epochs: int = 2, **changes: Any) -> Metrics:
+    """A training run of 300 steps an epoch, with one gradient that is no number."""
+    num_steps = 300 * num_epochs
+    plain = Metrics(
+        workload="imdb",
+        source="reviews <of mine>",
+        device="Xeon",
+        strategy=strategy,
+        profile=None,
+        num_train=9600,
+        num_test=3200,
+        seed=0,
+        projected_s=None,
+        wall_s=seconds * num_epochs,
+        peak_memory_bytes=GIB,
+        epochs=tuple(
+            Epoch(
+                epoch=number,
+                train_loss=0.7 / number,
+                test_loss=0.6 / number + seconds / 1000,
+                test_accuracy=0.8 + number / 100 - seconds / 10_000,
+                train_s=0.75 * seconds,
+                eval_s=0.25 * seconds,
+                samples_per_s=9600 / seconds,
+                learning_rate=1e-4 / number,
+                grad_norm=1.5,
+            )
+            for number in range(1, num_epochs + 1)
+        ),
+        steps=Steps(
+            losses=tuple(0.7 - 0.5 * step / num_steps for step in range(num_steps)),
+            learning_rates=tuple(1e-4 * (1 - step / num_steps) for step in range(num_steps)),
+            grad_norms=(float("inf"), *(1.5 for _ in range(num_steps - 1))),
+        ),
+    )
+    return msgspec.structs.replace(plain, **changes)
+
+
+def runs() -> list[tuple[str, Metrics]]:
+    best = Strategy(precision="bf16", micro_batch=8, accumulation=4, padding="buckets")
+    return [("plain", run_of(baseline(32), seconds=100.0)), ("tuned", run_of(best, seconds=20.0))]
+
+
 def pages() -> dict[str, str]:
     return {
         "search": search_page(profile(), Path("profiles/x/imdb.toml"), trials(), factories.hardware()),
         "study": study_page(results(), Path("runs/study.json")),
+        "runs": run_page(runs()),
     }
 
 
@@ -70,7 +117,7 @@ def test_a_page_names_what_to_use_first_and_escapes_what_it_is_told() -> None:
     assert "<by>" not in html
 
 
-@pytest.mark.parametrize("kind", ["search", "study"])
+@pytest.mark.parametrize("kind", ["search", "study", "runs"])
 def test_a_page_refers_to_nothing_outside(kind: str) -> None:
     html = pages()[kind]
     for word in ("http://", "https://", "src=", "@import", "url("):
@@ -106,7 +153,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["search", "study"])
+@pytest.mark.parametrize("kind", ["search", "study", "runs"])
 def test_the_page_opens_without_a_complaint_and_fits(
     kind: str, size: str, scheme: str, browser: Any, tmp_path: Path
 ) -> None:
@@ -131,8 +178,10 @@ def test_the_page_opens_without_a_complaint_and_fits(
     expected = {
         # the knobs' shares; every measured trial; laps of four finalists and the baseline; two by micro batch
         "search": [2, measured, 5 * laps, 4, 4],
+        # the curves of steps have no marks; test loss and accuracy of two epochs of two runs
+        "runs": [0, 0, 0, 4, 4],
         # memory and speed: three techniques at two sizes; time against memory; savings of two
-        "study": [6, 6, 3, 2],
+        "study": [6, 6, 3, 2, 0],
     }
     assert counts == expected[kind]
     page.locator(".mark").first.hover()
@@ -170,6 +219,56 @@ def test_two_profiles_are_compared_knob_by_knob(capsys: pytest.CaptureFixture[st
     assert line.split() == ["precision", "bf16", "fp16", "differs"]
     assert out.count("differs") == 1
     assert "1.00x" in out
+
+
+def test_two_runs_are_compared_epoch_by_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    (_, plain), (_, tuned) = runs()
+    text = shown(compared_runs(plain, tuned, ("a", "b")), capsys)
+    assert "5.00x" in text
+    assert "2 epochs, evaluations counted: 3m20s and 40 s, B is 5.00x faster" in text
+    assert "Not the same training" not in text
+    other = run_of(baseline(32), seconds=20.0, num_epochs=3, source="others")
+    text = shown(compared_runs(plain, other, ("a", "b")), capsys)
+    assert "they differ in data, learning rates" in text
+    none = run_of(baseline(32), seconds=20.0, num_epochs=0)
+    assert "no epoch in common" in shown(compared_runs(plain, none, ("a", "b")), capsys)
+
+
+def test_a_page_of_one_run_that_is_not_done_yet_is_a_page_too() -> None:
+    html = run_page([("begun", run_of(baseline(32), seconds=20.0, num_epochs=0))])
+    assert "No epoch is done yet" in html
+    html = run_page([("done", run_of(baseline(32), seconds=20.0, num_epochs=1))])
+    assert "<b>80.80%</b> accuracy after 1 epoch in 20 s" in html
+    assert "of mine&gt;" in html
+
+
+def test_a_runs_record_is_read_back_with_what_is_no_number(tmp_path: Path) -> None:
+    plain = run_of(baseline(32), seconds=20.0)
+    epochs = tuple(msgspec.structs.replace(epoch, test_accuracy=float("nan")) for epoch in plain.epochs)
+    write_metrics(msgspec.structs.replace(plain, epochs=epochs), tmp_path / "metrics.json")
+    found = read_metrics(tmp_path)
+    assert found.steps.losses == plain.steps.losses
+    assert str(found.steps.grad_norms[:2]) == "(nan, 1.5)"
+    assert str(found.epochs[0].test_accuracy) == "nan"
+    html = run_page([("run", found)])
+    assert "a test loss of <b>0.3200</b>" in html
+    assert "nan" not in html
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "no record of"), ("[]", "no record of"), ('{"a": 1}', "no record of"), ('{"epochs": 1}', "no training run")],
+)
+def test_what_is_no_record_is_refused(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(text)
+    for command in (["report", str(path)], ["compare", str(path), str(path)]):
+        assert run(command) == 1
+        assert message in capsys.readouterr().err
+    assert run(["compare", str(path.with_name("none.json")), str(path)]) == 1
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_two_studies_are_compared_cell_by_cell(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,24 +6,35 @@ from pathlib import Path
 
 import click
 
+from autotune.cli.options import device_option, kind_of, named_profile, profiles_option
 from autotune.errors import UsageError
 
 
 @click.command("compare")
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
-def command(first: Path, second: Path) -> int:
-    """Two profiles, or the records of two studies, side by side: settings and figures."""
-    from autotune.profile import read_profile
-    from autotune.report.compare import compared_profiles, compared_studies
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@device_option
+@profiles_option
+def command(first: str, second: str, device_name: str | None, profiles: Path | None) -> int:
+    """Two training runs, two profiles, or the records of two studies, side by side.
+
+    A run is named by its folder or its metrics, a profile by its file or, this device's, by its workload's name.
+    """
+    from autotune.report.compare import compared_profiles, compared_runs, compared_studies
     from autotune.report.terminal import stdout
     from autotune.study.runner import read_results
+    from autotune.training import read_metrics
 
-    kinds = {path.suffix for path in (first, second)}
-    if kinds == {".toml"}:
-        stdout().print(compared_profiles(read_profile(first), read_profile(second), (str(first), str(second))))
-    elif kinds == {".json"}:
-        stdout().print(compared_studies(read_results(first), read_results(second), (str(first), str(second))))
+    names = (first, second)
+    kinds = {kind_of(name) for name in names}
+    if len(kinds) > 1:
+        raise UsageError("compare takes two of a kind: training runs, profiles, or the records of studies (.json)")
+    if kinds == {"run"}:
+        found = compared_runs(read_metrics(Path(first)), read_metrics(Path(second)), names)
+    elif kinds == {"study"}:
+        found = compared_studies(read_results(Path(first)), read_results(Path(second)), names)
     else:
-        raise UsageError("compare takes two profiles (.toml) or the records of two studies (.json)")
+        (one, path), (two, other) = (named_profile(name, device_name, profiles) for name in names)
+        found = compared_profiles(one, two, (str(path), str(other)))
+    stdout().print(found)
     return 0

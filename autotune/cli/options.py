@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -26,8 +27,8 @@ def model_option(function: F) -> F:
         "name",
         required=True,
         metavar="NAME",
-        help="imdb, lm, lm-base, cifar10; my_train.py:FUNCTION or package.module:FUNCTION of your own; hf:NAME; "
-        "timm:NAME.",
+        help="imdb, lm, lm-base, cifar10, each also with another global batch, as in imdb@64; my_train.py:FUNCTION or "
+        "package.module:FUNCTION of your own; hf:NAME; timm:NAME.",
     )(function)
 
 
@@ -91,6 +92,29 @@ def named_profile(what: str, device_name: str | None, profiles: Path | None) -> 
     if found is None:
         raise AutotuneError(f"there is no profile for {what} on this device; autotune search --model {what}")
     return found
+
+
+def kind_of(what: str) -> Literal["run", "study", "profile"]:
+    """What a name stands for: a training run by its folder or its metrics, a study by its record, else a profile.
+
+    Raises AutotuneError for a JSON file that cannot be read, or is neither.
+    """
+    path = Path(what)
+    if path.is_dir():
+        return "run"
+    if path.suffix != ".json" or ":" in what:
+        return "profile"
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise AutotuneError(f"{path} cannot be read: {exc.strerror or exc}") from exc
+    except ValueError as exc:
+        raise AutotuneError(f"{path} is no record of a study or of a training run: {exc}") from exc
+    if isinstance(record, dict) and "cells" in record:
+        return "study"
+    if isinstance(record, dict) and "epochs" in record:
+        return "run"
+    raise AutotuneError(f"{path} is no record of a study or of a training run")
 
 
 def probed(backend: Backend, *, refresh: bool = False) -> Hardware:

@@ -6,30 +6,41 @@ from pathlib import Path
 
 import click
 
-from autotune.cli.options import device_option, named_profile, profiles_option
+from autotune.cli.options import device_option, kind_of, named_profile, profiles_option
 from autotune.errors import UsageError
 
 
 @click.command("report")
-@click.argument("what", metavar="SEARCH|STUDY", default="imdb")
+@click.argument("names", metavar="[SEARCH|STUDY|RUN...]", nargs=-1)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
 @click.option("--plots", type=click.Path(path_type=Path), help="Folder for a study's PNG plots.")
 @device_option
 @profiles_option
-def command(what: str, output: Path, plots: Path | None, device_name: str | None, profiles: Path | None) -> int:
+def command(
+    names: tuple[str, ...], output: Path, plots: Path | None, device_name: str | None, profiles: Path | None
+) -> int:
     """Write one self-contained HTML page.
 
-    SEARCH is a workload's name, for this device's profile of it, or a profile's file; STUDY is a study's record.
+    SEARCH is a workload's name, for this device's profile of it, or a profile's file; STUDY is a study's record; RUN is
+    a training run's folder or its metrics, and several are drawn over one another. Default: the search for imdb.
     """
     from autotune import store
     from autotune.files import save
     from autotune.probe import cached_probe
 
+    what, *others = names or ("imdb",)
+    kind = kind_of(what)
+    if any(kind_of(other) != "run" for other in (what, *others) if others):
+        raise UsageError("of several, report draws training runs only")
+    if plots is not None and kind != "study":
+        raise UsageError("--plots draws a study's record only")
     path = Path(what)
-    is_study = path.suffix == ".json" and ":" not in what
-    if plots is not None and not is_study:
-        raise UsageError("--plots draws a study's record; a search has none")
-    if is_study:
+    if kind == "run":
+        from autotune.report.run_page import run_page
+        from autotune.training import read_metrics
+
+        html = run_page([(Path(name).name, read_metrics(Path(name))) for name in (what, *others)])
+    elif kind == "study":
         from autotune.report.study_page import study_page
         from autotune.study.runner import read_results
 

@@ -14,6 +14,8 @@ WIDTH, HEIGHT = 520, 340
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 46
 ROW = 34
 """Height of a row of bars or of dots."""
+MAX_POINTS = 200
+"""Of a curve."""
 
 
 class Point(NamedTuple):
@@ -48,7 +50,9 @@ class Row(NamedTuple):
 class _Axis:
     """Maps values to places."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float, *, from_zero: bool = False) -> None:
+    def __init__(
+        self, values: Sequence[float], start: float, end: float, *, from_zero: bool = False, counts: bool = False
+    ) -> None:
         low, high = min(values), max(values)
         low = 0.0 if from_zero and low >= 0 else low
         if high <= low:
@@ -56,6 +60,7 @@ class _Axis:
         margin = 0.06 * (high - low)
         self.low, self.high = low if from_zero and low == 0 else low - margin, high + margin
         self._start, self._end = start, end
+        self._least_step = 1.0 if counts else 0.0
 
     def __call__(self, value: float) -> float:
         return self._start + (value - self.low) / (self.high - self.low) * (self._end - self._start)
@@ -65,6 +70,7 @@ class _Axis:
         span = self.high - self.low
         step = 10.0 ** math.floor(math.log10(span / count))
         step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
+        step = max(step, self._least_step)
         first = math.ceil(self.low / step)
         return [step * place for place in range(first, math.floor(self.high / step) + 1)]
 
@@ -100,6 +106,36 @@ def lines(series: Mapping[str, Sequence[Point]], x_title: str, y_title: str) -> 
             _mark(a, b, point._replace(kind=f"s{number % 8}")) for (a, b), point in zip(places, ordered, strict=True)
         ]
     return _svg(parts, HEIGHT, f"{y_title} against {x_title}") + _legend(list(series))
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str, *, is_marked: bool = False
+) -> str:
+    """A curve for each series over a count, with a legend where there are several; what ``is_marked`` says its values
+    on hover."""
+    everything = [point for points in series.values() for point in points]
+    x = _Axis([x for x, _ in everything], LEFT, WIDTH - RIGHT, counts=True)
+    y = _Axis([y for _, y in everything], HEIGHT - BOTTOM, TOP)
+    parts = _frame(x, y, x_title, y_title)
+    for number, (name, points) in enumerate(series.items()):
+        kind, places = f"s{number % 8}", [(x(a), y(b)) for a, b in points]
+        parts.append(f'<polyline class="line {kind}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in places)}"/>')
+        if is_marked:
+            words = [f"{name}, {x_title} {a:g}: {b:.4g}" for a, b in points]
+            parts += [_mark(a, b, Point(a, b, said, kind)) for (a, b), said in zip(places, words, strict=True)]
+    legend = _legend(list(series)) if len(series) > 1 else ""
+    return _svg(parts, HEIGHT, f"{y_title} against {x_title}") + legend
+
+
+def averaged(values: Sequence[float]) -> list[tuple[float, float]]:
+    """A curve's points by their number, from 1; where they are many, averaged in groups."""
+    size = max(1, math.ceil(len(values) / MAX_POINTS))
+    found = []
+    for start in range(0, len(values), size):
+        group = [value for value in values[start : start + size] if math.isfinite(value)]
+        if group:
+            found.append((start + (size + 1) / 2, sum(group) / len(group)))
+    return found
 
 
 def bars(rows: Sequence[Bar], title: str, *, reference: float = 1.0) -> str:

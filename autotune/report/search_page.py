@@ -13,6 +13,7 @@ from autotune.probe import Hardware
 from autotune.profile import Profile
 from autotune.report import charts, page
 from autotune.report.terminal import (
+    count_words,
     describe,
     disagreement_words,
     faster_words,
@@ -47,7 +48,7 @@ def _body(profile: Profile, path: Path, trials: Sequence[Trial], hardware: Hardw
             (f"{format_bytes(base.peak_memory_bytes)} → {format_bytes(best.peak_memory_bytes)}", "peak memory"),
             (
                 f"{format_duration(base.projected_s)} → {format_duration(best.projected_s)}",
-                f"planned run, {_epochs(workload.epochs)}",
+                f"planned run, {count_words(workload.epochs, 'epoch')}",
             ),
             (format_duration(evidence.search_s), f"search, {evidence.num_trials} trials"),
         ]
@@ -129,10 +130,6 @@ def _how_sure(profile: Profile) -> str:
     if evidence.soak_steps:
         parts.append(f"{evidence.soak_steps} steps lasted, the longest samples in a row first")
     return " ".join(["; ".join(parts) + ".", disagreement_words(evidence.speedup, evidence.in_turns)]).strip()
-
-
-def _epochs(count: int) -> str:
-    return f"{count} epoch{'s' if count != 1 else ''}"
 
 
 def _changes(profile: Profile) -> Iterator[tuple[str, tuple[object, object]]]:
@@ -225,7 +222,8 @@ def _provenance(profile: Profile, path: Path) -> Iterator[str]:
             ("workload", f"{workload.name}: {workload.source}; global batch {workload.global_batch}"),
             (
                 "planned run",
-                f"{_epochs(workload.epochs)} of {workload.num_train:,} samples, evaluated on {workload.num_test:,}",
+                f"{count_words(workload.epochs, 'epoch')} of {workload.num_train:,} samples, "
+                f"evaluated on {workload.num_test:,}",
             ),
             ("baseline", describe(evidence.baseline_strategy)),
             ("objective", evidence.objective),

@@ -33,12 +33,13 @@ def _body(results: Results, path: Path) -> Iterator[str]:
     yield page.verdict(f"autotune study · {results.title} · {results.model} · {results.device}", words, more)
     if any(cell.trained for cell in results.cells):
         yield page.section(
-            "Memory and speed",
+            "Memory, speed and loss",
             page.charts(
                 ("Memory against batch size", _lines(results, "peak memory, GiB")),
                 ("Speed against batch size", _lines(results, "samples a second")),
                 (f"Time against memory at batch {largest}", _tradeoff(results, largest)),
                 (f"Memory against {results.reference} at batch {largest}", _savings(results, largest)),
+                (f"Loss of each step at batch {largest}", _losses(results, largest)),
             ),
         )
     yield page.section("Every cell", _cells(results))
@@ -117,6 +118,15 @@ def _words(cell: Cell) -> str:
     assert cell.trained is not None
     figures = f"{format_rate(cell.trained.samples_per_s)} samples/s, {format_bytes(cell.trained.peak_memory_bytes)}"
     return f"{cell.technique}, batch {cell.batch_size}: {figures}"
+
+
+def _losses(results: Results, batch_size: int) -> str:
+    series = {
+        cell.technique: charts.averaged(cell.trained.losses)
+        for cell in results.cells
+        if cell.trained is not None and cell.batch_size == batch_size
+    }
+    return charts.curves(series, "step", "loss")
 
 
 def _lines(results: Results, title: str) -> str:

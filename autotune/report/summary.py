@@ -11,7 +11,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autotune.report.terminal import describe, disagreement_words, faster_words, interval_words, share_words
+from autotune.report.terminal import (
+    count_words,
+    describe,
+    disagreement_words,
+    faster_words,
+    interval_words,
+    share_words,
+)
 from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
 from autotune.search.result import Result
@@ -71,7 +78,7 @@ def search_summary(
         cached = "was compiled before"
     table.add_row("warm-up", format_duration(base.warm_up_s), format_duration(best.warm_up_s), cached)
     base_s, best_s = planned.projected_s(base), planned.projected_s(best)
-    epochs = f"{planned.epochs} epoch{'s' if planned.epochs != 1 else ''}"
+    epochs = count_words(planned.epochs, "epoch")
     table.add_row(
         f"projected, {epochs}",
         format_duration(base_s),
@@ -197,7 +204,9 @@ def _confidence(result: Result) -> str:
         outcomes[trial.outcome] = outcomes.get(trial.outcome, 0) + 1
     counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
     rounds = f"{result.num_rounds} rounds in turns with the baseline"
-    how = rounds if result.num_rounds else "from separate trials, not measured in turns"
+    alone = "from separate trials, not measured in turns"
+    alone += "" if result.was_interrupted else ", for which a longer --budget leaves time"
+    how = rounds if result.num_rounds else alone
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None
     assert best is not None
@@ -237,5 +246,5 @@ def _change(before: float, after: float, less: str, more: str) -> str:
 
 def planned_words(planned: PlannedRun) -> str:
     """``5 epochs of 25,000 reviews, each with an evaluation of 25,000``."""
-    epochs = f"{planned.epochs} epoch{'s' if planned.epochs != 1 else ''}"
+    epochs = count_words(planned.epochs, "epoch")
     return f"{epochs} of {planned.num_train:,} samples, each followed by an evaluation of {planned.num_test:,}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -250,18 +251,41 @@ def share_words(share: float) -> str:
     return "less than 0.01%" if share < 1e-4 else f"{share:.2%}"
 
 
+def count_words(count: int, what: str) -> str:
+    """``1 epoch``, ``5 epochs``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def epoch_table(epochs: list[Epoch]) -> Table:
     """The training's record, a row an epoch."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    quality = "perplexity" if any(epoch.test_perplexity is not None for epoch in epochs) else "accuracy"
     for title in (
-        *("\nepoch", "train\nloss", "test\nloss", f"test\n{quality}", "learning\nrate", "grad\nnorm"),
+        *(
+            "\nepoch",
+            "train\nloss",
+            "test\nloss",
+            f"test\n{quality_name(epochs) or 'accuracy'}",
+            "learning\nrate",
+            "grad\nnorm",
+        ),
         *("\ntrained", "eval-\nuated", "samples\nper s"),
     ):
         table.add_column(title, justify="right", no_wrap=True)
     for epoch in epochs:
         table.add_row(*epoch_row(epoch))
     return table
+
+
+def quality_name(epochs: Sequence[Epoch]) -> str:
+    """What tells how good a training became; nothing where only the loss does."""
+    if any(epoch.test_perplexity is not None for epoch in epochs):
+        return "perplexity"
+    return "accuracy" if any(not math.isnan(epoch.test_accuracy) for epoch in epochs) else ""
+
+
+def quality_value(epoch: Epoch) -> float:
+    """The perplexity, or the share classified correctly."""
+    return epoch.test_accuracy if epoch.test_perplexity is None else epoch.test_perplexity
 
 
 def quality_words(epoch: Epoch) -> str:

@@ -149,7 +149,8 @@ def baseline(global_batch: int) -> Strategy:
     return Strategy(micro_batch=global_batch)
 
 
-def choices(knob: str) -> str:
-    """``; it is one of none, step`` for a knob whose values have names, nothing for others: an error's end."""
-    values = [value for value in get_args(get_type_hints(Strategy).get(knob)) if isinstance(value, str)]
+def choices(field: str, owner: type = Strategy) -> str:
+    """``; it is one of none, step`` for a knob whose values have names, nothing for others: an error's end. ``owner``
+    is what else may have such a field."""
+    values = [value for value in get_args(get_type_hints(owner).get(field)) if isinstance(value, str)]
     return f"; it is one of {', '.join(values)}" if values else ""

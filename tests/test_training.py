@@ -19,9 +19,9 @@ import torch
 from autotune import backends
 from autotune.apply import Run, apply
 from autotune.checkpoint import Identity, Told, difference, newest_checkpoint, read_checkpoint, write_checkpoint
-from autotune.cli.train import changed
+from autotune.cli.changes import changed_recipe, changed_strategy
 from autotune.errors import AutotuneError, UsageError
-from autotune.strategy import Strategy
+from autotune.strategy import Strategy, baseline
 from autotune.training import Epoch, Training
 from autotune.workloads.base import Workload
 from tests import own_script
@@ -102,7 +102,7 @@ def test_a_run_stopped_in_its_evaluation_evaluates_again(workload: Workload, tmp
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "restarts", "onecycle", "constant"])
 def test_every_schedule_goes_on_where_it_was(workload: Workload, schedule: str, tmp_path: Path) -> None:
-    recipe = changed(workload.recipe, (f"schedule={schedule}", "warmup_steps=3"))
+    recipe = changed_recipe(workload.recipe, (f"schedule={schedule}", "warmup_steps=3"))
     own = workload.with_recipe(recipe)
     whole = trained(own)
     first = stopped(run_of(own), 4)
@@ -147,23 +147,63 @@ def test_a_loss_that_is_no_number_ends_the_training(workload: Workload) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("speed=1", "has no 'speed'"),
+        ("speed=1", "there is no 'speed'"),
         ("schedul=linear", "did you mean"),
         ("epochs=3", "use --epochs"),
         ("schedule=square", "it is one of cosine, "),
-        ("global_batch=64", "a workload of your own"),
+        ("global_batch=64", "imdb@64"),
         ("learning_rate=-1", "> 0"),
         ("learning_rate=fast", "--recipe"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(workload: Workload, change: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        changed(workload.recipe, (change,))
+        changed_recipe(workload.recipe, (change,))
 
 
 def test_a_recipe_s_fields_can_be_changed(workload: Workload) -> None:
-    found = changed(workload.recipe, ("clip_norm=none", "learning_rate=3e-4", "label_smoothing=0.1"))
+    found = changed_recipe(workload.recipe, ("clip_norm=none", "learning_rate=3e-4", "label_smoothing=0.1"))
     assert (found.clip_norm, found.learning_rate, found.label_smoothing) == (None, 3e-4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("speed=1", "there is no 'speed'"),
+        ("precison=bf16", "did you mean 'precision'"),
+        ("precision=bf15", "it is one of fp32, "),
+        ("micro_batch=3", "micro_batch x accumulation is 3 x 1, and the global batch 32"),
+        ("micro_batch=0", "--knob"),
+        ("workers=two", "--knob workers=two"),
+        ("deterministic=true", "use --deterministic"),
+    ],
+)
+def test_a_knob_that_makes_no_sense_is_refused(change: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        changed_strategy(baseline(32), (change,))
+
+
+def test_a_knob_that_the_device_refuses_is_named(
+    tiny_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data", str(tiny_reviews), "--limit", "4", "--run", str(tmp_path / "run"))
+    assert called("train", "--model", "imdb", *data, "--profile", "none", "--knob", "attention=sdpa_cudnn") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("autotune: ")]
+    assert "--knob attention=sdpa_cudnn does not run here: RuntimeError" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        (("micro_batch=8",), (8, 4)),
+        (("accumulation=2",), (16, 2)),
+        (("micro_batch=16", "accumulation=2"), (16, 2)),
+        (("checkpoint=none", "graphs=none", "precision=bf16"), (32, 1)),
+    ],
+)
+def test_knobs_set_by_hand_keep_the_global_batch(changes: tuple[str, ...], sizes: tuple[int, int]) -> None:
+    found = changed_strategy(baseline(32), changes)
+    assert (found.micro_batch, found.accumulation) == sizes
 
 
 def identity(workload: Workload, **changes: Any) -> Identity:
@@ -306,7 +346,7 @@ def test_another_training_s_checkpoint_is_refused_with_what_differs(
         (2, resume(tmp_path, script, "--recipe", "schedule=linear"), "its recipe's schedule was cosine, and is linear"),
         (2, resume(tmp_path, script, "--seed", "7"), "seed was 0, and is 7"),
         (1, resume(tmp_path / "none", script), "there is no checkpoint"),
-        (2, resume(tmp_path, script, "--profile", "none"), "leave --profile and --pick out"),
+        (2, resume(tmp_path, script, "--knob", "workers=1"), "leave --profile, --pick and --knob out"),
         (2, train(tmp_path, script), "has a run's checkpoint already"),
         (2, resume(tmp_path, f"{other / 'own_script.py'}:workload"), "num_parameters was"),
     ):

@@ -9,10 +9,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from autotune.cli.changes import changed_recipe, changed_strategy
 from autotune.cli.options import data_options, device_option, find_backend, model_option, prepare, profiles_option
 from autotune.errors import AutotuneError, UsageError
 
@@ -22,15 +23,8 @@ if TYPE_CHECKING:
     from autotune.store import Wanted
     from autotune.strategy import Strategy
     from autotune.training import Training
-    from autotune.workloads.base import Recipe
 
 RUNS = Path("runs")
-
-_FIXED = {
-    "epochs": "; use --epochs",
-    "global_batch": ": the profile was searched for it; a workload of your own (--model file.py:function) sets its own",
-}
-"""What of a recipe --recipe does not change, and what does."""
 
 
 @click.command("train")
@@ -55,6 +49,14 @@ _FIXED = {
     metavar="NAME=VALUE",
     help="Change the recipe: learning_rate, weight_decay, warmup_steps, clip_norm (a number or none), label_smoothing, "
     "schedule (cosine, linear, restarts, onecycle, constant). May be repeated.",
+)
+@click.option(
+    "--knob",
+    "knobs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set a knob by hand, as in precision=bf16, attention=sdpa_flash or micro_batch=8; all else as in the profile. "
+    "May be repeated.",
 )
 @data_options
 @click.option("--metrics", type=click.Path(path_type=Path), help="Default: metrics.json in the run's folder.")
@@ -94,6 +96,7 @@ def command(
     pick: str | None,
     epochs: int | None,
     changes: tuple[str, ...],
+    knobs: tuple[str, ...],
     data: Path | None,
     limit: int | None,
     metrics: Path | None,
@@ -114,22 +117,22 @@ def command(
     from autotune.apply import apply
     from autotune.report.live import TrainDisplay
     from autotune.report.tensorboard import tensorboard_log
-    from autotune.report.terminal import describe, epoch_table, stdout
-    from autotune.training import Training, write_metrics
+    from autotune.report.terminal import count_words, describe, epoch_table, stdout
+    from autotune.training import METRICS_FILE, Training, write_metrics
     from autotune.units import format_bytes, format_duration
 
     wanted = workloads.wanted(name)
     label = wanted.label
-    recipe = changed(workloads.get(name).RECIPE, changes)
+    recipe = changed_recipe(workloads.get(name).RECIPE, changes)
     backend = find_backend(device_name)
     saved = told = state = None
     if resume is not None:
-        if profile_name is not None or pick is not None:
-            raise UsageError("--resume goes on with the run's own profile; leave --profile and --pick out")
+        if profile_name is not None or pick is not None or knobs:
+            raise UsageError("--resume goes on with the run's own setting; leave --profile, --pick and --knob out")
         path = Path(resume) if resume else checkpoint.newest_checkpoint(RUNS, label)
         saved, told, state = checkpoint.read_checkpoint(path)
         folder = folder or (path if path.is_dir() else path.parent)
-        seed, recipe = saved.seed if seed is None else seed, changed(saved.recipe, changes)
+        seed, recipe = saved.seed if seed is None else seed, changed_recipe(saved.recipe, changes)
         data, limit = data or (Path(told.data) if told.data else None), limit or told.limit
         profile, profile_words = _resumed_profile(told.profile), told.profile
     else:
@@ -141,9 +144,10 @@ def command(
     if saved is None and (folder / checkpoint.CHECKPOINT_FILE).exists():
         raise UsageError(f"{folder} has a run's checkpoint already; go on with it (--resume {folder}), or move it")
     ref, workload = prepare(name, data, limit)
-    metrics = metrics or folder / "metrics.json"
+    metrics = metrics or folder / METRICS_FILE
     workload = workload.with_recipe(recipe)
     strategy = saved.strategy if saved is not None else _strategy(name, profile_name, profile, workload.baseline)
+    strategy = changed_strategy(strategy, knobs)
     strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
     num_epochs = epochs or (saved.epochs if saved is not None else recipe.epochs)
     identity = checkpoint.Identity(
@@ -186,7 +190,7 @@ def command(
     with TrainDisplay(title, num_steps=steps_per_epoch, num_epochs=num_epochs, done=training.epochs) as display:
         display.say(title)
         if len(training.epochs) >= num_epochs:
-            display.say(f"the run is done already: {num_epochs} epoch{'s' if num_epochs > 1 else ''}")
+            display.say(f"the run is done already: {count_words(num_epochs, 'epoch')}")
         elif training.epochs or training.step:
             display.say(f"going on after {len(training.epochs)} epochs and {training.step} steps")
 
@@ -201,7 +205,7 @@ def command(
                 checkpoint.write_tensors(folder / checkpoint.BEST_FILE, run.model.state_dict())
             save()
 
-        with _stopped_by_ctrl_c(training, display.say):
+        with _told_of(knobs, training), _stopped_by_ctrl_c(training, display.say):
             training.train(num_epochs, on_step=on_step, on_evaluation=display.on_evaluation, on_epoch=on_epoch)
         if training.is_stopped:
             save()
@@ -226,34 +230,6 @@ def command(
     if len(training.epochs) < num_epochs:
         click.echo(f"ended: no lower test loss for {patience} epochs", err=True)
     return 0
-
-
-def changed(recipe: Recipe, changes: tuple[str, ...]) -> Recipe:
-    """The recipe with some fields changed. Raises UsageError for what it has not, or cannot be."""
-    import msgspec
-
-    from autotune.errors import at_fault, nearest
-
-    values = msgspec.to_builtins(recipe)
-    for change in changes:
-        field, _, value = change.partition("=")
-        known = [name for name in values if name not in _FIXED]
-        if field not in known:
-            hint = _FIXED.get(field) or nearest(field, known)
-            raise UsageError(f"--recipe {change}: the recipe has no {field!r} to change{hint}")
-        values[field] = None if value == "none" else value
-    try:
-        return msgspec.convert(values, type(recipe), strict=False)
-    except msgspec.ValidationError as exc:
-        field, message = at_fault(exc)
-        words = f"{message[0].lower()}{message[1:]}{_choices(field)}"
-        raise UsageError(f"--recipe {field}={values[field]}: {words}") from exc
-
-
-def _choices(field: str) -> str:
-    from autotune.workloads.base import Schedule
-
-    return f"; it is one of {', '.join(get_args(Schedule))}" if field == "schedule" else ""
 
 
 def _profile(
@@ -286,8 +262,10 @@ def _profile(
             f"No profile for {wanted.name} on this device, safe defaults are used; make one: ", err=True, nl=False
         )
         click.echo(f"autotune search --model {wanted.name}", err=True)
-    if pick is not None and profile is not None:
-        profile = profile.pick(pick)
+    if profile is not None:
+        if profile_name != "none" and (words := store.caveat(profile, device)):
+            click.echo(words, err=True)
+        profile = profile if pick is None else profile.pick(pick)
     return profile, path_found
 
 
@@ -306,6 +284,20 @@ def _strategy(name: str, profile_name: str | None, profile: Profile | None, base
     if profile_name == "none":
         return baseline
     return safe_defaults(name) if profile is None else profile.strategy
+
+
+@contextlib.contextmanager
+def _told_of(knobs: tuple[str, ...], training: Training) -> Iterator[None]:
+    """What is refused before the first step is done is taken to be the doing of the knobs that the user has set.
+    Raises AutotuneError that names them."""
+    from autotune.errors import words_of
+
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as exc:
+        if not knobs or training.step or training.epochs:
+            raise
+        raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {words_of(exc)}") from exc
 
 
 @contextlib.contextmanager

@@ -18,12 +18,13 @@ def schedule(optimizer: Optimizer, recipe: Recipe, total_steps: int) -> LRSchedu
     """The recipe's schedule for so many steps; beyond them the rate stays where it ends."""
     if recipe.schedule == "onecycle":
         return _OneCycle(optimizer, max_lr=recipe.learning_rate, total_steps=max(2, total_steps))
+    least = recipe.least_rate / recipe.learning_rate
     warmup, shape = warmup_steps(recipe, total_steps), _SHAPES[recipe.schedule]
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return shape(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
+        return least + (1 - least) * shape(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
 
     return LambdaLR(optimizer, factor)
 

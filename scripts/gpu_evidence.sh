@@ -10,7 +10,7 @@
 #
 # OUT        folder for results (evidence)            DEVICE    cuda, or cpu to rehearse
 # STEPS      which are timed, one after another       BESIDE    which are not, all at once after them
-# LAST       which nothing may run beside, as they fill the card
+# LAST       what comes then, nothing beside it: the accuracy runs side by side, what fills the card
 # SEARCH_S   for each search (300), less where UNTIL leaves less    PLANNED   epochs that searches plan for (the recipe's)
 # REVIEWS    a folder with the real reviews           EPOCHS    of the accuracy runs (5)
 # GRID_MIN   minutes for the recorded grid (8)   STUDY_STEPS   steps of each of the study's runs (the study's own)
@@ -26,9 +26,9 @@ REHEARSE=${REHEARSE:-}
 SEARCH_S=${SEARCH_S:-300}
 EPOCHS=${EPOCHS:-5}
 REVIEWS=${REVIEWS:-}
-STEPS=${STEPS-versions probe compare search-imdb search-cifar10 search-lm study grid}
+STEPS=${STEPS-versions probe compare search-imdb search-cifar10 search-lm search-lm@128 study grid}
 BESIDE=${BESIDE-accuracy-none accuracy-best tests budget replay}
-LAST=${LAST-too-big}
+LAST=${LAST-accuracy too-big}
 UNTIL=${UNTIL:-86400}
 PACK=${PACK:-}
 PLANNED=${PLANNED:-}
@@ -58,6 +58,7 @@ if [ -n "$REHEARSE" ]; then
     grid_minutes=0.5
     replay_args=(--seeds 2 --methods autotune,random)
     test_args=(tests/backends)
+    STEPS=${STEPS/lm@128/lm@2} # whose plain baseline takes 28 GiB
 fi
 data_args=()
 [ -n "$REVIEWS" ] && data_args=(--data "$REVIEWS")
@@ -96,6 +97,10 @@ step() {  # what one step runs; its output is its evidence
     too-big)  # a batch that no card holds: a row with its reason, the smaller ones measured
         autotune study --study precision --model lm --device "$DEVICE" --output "$OUT/too-big.json" --steps 2 \
             --only fp32 --limit 65536 --batch-size 8 --batch-size "${TOO_BIG:-4096}"
+        ;;
+    accuracy)
+        autotune compare "$OUT/accuracy-none" "$OUT/accuracy-best" &&
+            autotune report "$OUT/accuracy-none" "$OUT/accuracy-best" -o "$OUT/accuracy.html"
         ;;
     accuracy-*)
         if [ -e "$OUT/$1/checkpoint.pt" ]; then

@@ -14,9 +14,11 @@ from autotune.workloads.base import Recipe, Schedule
 RECIPE = Recipe(learning_rate=0.5, weight_decay=0.0, warmup_steps=100, clip_norm=None, global_batch=1, epochs=1)
 
 
-def rates(kind: Schedule, total_steps: int = 1000, num_steps: int | None = None) -> list[float]:
+def rates(
+    kind: Schedule, total_steps: int = 1000, num_steps: int | None = None, least_rate: float = 0.0
+) -> list[float]:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=RECIPE.learning_rate)
-    made = schedule(optimizer, msgspec.structs.replace(RECIPE, schedule=kind), total_steps)
+    made = schedule(optimizer, msgspec.structs.replace(RECIPE, schedule=kind, least_rate=least_rate), total_steps)
     found = []
     for _ in range(num_steps or total_steps):
         found.append(optimizer.param_groups[0]["lr"])
@@ -42,6 +44,15 @@ def test_cosine_and_linear_fall_all_the_way(kind: Schedule) -> None:
     middle = found[len(found) // 2]
     assert middle == pytest.approx(0.25, abs=0.01)
     assert (found[225] > 0.4) == (kind == "cosine")
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "restarts"])
+def test_the_rate_falls_no_further_than_it_may(kind: Schedule) -> None:
+    found = rates(kind, least_rate=0.05)
+    assert found[0] == pytest.approx(0.005)
+    assert max(found) == pytest.approx(0.5)
+    assert min(found[100:]) >= 0.05
+    assert found[-1] == pytest.approx(0.05, abs=0.001)
 
 
 def test_restarts_go_back_to_the_full_rate() -> None:

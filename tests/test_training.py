@@ -153,6 +153,7 @@ def test_a_loss_that_is_no_number_ends_the_training(workload: Workload) -> None:
         ("schedule=square", "it is one of cosine, "),
         ("global_batch=64", "imdb@64"),
         ("learning_rate=-1", "> 0"),
+        ("least_rate=0.1", "least_rate, 0.1, is above learning_rate"),
         ("learning_rate=fast", "--recipe"),
     ],
 )

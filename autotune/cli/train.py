@@ -47,7 +47,8 @@ RUNS = Path("runs")
     "changes",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Change the recipe: learning_rate, weight_decay, warmup_steps, clip_norm (a number or none), label_smoothing, "
+    help="Change the recipe: learning_rate, least_rate (what it falls to), weight_decay, warmup_steps, clip_norm (a "
+    "number or none), label_smoothing, "
     "schedule (cosine, linear, restarts, onecycle, constant). May be repeated.",
 )
 @click.option(

@@ -39,10 +39,16 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Samples per optimizer step."""
     epochs: Annotated[int, msgspec.Meta(ge=1)]
     schedule: Schedule = "cosine"
-    """What follows the warm-up: a half ``cosine`` to zero, a ``linear`` fall to zero, a cosine with ``restarts``, the
-    ``constant`` full rate; or ``onecycle`` from the first step."""
+    """What follows the warm-up: a half ``cosine``, a ``linear`` fall, a cosine with ``restarts``, the ``constant`` full
+    rate; or ``onecycle`` from the first step."""
+    least_rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """What the rate falls to; ``onecycle`` has an end of its own."""
     label_smoothing: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     """Share of a target that is spread over all classes (Szegedy et al. 2016), in training only."""
+
+    def __post_init__(self) -> None:
+        if self.least_rate > self.learning_rate:
+            raise ValueError(f"least_rate, {self.least_rate:g}, is above learning_rate, {self.learning_rate:g}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import tempfile
 from collections.abc import Iterator
@@ -160,11 +161,12 @@ def check_writable(path: Path, option: str = "--profiles") -> None:
 
 @contextlib.contextmanager
 def device_lock(device: Device) -> Iterator[None]:
-    """Held while a search measures: two at once on one device would spoil each other's timings.
+    """Held while a search measures: two at once on one device would spoil each other's timings. Hosts that share a
+    cache folder have locks of their own.
 
     Raises AutotuneError when another process holds it; a lock whose holder died is free.
     """
-    lock = filelock.FileLock(cache_dir() / "locks" / f"{device.fingerprint}.lock")
+    lock = filelock.FileLock(cache_dir() / "locks" / f"{device.fingerprint}-{file_stem(platform.node())}.lock")
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

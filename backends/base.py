@@ -18,6 +18,9 @@ from autotune.strategy import Allocator, Attention, Compile, Graphs, Precision
 if TYPE_CHECKING:
     import torch
 
+_WHOLE_MACHINES = ("cpu", "mps")
+"""Kinds whose cores and memory are the machine's, all others are cards in it."""
+
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One accelerator or the CPU, as found on this machine."""
@@ -40,11 +43,15 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits that stay the same while the hardware does; software versions do not count, and neither do
-        the host's cores beside an accelerator, nor what a driver keeps of the last GiB."""
-        cores = [str(self.num_cores)] if self.kind == "cpu" else []
-        memory_gib = math.ceil(self.memory_total_bytes / 2**30)
-        identity = "|".join([self.kind, self.name, self.architecture, *cores, str(memory_gib)])
+        """Twelve hex digits that stay the same while the hardware does; software versions do not count. A card's host
+        does not either, nor what its driver keeps of its memory."""
+        memory_gib = self.memory_total_bytes / 2**30
+        if self.kind in _WHOLE_MACHINES:
+            measures = [self.num_cores, round(memory_gib)]
+        else:
+            multiple = 8 if memory_gib > 16 else 2  # as cards are sold; drivers keep up to a few percent
+            measures = [multiple * math.ceil(memory_gib / multiple)]
+        identity = "|".join([self.kind, self.name, self.architecture, *map(str, measures)])
         return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 

@@ -266,11 +266,29 @@ def test_the_fingerprint_ignores_software_and_free_memory() -> None:
     assert factories.device(num_cores=3).fingerprint != device.fingerprint
 
 
-def test_a_cards_fingerprint_ignores_its_host_and_what_the_driver_keeps() -> None:
-    card = factories.device(kind="cuda", name="NVIDIA H100 80GB HBM3", memory_total_bytes=int(79.2 * 2**30))
-    for host in ({"num_cores": 192}, {"memory_total_bytes": int(79.65 * 2**30)}):
-        assert msgspec.structs.replace(card, **host).fingerprint == card.fingerprint
-    assert msgspec.structs.replace(card, memory_total_bytes=94 * 2**30).fingerprint != card.fingerprint
+@pytest.mark.parametrize(
+    ("sizes_gib", "another_gib"),
+    [((79.1, 79.2, 79.65), 93.1), ((21.95, 22.03, 22.5), 31.7), ((139.8, 140.4), 178.4), ((11.6, 11.9), 9.7)],
+)
+def test_a_cards_fingerprint_ignores_its_host_and_what_the_driver_keeps(
+    sizes_gib: tuple[float, ...], another_gib: float
+) -> None:
+    def card(gib: float, num_cores: int = 16) -> str:
+        return factories.device(kind="cuda", num_cores=num_cores, memory_total_bytes=int(gib * 2**30)).fingerprint
+
+    assert len({card(size) for size in sizes_gib}) == 1
+    assert card(sizes_gib[0], 192) == card(sizes_gib[0])
+    assert card(another_gib) != card(sizes_gib[0])
+
+
+def test_cores_and_memory_of_a_whole_machine_count() -> None:
+    for kind in ("cpu", "mps"):
+        found = {
+            factories.device(kind=kind, num_cores=cores, memory_total_bytes=gib * 2**30).fingerprint
+            for cores in (8, 10)
+            for gib in (8, 16)
+        }
+        assert len(found) == 4
 
 
 @pytest.mark.parametrize(
@@ -286,12 +304,21 @@ def test_a_shipped_profile_is_found_by_the_device_that_it_was_made_on(path: Path
     assert found[1].resolve() == path.resolve()
 
 
-def test_a_card_in_another_host_takes_its_profile_with_a_word_of_caution(tmp_path: Path) -> None:
-    profile = factories.profile()
-    assert store.caveat(profile, factories.device()) is None
-    words = store.caveat(profile, factories.device(num_cores=64))
-    assert words is not None
-    assert "a host with 2 cores, this one has 64" in words
+def test_a_card_in_another_host_takes_its_profile_with_a_word_of_caution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autotune import api
+    from autotune.backends import cpu
+
+    card = factories.device(kind="cuda", num_cores=64)
+    plain = factories.profile()
+    device = msgspec.structs.replace(plain.device, kind="cuda", fingerprint=card.fingerprint, num_cores=16)
+    path = store.profile_path(card, "imdb", tmp_path)
+    path.parent.mkdir(parents=True)
+    write_profile(msgspec.structs.replace(plain, device=device), path)
+    monkeypatch.setattr(cpu, "device", lambda: card)
+    with pytest.warns(UserWarning, match="on a host with 16 cores, this one has 64"):
+        assert api.load("imdb", profiles=tmp_path).path == path
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_the_option_to_change(tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ class Task:
         return {
             "autotune": __version__,
             "device": self.hardware.device.fingerprint,
+            "num_cores": self.hardware.device.num_cores,
             "versions": self.hardware.device.versions,
             "pulse": pulse.WORK,
             "workload": msgspec.to_builtins(self.ref),

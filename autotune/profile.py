@@ -139,6 +139,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             best=chosen.figures,
             speedup=chosen.speedup,
             num_rounds=chosen.num_rounds,
+            in_turns=None,
             soak_steps=chosen.soak_steps,
             loss_deviation=chosen.loss_deviation,
             warm_up_cached_s=None,

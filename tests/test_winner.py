@@ -369,6 +369,37 @@ def test_each_knob_is_taken_back_and_what_brings_nothing_stays_back(
     assert observer.origins[-1] == "without what brings nothing"
 
 
+def test_what_is_raced_again_races_together_though_it_takes_longer_than_its_share(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, raced: list[int]
+) -> None:
+    scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
+    scripted_device.setattr(races, "FINALS_SHARE", 0.02)
+    scripted_device.setattr(races.Races, "shortest_s", lambda self, field, **_: 15.0 * len(field))
+    result = searched(prepared, max_trials=2, budget_s=1000.0, explains=True)
+    assert raced[-1] == 3, "the baseline, the best, and the best without what brings nothing"
+    assert result.best.strategy == msgspec.structs.replace(GUESS, workers=0)
+
+
+@pytest.mark.parametrize(("share", "num_raced"), [(0.1, NUM_FINALISTS), (0.02, 1)])
+def test_the_trials_leave_time_for_the_race_that_there_will_be(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch, share: float, num_raced: int
+) -> None:
+    left: list[float] = []
+    run = races.Races.run
+
+    def asked(self: races.Races, finalists: Any, **given: Any) -> None:
+        left.append(self.reserved_s())
+        run(self, finalists, **given)
+
+    scripted_device.setattr(races.Races, "run", asked)
+    scripted_device.setattr(races.Races, "_last_test_s", lambda self: 0.0)
+    scripted_device.setattr(races.Races, "shortest_s", lambda self, field, **_: 15.0 * len(field))
+    for name, value in (("FIELD", 0), ("LEAST_SHARE", 0.0), ("FINALS_SHARE", share)):
+        scripted_device.setattr(races, name, value)
+    searched(prepared, budget_s=1000.0, max_trials=20, explains=False)
+    assert left[0] == 15.0 * num_raced
+
+
 def test_where_there_is_no_time_each_knobs_share_is_estimated(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:

@@ -205,7 +205,7 @@ def _confidence(result: Result) -> str:
     counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
     rounds = f"{result.num_rounds} rounds in turns with the baseline"
     alone = "from separate trials, not measured in turns"
-    alone += "" if result.was_interrupted else ", for which a longer --budget leaves time"
+    alone += ", for which a longer --budget leaves time" if result.lacked_time else ""
     how = rounds if result.num_rounds else alone
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None

@@ -38,6 +38,8 @@ class Races:
         self._history: History = trials.history
         self.has_reference = False
         """Whether the baseline's losses for the last test are known."""
+        self.lacked_time = False
+        """Whether what was to be raced last was not, as the budget had no time for it."""
 
     def left_s(self) -> float:
         """Of the budget, but for the last test."""
@@ -50,25 +52,25 @@ class Races:
             return 0.0
         share_s = self._share_s()
         field = self._field(share_s)
-        entrants = self._in_time(self._history.finalists(), share_s)
-        shortest_s = self._heat_s(field) if field else self.shortest_s(entrants)
+        shortest_s = self._heat_s(field) if field else self.shortest_s(self._entrants(share_s))
         least_s = LEAST_SHARE * (self._task.settings.budget_s or 0.0)
         return max(shortest_s, least_s) + self._last_test_s()
 
     def finalists(self) -> list[Trial]:
         """Who enters the race. Where time and memory allow, they come out of a heat: a larger field, raced for a few
         rounds without the plain baseline, which would take most of the time."""
-        share_s = min(self._share_s(), self.left_s())
+        share_s, left_s = self._share_s(), self.left_s()
+        enough_s, share_s = max(share_s, left_s), min(share_s, left_s)
         field = self._field(share_s)
         if not field:
-            return self._history.finalists()
+            return self._entrants(enough_s)
         heat = self.race_of(field)
         spare_s = share_s - self._heat_s(field)
-        enough_s = self.shortest_s(field, with_baseline=False) + spare_s / 2
-        self._run(heat, enough_s, f"heat: the best {len(field)} in turns")
+        heat_s = self.shortest_s(field, with_baseline=False) + spare_s / 2
+        self._run(heat, heat_s, f"heat: the best {len(field)} in turns")
         rivals = [final for final in heat.finals() if self._history.may_win(final.trial, final.measurement)]
         through = [final.trial for final in self._standings.in_order(rivals)][:NUM_THROUGH]
-        return through or self._history.finalists()
+        return through or self._entrants(enough_s)
 
     def run(self, finalists: Sequence[Trial], *, in_any_case: bool = False) -> None:
         """The finalists against the baseline, which is the first entrant; not where the time is up, unless it is
@@ -77,8 +79,10 @@ class Races:
         entrants = [trial for trial in finalists if trial is not reference]
         share_s = self._share_s()
         left_s = share_s if in_any_case else self.left_s()
-        entrants = self._in_time(entrants, max(left_s, share_s))
-        if self._history.reference_step_s is None or self.shortest_s(entrants) > left_s + share_s:
+        if self._history.reference_step_s is None:
+            return
+        self.lacked_time = self.shortest_s(entrants) > left_s + share_s
+        if self.lacked_time:
             return
         while entrants and not self._fit_together([reference, *entrants]):
             entrants.remove(max(entrants, key=_peak_bytes))
@@ -98,10 +102,10 @@ class Races:
         step_s = self._step_s if with_baseline else 0.0
         return turns.shortest_s(step_s, field, self._task.backend.name, self._history.slowdown_since)
 
-    def _in_time(self, entrants: Sequence[Trial], enough_s: float) -> list[Trial]:
-        """As many, the best first, as the shortest race of them allows in so many seconds, one at least; all where each
-        is the best for an aim of its own."""
-        found = list(entrants)
+    def _entrants(self, enough_s: float) -> list[Trial]:
+        """Who races the baseline where there is no heat: as many, the best first, as their shortest race allows in so
+        many seconds, one at least; all where each is the best for an aim of its own."""
+        found = [trial for trial in self._history.finalists() if trial is not self._history.reference]
         while len(found) > 1 and len(self._task.sought) == 1 and self.shortest_s(found) > enough_s:
             found.pop()
         return found

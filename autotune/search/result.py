@@ -56,6 +56,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What was found for each aim, where there are several; the best is the first."""
     is_settled: bool = False
     """Whether the trials ended because no other was expected to save more than it takes."""
+    lacked_time: bool = False
+    """Whether the budget had no time for what was to be timed in turns last."""
     flops: Flops = Flops(None, "not counted")
     """What training a sample takes by the model's own arithmetic."""
     matmul_flops: dict[Precision, float] = {}

@@ -277,6 +277,7 @@ class _Search:
             was_interrupted=self.was_interrupted,
             shares=self.shares if best.strategy in self.explained else self.history.estimated_shares(best.strategy),
             is_settled=self.trials.is_settled,
+            lacked_time=self.races.lacked_time,
             flops=self.task.flops,
             matmul_flops=self.task.matmul_flops,
         )

@@ -15,6 +15,7 @@ from autotune.apply import Run
 from autotune.errors import AutotuneError
 from autotune.files import save
 from autotune.strategy import Strategy
+from autotune.workloads.base import Recipe
 
 METRICS_FILE = "metrics.json"
 
@@ -59,7 +60,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     strategy: Strategy
     profile: str | None
-    """The profile's file; None for the plain baseline."""
+    """The profile's file; None for the plain baseline. ``--knob`` may have changed its setting."""
     num_train: int
     num_test: int
     seed: int
@@ -71,6 +72,10 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     """Peak device memory of all sittings."""
     epochs: tuple[Epoch, ...]
     steps: Steps
+    recipe: Recipe | None = None
+    """None in records of before this was kept."""
+    num_epochs: int | None = None
+    """Planned ones, which the schedule goes by."""
 
 
 class Training:
@@ -207,8 +212,10 @@ class Training:
                 f"the loss is {losses[bad]:.0f} at step {in_epoch} of epoch {len(self.epochs) + 1}; training stopped"
             )
 
-    def metrics(self, *, profile: str | None, projected_s: float | None, seed: int) -> Metrics:
-        """The record of what is done so far."""
+    def metrics(
+        self, *, profile: str | None, projected_s: float | None, seed: int, num_epochs: int | None = None
+    ) -> Metrics:
+        """The record of what is done so far, of ``num_epochs`` that are planned."""
         workload, device = self.run.workload, self.run.backend.device()
         return Metrics(
             workload=workload.name,
@@ -224,6 +231,8 @@ class Training:
             peak_memory_bytes=self.peak_memory_bytes,
             epochs=tuple(self.epochs),
             steps=self.steps,
+            recipe=workload.recipe,
+            num_epochs=num_epochs,
         )
 
     def _train_epoch(self, number: int, begin: float, on_step: Callable[[int, int, int], None]) -> None:
@@ -310,12 +319,14 @@ def read_metrics(path: Path) -> Metrics:
     try:
         record = msgspec.json.decode(file.read_bytes())
         for epoch in record["epochs"]:  # JSON has no way to write what is no number
-            epoch["test_accuracy"] = _number(epoch["test_accuracy"])
-        record["steps"]["grad_norms"] = [_number(norm) for norm in record["steps"]["grad_norms"]]
+            epoch |= {field: _number(epoch[field]) for field in ("train_loss", "test_loss", "test_accuracy")}
+        record["steps"]["grad_norms"] = list(map(_number, record["steps"]["grad_norms"]))
         return msgspec.convert(record, Metrics)
     except OSError as exc:
         raise AutotuneError(f"run {file} cannot be read: {exc.strerror or exc}") from exc
-    except (msgspec.DecodeError, ValueError, TypeError, KeyError) as exc:
+    except KeyError as exc:
+        raise AutotuneError(f"{file} is no training run's record of this autotune: it has no {exc}") from exc
+    except (msgspec.DecodeError, ValueError, TypeError) as exc:
         raise AutotuneError(f"{file} is no training run's record: {exc}") from exc
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from autotune.report.study_page import study_page
 from autotune.report.terminal import stdout
 from autotune.strategy import Strategy, baseline
 from autotune.training import Epoch, Metrics, Steps, read_metrics, write_metrics
+from autotune.workloads.imdb import RECIPE
 from tests import factories
 from tests.test_study import results
 
@@ -229,7 +231,16 @@ def test_two_runs_are_compared_epoch_by_epoch(capsys: pytest.CaptureFixture[str]
     assert "Not the same training" not in text
     other = run_of(baseline(32), seconds=20.0, num_epochs=3, source="others")
     text = shown(compared_runs(plain, other, ("a", "b")), capsys)
-    assert "they differ in data, learning rates" in text
+    assert "they differ in data." in text
+    for changes, words in (
+        ({"recipe": RECIPE, "num_epochs": 2}, "recipe"),
+        ({"strategy": Strategy(micro_batch=64)}, "global batch"),
+        ({"strategy": Strategy(micro_batch=32, attention="window")}, "approximate knobs"),
+        ({"num_epochs": 3}, "planned epochs"),
+    ):
+        known = msgspec.structs.replace(plain, num_epochs=2, recipe=msgspec.structs.replace(RECIPE, clip_norm=None))
+        other = msgspec.structs.replace(known, **changes)
+        assert f"they differ in {words}." in shown(compared_runs(known, other, ("a", "b")), capsys)
     none = run_of(baseline(32), seconds=20.0, num_epochs=0)
     assert "no epoch in common" in shown(compared_runs(plain, none, ("a", "b")), capsys)
 
@@ -243,16 +254,55 @@ def test_a_page_of_one_run_that_is_not_done_yet_is_a_page_too() -> None:
 
 
 def test_a_runs_record_is_read_back_with_what_is_no_number(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
     plain = run_of(baseline(32), seconds=20.0)
-    epochs = tuple(msgspec.structs.replace(epoch, test_accuracy=float("nan")) for epoch in plain.epochs)
+    epochs = tuple(msgspec.structs.replace(epoch, test_accuracy=nan) for epoch in plain.epochs)
+    epochs = (msgspec.structs.replace(epochs[0], test_loss=inf), *epochs[1:])
     write_metrics(msgspec.structs.replace(plain, epochs=epochs), tmp_path / "metrics.json")
     found = read_metrics(tmp_path)
     assert found.steps.losses == plain.steps.losses
     assert str(found.steps.grad_norms[:2]) == "(nan, 1.5)"
-    assert str(found.epochs[0].test_accuracy) == "nan"
+    assert str((found.epochs[0].test_accuracy, found.epochs[0].test_loss)) == "(nan, nan)"
     html = run_page([("run", found)])
     assert "a test loss of <b>0.3200</b>" in html
-    assert "nan" not in html
+    assert not re.search(r"nan\b(?!</td>)", html)
+
+
+def test_runs_that_have_different_things_are_drawn_as_far_as_they_have_them() -> None:
+    """One without accuracy, clipping and a second epoch, beside one with all."""
+    epoch = msgspec.structs.replace(run_of(baseline(32), seconds=20.0).epochs[0], test_accuracy=float("nan"))
+    steps = Steps(losses=(0.7, 0.6), learning_rates=(1e-4, 1e-5), grad_norms=())
+    other = run_of(baseline(32), seconds=20.0, epochs=(epoch,), steps=steps)
+    html = run_page([runs()[0], ("other", other)])
+    charts = [part.split("</figure>")[0] for part in html.split("<figure>")[1:]]
+    assert [chart.count("<polyline") for chart in charts] == [2, 2, 1, 2, 1]
+    assert "other" not in charts[2]
+    assert "other" not in charts[4]
+    assert "a test loss of <b>0.6200</b> against 0.7000 after 1 epoch, <b>5.00x</b> as fast" in html
+    assert "Different workloads" in run_page([runs()[0], ("other", run_of(baseline(32), seconds=1.0, workload="lm"))])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("a/run", "b/run"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_metrics(run_of(baseline(32), seconds=20.0), tmp_path / folder / "metrics.json")
+    page = tmp_path / "report.html"
+    names = [str(tmp_path / "a/run"), str(tmp_path / "b/run" / "metrics.json")]
+    assert run(["report", *names, "-o", str(page)]) == 0
+    assert f"Every epoch of {names[0]}" in page.read_text()
+    assert run(["report", names[0], "-o", str(page)]) == 0
+    assert "Every epoch of run<" in page.read_text()
+    assert run(["report", names[0], names[0]]) == 2
+    assert "each run once" in capsys.readouterr().err
+
+
+def test_a_folder_of_a_workloads_name_does_not_hide_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "imdb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run(["report", "imdb", "--profiles", "none"]) == 1
+    assert "autotune search --model imdb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ _VERBS = {
     "search": ("autotune.cli.search", "Search the fastest settings on this device and save them as a profile."),
     "train": ("autotune.cli.train", "Train with this device's profile."),
     "study": ("autotune.cli.study", "Compare techniques at several batch sizes: memory, speed, quality."),
-    "report": ("autotune.cli.report", "One HTML page of a search or a study."),
-    "compare": ("autotune.cli.compare", "Two profiles or studies side by side."),
+    "report": ("autotune.cli.report", "One HTML page of a search, a study or training runs."),
+    "compare": ("autotune.cli.compare", "Two training runs, profiles or studies side by side."),
     "profiles": ("autotune.cli.profiles", "List, show, verify and export profiles."),
 }
 

@@ -99,8 +99,10 @@ def kind_of(what: str) -> Literal["run", "study", "profile"]:
 
     Raises AutotuneError for a JSON file that cannot be read, or is neither.
     """
+    from autotune.training import METRICS_FILE
+
     path = Path(what)
-    if path.is_dir():
+    if path.is_dir() and ((path / METRICS_FILE).is_file() or path.name != what):
         return "run"
     if path.suffix != ".json" or ":" in what:
         return "profile"

@@ -39,7 +39,8 @@ def command(
         from autotune.report.run_page import run_page
         from autotune.training import read_metrics
 
-        html = run_page([(Path(name).name, read_metrics(Path(name))) for name in (what, *others)])
+        runs = [read_metrics(Path(name)) for name in (what, *others)]
+        html = run_page(list(zip(_labels((what, *others)), runs, strict=True)))
     elif kind == "study":
         from autotune.report.study_page import study_page
         from autotune.study.runner import read_results
@@ -63,3 +64,15 @@ def command(
     save(output, html.encode(), "page")
     click.echo(f"{output}: {len(html.encode()):,} bytes, nothing else needed; open it in a browser")
     return 0
+
+
+def _labels(names: tuple[str, ...]) -> list[str]:
+    """What runs are called: by their folders, or as the user names them where those are called the same. Raises
+    UsageError for a run that is named twice."""
+    from autotune.training import METRICS_FILE
+
+    paths = [Path(name).resolve() for name in names]
+    if len(set(paths)) < len(paths):
+        raise UsageError("report takes each run once")
+    labels = [path.name if path.is_dir() or path.name != METRICS_FILE else path.parent.name for path in paths]
+    return labels if len(set(labels)) == len(labels) else list(names)

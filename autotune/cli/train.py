@@ -119,6 +119,7 @@ def command(
     from autotune.report.live import TrainDisplay
     from autotune.report.tensorboard import tensorboard_log
     from autotune.report.terminal import count_words, describe, epoch_table, stdout
+    from autotune.strategy import Strategy
     from autotune.training import METRICS_FILE, Training, write_metrics
     from autotune.units import format_bytes, format_duration
 
@@ -144,6 +145,7 @@ def command(
         folder = RUNS / f"{store.file_stem(label)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if saved is None and (folder / checkpoint.CHECKPOINT_FILE).exists():
         raise UsageError(f"{folder} has a run's checkpoint already; go on with it (--resume {folder}), or move it")
+    changed_strategy(Strategy(micro_batch=recipe.global_batch), knobs)  # what is mistyped is told before data are read
     ref, workload = prepare(name, data, limit)
     metrics = metrics or folder / METRICS_FILE
     workload = workload.with_recipe(recipe)
@@ -168,7 +170,8 @@ def command(
     projected_s = _projected_s(profile, strategy, workload.num_train, workload.num_test, num_epochs)
     steps_per_epoch = -(-workload.num_train // recipe.global_batch)
     backend.start_memory_window()
-    run = apply(strategy, workload, backend, total_steps=num_epochs * steps_per_epoch, seed=seed)
+    with _told_of(knobs):
+        run = apply(strategy, workload, backend, total_steps=num_epochs * steps_per_epoch, seed=seed)
     store.check_writable(metrics, "--metrics")
     store.check_writable(folder / checkpoint.CHECKPOINT_FILE, "--run")
     training = Training(run, patience=patience)
@@ -182,7 +185,8 @@ def command(
         nonlocal last_saved
         training.check_losses()
         checkpoint.write_checkpoint(folder / checkpoint.CHECKPOINT_FILE, identity, told, training.state())
-        write_metrics(training.metrics(profile=profile_words, projected_s=projected_s, seed=seed), metrics)
+        record = training.metrics(profile=profile_words, projected_s=projected_s, seed=seed, num_epochs=num_epochs)
+        write_metrics(record, metrics)
         if log is not None:
             log()
         last_saved = time.monotonic()
@@ -190,10 +194,13 @@ def command(
     title = f"autotune train · {label} · {describe(strategy)} · {workload.source}"
     with TrainDisplay(title, num_steps=steps_per_epoch, num_epochs=num_epochs, done=training.epochs) as display:
         display.say(title)
+        if strategy.is_approximate:
+            display.say("approximate: this setting trains something else than the baseline does")
         if len(training.epochs) >= num_epochs:
             display.say(f"the run is done already: {count_words(num_epochs, 'epoch')}")
         elif training.epochs or training.step:
-            display.say(f"going on after {len(training.epochs)} epochs and {training.step} steps")
+            so_far = f"{count_words(len(training.epochs), 'epoch')} and {count_words(training.step, 'step')}"
+            display.say(f"going on after {so_far}")
 
         def on_step(epoch: int, step: int, num_samples: int) -> None:
             display.on_step(epoch, step, num_samples)
@@ -206,13 +213,14 @@ def command(
                 checkpoint.write_tensors(folder / checkpoint.BEST_FILE, run.model.state_dict())
             save()
 
-        with _told_of(knobs, training), _stopped_by_ctrl_c(training, display.say):
+        with _told_of(knobs, lambda: training.step or training.epochs), _stopped_by_ctrl_c(training, display.say):
             training.train(num_epochs, on_step=on_step, on_evaluation=display.on_evaluation, on_epoch=on_epoch)
         if training.is_stopped:
             save()
     console = stdout()
     console.print(f"{label}: {describe(strategy)}", style="bold", markup=False)
-    console.print(f"profile {profile_words or 'none'}", markup=False, soft_wrap=True)
+    by_hand = f", and {' '.join(knobs)} by hand" if knobs else ""
+    console.print(f"profile {profile_words or 'none'}{by_hand}", markup=False, soft_wrap=True)
     if training.epochs:
         console.print(epoch_table(training.epochs))
     projection = f", projected {format_duration(projected_s)}" if projected_s else ""
@@ -288,17 +296,16 @@ def _strategy(name: str, profile_name: str | None, profile: Profile | None, base
 
 
 @contextlib.contextmanager
-def _told_of(knobs: tuple[str, ...], training: Training) -> Iterator[None]:
-    """What is refused before the first step is done is taken to be the doing of the knobs that the user has set.
+def _told_of(knobs: tuple[str, ...], has_begun: Callable[[], object] = bool) -> Iterator[None]:
+    """What torch refuses before training has begun is taken to be the doing of the knobs that the user has set.
     Raises AutotuneError that names them."""
-    from autotune.errors import words_of
-
     try:
         yield
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as exc:
-        if not knobs or training.step or training.epochs:
+    except (RuntimeError, TypeError, ValueError) as exc:
+        if not knobs or has_begun():
             raise
-        raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {words_of(exc)}") from exc
+        reason = next(iter(str(exc).splitlines()), "")
+        raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {type(exc).__name__}: {reason}") from exc
 
 
 @contextlib.contextmanager

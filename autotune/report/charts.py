@@ -6,7 +6,7 @@ Colours come from the page's CSS (page.py): classes ``best``, ``base``, ``front`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -105,37 +105,39 @@ def lines(series: Mapping[str, Sequence[Point]], x_title: str, y_title: str) -> 
         parts += [
             _mark(a, b, point._replace(kind=f"s{number % 8}")) for (a, b), point in zip(places, ordered, strict=True)
         ]
-    return _svg(parts, HEIGHT, f"{y_title} against {x_title}") + _legend(list(series))
+    return _svg(parts, HEIGHT, f"{y_title} against {x_title}") + _legend(enumerate(series))
 
 
 def curves(
     series: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str, *, is_marked: bool = False
 ) -> str:
     """A curve for each series over a count, with a legend where there are several; what ``is_marked`` says its values
-    on hover."""
-    everything = [point for points in series.values() for point in points]
+    on hover. What is no number is left out; nothing at all where nothing is left."""
+    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
+    drawn = [(number, name, points) for number, (name, points) in enumerate(finite.items()) if points]
+    if not drawn:
+        return ""
+    everything = [point for _, _, points in drawn for point in points]
     x = _Axis([x for x, _ in everything], LEFT, WIDTH - RIGHT, counts=True)
     y = _Axis([y for _, y in everything], HEIGHT - BOTTOM, TOP)
     parts = _frame(x, y, x_title, y_title)
-    for number, (name, points) in enumerate(series.items()):
+    for number, name, points in drawn:
         kind, places = f"s{number % 8}", [(x(a), y(b)) for a, b in points]
         parts.append(f'<polyline class="line {kind}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in places)}"/>')
         if is_marked:
             words = [f"{name}, {x_title} {a:g}: {b:.4g}" for a, b in points]
             parts += [_mark(a, b, Point(a, b, said, kind)) for (a, b), said in zip(places, words, strict=True)]
-    legend = _legend(list(series)) if len(series) > 1 else ""
+    legend = _legend((number, name) for number, name, _ in drawn) if len(series) > 1 else ""
     return _svg(parts, HEIGHT, f"{y_title} against {x_title}") + legend
 
 
 def averaged(values: Sequence[float]) -> list[tuple[float, float]]:
-    """A curve's points by their number, from 1; where they are many, averaged in groups."""
+    """A curve's points by their number, from 1; where they are many, averaged in groups. What is no number is left
+    out."""
     size = max(1, math.ceil(len(values) / MAX_POINTS))
-    found = []
-    for start in range(0, len(values), size):
-        group = [value for value in values[start : start + size] if math.isfinite(value)]
-        if group:
-            found.append((start + (size + 1) / 2, sum(group) / len(group)))
-    return found
+    finite = [(place, value) for place, value in enumerate(values, 1) if math.isfinite(value)]
+    groups = [finite[start : start + size] for start in range(0, len(finite), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def bars(rows: Sequence[Bar], title: str, *, reference: float = 1.0) -> str:
@@ -211,10 +213,8 @@ def _text(x: float, y: float, words: str, kind: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(words)}</text>'
 
 
-def _legend(names: Sequence[str]) -> str:
-    items = "".join(
-        f'<span class="item"><i class="s{number % 8}"></i>{escape(name)}</span>' for number, name in enumerate(names)
-    )
+def _legend(names: Iterable[tuple[int, str]]) -> str:
+    items = "".join(f'<span class="item"><i class="s{number % 8}"></i>{escape(name)}</span>' for number, name in names)
     return f'<p class="legend">{items}</p>'
 
 

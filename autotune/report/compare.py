@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from autotune.profile import Profile
+from autotune.report import runs
 from autotune.report.study import quality_words
-from autotune.report.terminal import count_words, describe, faster_words, interval_words, quality_name
-from autotune.report.terminal import quality_words as epoch_quality
+from autotune.report.terminal import count_words, describe, faster_words, interval_words
 from autotune.study.runner import Results
 from autotune.training import Metrics
 from autotune.units import format_bytes, format_duration, format_rate
@@ -63,11 +63,11 @@ def compared_studies(first: Results, second: Results, names: tuple[str, str]) ->
 
 
 def compared_runs(first: Metrics, second: Metrics, names: tuple[str, str]) -> RenderableType:
-    """Epoch by epoch as far as both have got, then the whole; A over B in time is how much faster B was."""
+    """Epoch by epoch as far as both have got, then the whole."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title in (
         *("\n\nepoch", "train\nloss\nA", "\n\nB", "test\nloss\nA", "\n\nB"),
-        *(f"test\n{quality_name(first.epochs) or 'accuracy'}\nA", "\n\nB", "\ntime\nA", "\n\nB", "\nB is\nfaster"),
+        *(f"test\n{runs.quality_name(first.epochs) or 'accuracy'}\nA", "\n\nB", "\ntime\nA", "\n\nB", "\nB is\nfaster"),
     ):
         table.add_column(title, justify="right", no_wrap=True)
     for one, two in zip(first.epochs, second.epochs, strict=False):
@@ -76,7 +76,7 @@ def compared_runs(first: Metrics, second: Metrics, names: tuple[str, str]) -> Re
             str(one.epoch),
             *(f"{epoch.train_loss:.4f}" for epoch in (one, two)),
             *(f"{epoch.test_loss:.4f}" for epoch in (one, two)),
-            *(epoch_quality(epoch) for epoch in (one, two)),
+            *(runs.quality_words(epoch) for epoch in (one, two)),
             *(format_duration(seconds) for seconds in (one_s, two_s)),
             _over(two_s, one_s),
         )
@@ -84,30 +84,15 @@ def compared_runs(first: Metrics, second: Metrics, names: tuple[str, str]) -> Re
     words = [_names((f"{names[0]}\n  {_setting(first)}", f"{names[1]}\n  {_setting(second)}"))]
     if not shared:
         return Group(*words, Text("They have no epoch in common yet.", style="yellow"))
-    one_s, two_s = seconds_of(first, shared), seconds_of(second, shared)
+    one_s, two_s = runs.seconds_of(first, shared), runs.seconds_of(second, shared)
     total = (
         f"\n{count_words(shared, 'epoch')}, evaluations counted: {format_duration(one_s)} and "
         f"{format_duration(two_s)}, B is {faster_words(one_s / two_s)}; peak memory "
         f"{format_bytes(first.peak_memory_bytes)} and {format_bytes(second.peak_memory_bytes)}."
     )
-    found = differences(first, second)
+    found = runs.differences(first, second)
     others = [Text(f"Not the same training: they differ in {', '.join(found)}.", style="yellow")] if found else []
     return Group(*words, table, Text(total), *others)
-
-
-def differences(first: Metrics, second: Metrics) -> list[str]:
-    """What two runs of the same training have in common, where these have not."""
-    fields = {"workload": "workload", "source": "data", "num_train": "samples", "num_test": "samples to test on"}
-    found = [words for field, words in fields.items() if getattr(first, field) != getattr(second, field)]
-    shared = min(len(first.steps.learning_rates), len(second.steps.learning_rates))
-    if first.steps.learning_rates[:shared] != second.steps.learning_rates[:shared]:
-        found.append("learning rates")
-    return found
-
-
-def seconds_of(metrics: Metrics, epochs: int) -> float:
-    """What a run's first epochs have taken with their evaluations."""
-    return sum(epoch.train_s + epoch.eval_s for epoch in metrics.epochs[:epochs])
 
 
 def _setting(metrics: Metrics) -> str:

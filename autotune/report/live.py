@@ -18,12 +18,12 @@ from rich.text import Text
 from autotune.backends.base import Capability
 from autotune.measurement import Trial
 from autotune.pace import slowdown
+from autotune.report.runs import quality_words
 from autotune.report.terminal import (
     capability_row,
     describe,
     epoch_table,
     measured_words,
-    quality_words,
     stderr,
     trial_line,
     trial_table,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autotune.report import charts, page
-from autotune.report.compare import differences, seconds_of
-from autotune.report.terminal import count_words, describe, epoch_row, quality_name, quality_value, quality_words
+from autotune.report.runs import differences, quality_name, quality_of, quality_words, seconds_of
+from autotune.report.terminal import count_words, describe, epoch_row
 from autotune.training import Metrics
 from autotune.units import format_bytes, format_duration, format_rate
 
@@ -23,20 +23,15 @@ def _body(runs: Sequence[Named]) -> Iterator[str]:
     yield page.verdict(f"autotune train · {first.workload} · {first.device}", _verdict(runs), _beside(runs))
     yield page.section("The runs", _table(runs))
     curves = [
-        (title, drawing)
-        for title, drawing in (
-            ("Loss of each step", _steps(runs, "losses", "loss")),
-            ("Learning rate", _steps(runs, "learning_rates", "learning rate")),
-            ("Gradients before clipping", _steps(runs, "grad_norms", "L2 norm")),
-        )
-        if drawing
+        ("Loss of each step", _steps(runs, "losses", "loss")),
+        ("Learning rate", _steps(runs, "learning_rates", "learning rate")),
+        ("Gradients before clipping", _steps(runs, "grad_norms", "L2 norm")),
+        ("Test loss", _epochs(runs, "loss")),
     ]
-    if any(metrics.epochs for _, metrics in runs):
-        curves.append(("Test loss", _epochs(runs, is_quality=False)))
-        if quality_name(first.epochs):
-            curves.append((f"Test {quality_name(first.epochs)}", _epochs(runs, is_quality=True)))
-    if curves:
-        yield page.section("How they got there" if len(runs) > 1 else "How it got there", page.charts(*curves))
+    if name := quality_name(first.epochs):
+        curves.append((f"Test {name}", _epochs(runs, name)))
+    if drawn := [(title, drawing) for title, drawing in curves if drawing]:
+        yield page.section("How they got there" if len(runs) > 1 else "How it got there", page.charts(*drawn))
     header = (
         *("epoch", "train loss", "test loss", f"test {quality_name(first.epochs) or 'quality'}"),
         *("learning rate", "grad norm", "trained", "evaluated", "samples/s"),
@@ -49,17 +44,21 @@ def _body(runs: Sequence[Named]) -> Iterator[str]:
 
 def _verdict(runs: Sequence[Named]) -> str:
     (_, first), (_, last) = runs[0], runs[-1]
-    if not last.epochs or not first.epochs:
-        return "No epoch is done yet"
-    quality = f"<b>{quality_words(last.epochs[-1])}</b> {quality_name(last.epochs)}".strip()
-    if not quality_name(last.epochs):
-        quality = f"a test loss of <b>{last.epochs[-1].test_loss:.4f}</b>"
-    if len(runs) == 1:
-        return f"{quality} after {count_words(len(last.epochs), 'epoch')} in {format_duration(last.wall_s)}"
     shared = min(len(first.epochs), len(last.epochs))
+    if first.workload != last.workload:
+        return "Different workloads"
+    if not shared:
+        return "No epoch is done yet"
+    is_loss = not quality_name(last.epochs)
+    before, after = (
+        f"{epoch.test_loss:.4f}" if is_loss else quality_words(epoch)
+        for epoch in (first.epochs[shared - 1], last.epochs[shared - 1])
+    )
+    found = f"a test loss of <b>{after}</b>" if is_loss else f"<b>{after}</b> {quality_name(last.epochs)}"
+    if len(runs) == 1:
+        return f"{found} after {count_words(shared, 'epoch')} in {format_duration(last.wall_s)}"
     ratio = seconds_of(first, shared) / seconds_of(last, shared)
-    before = quality_words(first.epochs[-1]) if quality_name(first.epochs) else f"{first.epochs[-1].test_loss:.4f}"
-    return f"{quality} against {before}, <b>{ratio:.2f}x</b> as fast"
+    return f"{found} against {before} after {count_words(shared, 'epoch')}, <b>{ratio:.2f}x</b> as fast"
 
 
 def _beside(runs: Sequence[Named]) -> str:
@@ -93,17 +92,17 @@ def _table(runs: Sequence[Named]) -> str:
 
 
 def _steps(runs: Sequence[Named], field: str, title: str) -> str:
-    """A curve for each run that has such a series; nothing where none has."""
-    series = {name: charts.averaged(getattr(metrics.steps, field)) for name, metrics in runs}
-    return charts.curves(series, "step", title) if any(series.values()) else ""
+    return charts.curves({name: charts.averaged(getattr(run.steps, field)) for name, run in runs}, "step", title)
 
 
-def _epochs(runs: Sequence[Named], *, is_quality: bool) -> str:
+def _epochs(runs: Sequence[Named], what: str) -> str:
+    """The test loss, or the quality of those runs that have it, by epoch."""
     series = {
         name: [
-            (float(epoch.epoch), quality_value(epoch) if is_quality else epoch.test_loss) for epoch in metrics.epochs
+            (float(epoch.epoch), epoch.test_loss if what == "loss" else quality_of(epoch))
+            for epoch in run.epochs
+            if what in ("loss", quality_name(run.epochs))
         ]
-        for name, metrics in runs
+        for name, run in runs
     }
-    title = quality_name(runs[0][1].epochs) if is_quality else "loss"
-    return charts.curves(series, "epoch", title, is_marked=True)
+    return charts.curves(series, "epoch", what, is_marked=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,6 +15,7 @@ from autotune.backends.base import Capability, Device
 from autotune.measurement import Interval, Trial
 from autotune.probe import MAX_BUSY_PART, Hardware
 from autotune.profile import Profile
+from autotune.report.runs import quality_name, quality_words
 from autotune.search.space import Space
 from autotune.strategy import Strategy, baseline
 from autotune.training import Epoch
@@ -83,13 +83,13 @@ def describe(strategy: Strategy) -> str:
     if strategy.graphs != "none":
         words.append("graph")
     if strategy.threads:
-        words.append(f"{strategy.threads} thread{'s' if strategy.threads > 1 else ''}")
+        words.append(count_words(strategy.threads, "thread"))
     if strategy.allocator != "default":
         words.append(strategy.allocator)
     if strategy.optimizer != "default":
         words.append(f"{strategy.optimizer} optimizer")
     if strategy.workers:
-        words.append(f"{strategy.workers} worker{'s' if strategy.workers > 1 else ''}")
+        words.append(count_words(strategy.workers, "worker"))
     if strategy.prefetch != plain.prefetch:
         words.append(f"prefetch {strategy.prefetch}")
     if strategy.memory_format != "contiguous":
@@ -274,25 +274,6 @@ def epoch_table(epochs: list[Epoch]) -> Table:
     for epoch in epochs:
         table.add_row(*epoch_row(epoch))
     return table
-
-
-def quality_name(epochs: Sequence[Epoch]) -> str:
-    """What tells how good a training became; nothing where only the loss does."""
-    if any(epoch.test_perplexity is not None for epoch in epochs):
-        return "perplexity"
-    return "accuracy" if any(not math.isnan(epoch.test_accuracy) for epoch in epochs) else ""
-
-
-def quality_value(epoch: Epoch) -> float:
-    """The perplexity, or the share classified correctly."""
-    return epoch.test_accuracy if epoch.test_perplexity is None else epoch.test_perplexity
-
-
-def quality_words(epoch: Epoch) -> str:
-    """The share classified correctly where samples have classes, a language model's perplexity."""
-    if epoch.test_perplexity is not None:
-        return f"{epoch.test_perplexity:,.2f}"
-    return "–" if math.isnan(epoch.test_accuracy) else f"{epoch.test_accuracy:.2%}"
 
 
 def epoch_row(epoch: Epoch) -> tuple[str, ...]:

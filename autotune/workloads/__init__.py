@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,6 @@ class WorkloadModule(Protocol):
 
 
 REGISTRY: dict[str, WorkloadModule] = {"imdb": imdb, "lm": lm.SMALL, "lm-base": lm.BASE, "cifar10": cifar10}
-MAX_GLOBAL_BATCH = 65_536
 LIBRARIES: dict[str, Callable[[str], Any]] = {"hf": hugging_face, "timm": timm_model}
 
 
@@ -52,9 +52,8 @@ def get(name: str) -> WorkloadModule:
         return Custom(name, name, functools.partial(LIBRARIES[library], model_name))
     place, colon, attribute = name.rpartition(":")
     if not colon:
-        plain, sized, size = name.partition("@")
-        if sized and plain in REGISTRY:
-            return Resized(name, REGISTRY[plain], _global_batch(name, size))
+        if resized := _resized(name):
+            return resized
         if name not in REGISTRY:
             if name.endswith(".py"):
                 raise UsageError(f"name the function in {name} that gives the workload: --model {name}:FUNCTION")
@@ -76,14 +75,23 @@ def get(name: str) -> WorkloadModule:
     return Custom(f"{Path(place).resolve()}:{attribute}" if is_file else name, label(name), found)
 
 
-def _global_batch(name: str, size: str) -> int:
-    if not (size.isdecimal() and 0 < int(size) <= MAX_GLOBAL_BATCH):
-        raise UsageError(f"{name}: behind the @ comes the global batch, samples from 1 to {MAX_GLOBAL_BATCH:,}")
-    return int(size)
+def _resized(name: str) -> WorkloadModule | None:
+    """What ``imdb@64`` stands for; None for names of another form. Raises UsageError for a batch that is none."""
+    plain, mark, size = name.partition("@")
+    if not mark or plain not in REGISTRY:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,4}", size):
+        raise UsageError(f"{name}: behind the @ comes the global batch, samples from 1 to 99,999")
+    module = REGISTRY[plain]
+    return module if int(size) == module.RECIPE.global_batch else Resized(name, module, int(size))
 
 
 def label(name: str) -> str:
-    """What a workload is called in profiles: a file's name does not depend on the folder it is named from."""
+    """What a workload is called in profiles: a file's name does not depend on the folder it is named from, and
+    ``imdb@32`` is imdb, whose recipe has that batch."""
+    plain = name.partition("@")[0]
+    if plain in REGISTRY and _resized(name) is REGISTRY[plain]:
+        return plain
     place, colon, attribute = name.rpartition(":")
     return f"{Path(place).name}:{attribute}" if colon and place.endswith(".py") else name
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from autotune import store
 from autotune.cli import run
 from autotune.measurement import Interval, Trial
 from autotune.profile import Profile
@@ -301,7 +302,8 @@ def test_a_folder_of_a_workloads_name_does_not_hide_its_profile(
 ) -> None:
     (tmp_path / "imdb").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert run(["report", "imdb", "--profiles", "none"]) == 1
+    monkeypatch.setattr(store, "stores", lambda profiles=None: [tmp_path / "none"])
+    assert run(["report", "imdb"]) == 1
     assert "autotune search --model imdb" in capsys.readouterr().err
 
 

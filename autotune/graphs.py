@@ -263,4 +263,4 @@ def _random_state() -> tuple[Any, ...]:
 
 
 def _refuse(reason: str, cause: BaseException | None = None) -> NoReturn:
-    raise AutotuneError(f"graphs=step: {reason}; set graphs to none in the profile") from cause
+    raise AutotuneError(f"graphs=step: {reason}; set graphs to none") from cause

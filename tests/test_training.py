@@ -176,6 +176,7 @@ def test_a_recipe_s_fields_can_be_changed(workload: Workload) -> None:
         ("micro_batch=3", "micro_batch x accumulation is 3 x 1, and the global batch 32"),
         ("micro_batch=0", "--knob"),
         ("workers=two", "--knob workers=two"),
+        ("workers", "NAME=VALUE is wanted"),
         ("deterministic=true", "use --deterministic"),
     ],
 )

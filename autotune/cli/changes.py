@@ -38,7 +38,7 @@ def changed_strategy(strategy: Strategy, changes: Collection[str]) -> Strategy:
     if found.global_batch != strategy.global_batch:
         raise UsageError(
             f"--knob: micro_batch x accumulation is {found.micro_batch} x {found.accumulation}, and the global batch "
-            f"{strategy.global_batch}"
+            f"{strategy.global_batch}; give a micro_batch that divides it, and no accumulation"
         )
     return found
 
@@ -47,7 +47,9 @@ def _parsed(what: Recipe | Strategy, option: str, changes: Collection[str]) -> d
     known = [name for name in what.__struct_fields__ if name not in _FIXED]
     values: dict[str, str | None] = {}
     for change in changes:
-        name, _, value = change.partition("=")
+        name, mark, value = change.partition("=")
+        if not mark:
+            raise UsageError(f"--{option} {change}: NAME=VALUE is wanted")
         if name not in known:
             hint = _FIXED.get(name) or nearest(name, known)
             raise UsageError(f"--{option} {change}: there is no {name!r} to change{hint}")

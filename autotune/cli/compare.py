@@ -26,12 +26,13 @@ def command(first: str, second: str, device_name: str | None, profiles: Path | N
     from autotune.training import read_metrics
 
     names = (first, second)
-    kinds = {kind_of(name) for name in names}
-    if len(kinds) > 1:
-        raise UsageError("compare takes two of a kind: training runs, profiles, or the records of studies (.json)")
-    if kinds == {"run"}:
+    kinds = {name: kind_of(name) for name in names}
+    if len(set(kinds.values())) > 1:
+        taken = ", ".join(f"{name} is taken for a {kind}" for name, kind in kinds.items())
+        raise UsageError(f"compare takes two runs, two profiles or two studies; {taken}")
+    if kinds[first] == "run":
         found = compared_runs(read_metrics(Path(first)), read_metrics(Path(second)), names)
-    elif kinds == {"study"}:
+    elif kinds[first] == "study":
         found = compared_studies(read_results(Path(first)), read_results(Path(second)), names)
     else:
         (one, path), (two, other) = (named_profile(name, device_name, profiles) for name in names)

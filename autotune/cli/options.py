@@ -97,13 +97,15 @@ def named_profile(what: str, device_name: str | None, profiles: Path | None) -> 
 def kind_of(what: str) -> Literal["run", "study", "profile"]:
     """What a name stands for: a training run by its folder or its metrics, a study by its record, else a profile.
 
-    Raises AutotuneError for a JSON file that cannot be read, or is neither.
+    Raises AutotuneError for a path that is not there, and a JSON file that cannot be read or is neither.
     """
     from autotune.training import METRICS_FILE
 
     path = Path(what)
     if path.is_dir() and ((path / METRICS_FILE).is_file() or path.name != what):
         return "run"
+    if path.name != what and not path.exists() and ":" not in what:
+        raise AutotuneError(f"there is no file or folder {what}")
     if path.suffix != ".json" or ":" in what:
         return "profile"
     try:

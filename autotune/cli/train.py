@@ -191,7 +191,8 @@ def command(
             log()
         last_saved = time.monotonic()
 
-    title = f"autotune train · {label} · {describe(strategy)} · {workload.source}"
+    part = f", at most {limit:,} of each" if limit else ""
+    title = f"autotune train · {label} · {describe(strategy)} · {workload.source}{part}"
     with TrainDisplay(title, num_steps=steps_per_epoch, num_epochs=num_epochs, done=training.epochs) as display:
         display.say(title)
         if strategy.is_approximate:
@@ -219,8 +220,11 @@ def command(
             save()
     console = stdout()
     console.print(f"{label}: {describe(strategy)}", style="bold", markup=False)
-    by_hand = f", and {' '.join(knobs)} by hand" if knobs else ""
-    console.print(f"profile {profile_words or 'none'}{by_hand}", markup=False, soft_wrap=True)
+    found = profile_words or ("none" if saved is not None or profile_name == "none" else "none, safe defaults")
+    if profile is not None and profile_words is not None:
+        knobs = tuple(f"{knob}={own}" for knob, (own, _) in strategy.changed(profile.strategy).items())
+    by_hand = f", and by hand {' '.join(knobs)}" if knobs else ""
+    console.print(f"profile {found}{by_hand}", markup=False, soft_wrap=True)
     if training.epochs:
         console.print(epoch_table(training.epochs))
     projection = f", projected {format_duration(projected_s)}" if projected_s else ""

@@ -78,16 +78,18 @@ def compared_runs(first: Metrics, second: Metrics, names: tuple[str, str]) -> Re
             *(f"{epoch.test_loss:.4f}" for epoch in (one, two)),
             *(runs.quality_words(epoch) for epoch in (one, two)),
             *(format_duration(seconds) for seconds in (one_s, two_s)),
-            _over(two_s, one_s),
+            _over(two_s, one_s) if runs.is_as_long(first, second) else "",
         )
     shared = min(len(first.epochs), len(second.epochs))
     words = [_names((f"{names[0]}\n  {_setting(first)}", f"{names[1]}\n  {_setting(second)}"))]
     if not shared:
         return Group(*words, Text("They have no epoch in common yet.", style="yellow"))
     one_s, two_s = runs.seconds_of(first, shared), runs.seconds_of(second, shared)
+    faster = f", B is {faster_words(one_s / two_s)}" if runs.is_as_long(first, second) else ""
+    rates = [format_rate(max(epoch.samples_per_s for epoch in run.epochs)) for run in (first, second)]
     total = (
         f"\n{count_words(shared, 'epoch')}, evaluations counted: {format_duration(one_s)} and "
-        f"{format_duration(two_s)}, B is {faster_words(one_s / two_s)}; peak memory "
+        f"{format_duration(two_s)}{faster}; {rates[0]} and {rates[1]} samples/s in the fastest epoch; peak memory "
         f"{format_bytes(first.peak_memory_bytes)} and {format_bytes(second.peak_memory_bytes)}."
     )
     found = runs.differences(first, second)
@@ -102,8 +104,9 @@ def _setting(metrics: Metrics) -> str:
 def _table(title: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", title=title or None)
     table.add_column("", no_wrap=True)
-    for name in ("A", "B", ""):
-        table.add_column(name, no_wrap=True)
+    for name in ("A", "B"):
+        table.add_column(name)
+    table.add_column("", no_wrap=True)
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autotune.report import charts, page
-from autotune.report.runs import differences, quality_name, quality_of, quality_words, seconds_of
+from autotune.report.runs import differences, is_as_long, quality_name, quality_of, quality_words, seconds_of
 from autotune.report.terminal import count_words, describe, epoch_row
 from autotune.training import Metrics
 from autotune.units import format_bytes, format_duration, format_rate
@@ -45,8 +45,8 @@ def _body(runs: Sequence[Named]) -> Iterator[str]:
 def _verdict(runs: Sequence[Named]) -> str:
     (_, first), (_, last) = runs[0], runs[-1]
     shared = min(len(first.epochs), len(last.epochs))
-    if first.workload != last.workload:
-        return "Different workloads"
+    if not is_as_long(first, last):
+        return "Not the same training"
     if not shared:
         return "No epoch is done yet"
     is_loss = not quality_name(last.epochs)

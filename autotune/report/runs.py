@@ -6,6 +6,10 @@ import math
 from collections.abc import Sequence
 
 from autotune.training import Epoch, Metrics
+from autotune.workloads.base import Recipe
+
+_RECIPE = [field for field in Recipe.__struct_fields__ if field not in ("global_batch", "epochs")]
+"""What is compared by itself; the others are the strategy's, and what is planned."""
 
 
 def quality_name(epochs: Sequence[Epoch]) -> str:
@@ -40,8 +44,14 @@ def differences(first: Metrics, second: Metrics) -> list[str]:
         found.append("global batch")
     if first.strategy.is_approximate != second.strategy.is_approximate:
         found.append("approximate knobs")
-    if None not in (first.recipe, second.recipe) and first.recipe != second.recipe:
-        found.append("recipe")
+    if first.recipe is not None and second.recipe is not None:
+        values = ((field, getattr(first.recipe, field), getattr(second.recipe, field)) for field in _RECIPE)
+        found += [f"{field} ({one} and {two})" for field, one, two in values if one != two]
     if None not in (first.num_epochs, second.num_epochs) and first.num_epochs != second.num_epochs:
         found.append("planned epochs")
     return found
+
+
+def is_as_long(first: Metrics, second: Metrics) -> bool:
+    """Whether an epoch of both is as much work, so that their times compare."""
+    return all(getattr(first, field) == getattr(second, field) for field in ("workload", "num_train", "num_test"))

@@ -26,6 +26,8 @@ from tests import factories
 from tests.observing import Silent
 
 CPU = backends.get("cpu")
+GUESS = Strategy(micro_batch=32, precision="bf16", padding="buckets", workers=1)
+"""An expert's guess of which the loader process brings nothing."""
 
 Prepared = tuple[WorkloadRef, Workload]
 

@@ -48,8 +48,7 @@ RUNS = Path("runs")
     multiple=True,
     metavar="NAME=VALUE",
     help="Change the recipe: learning_rate, least_rate (what it falls to), weight_decay, warmup_steps, clip_norm (a "
-    "number or none), label_smoothing, "
-    "schedule (cosine, linear, restarts, onecycle, constant). May be repeated.",
+    "number or none), label_smoothing, schedule (cosine, linear, restarts, onecycle, constant). May be repeated.",
 )
 @click.option(
     "--knob",
@@ -223,8 +222,8 @@ def command(
     found = profile_words or ("none" if saved is not None or profile_name == "none" else "none, safe defaults")
     if profile is not None and profile_words is not None:
         knobs = tuple(f"{knob}={own}" for knob, (own, _) in strategy.changed(profile.strategy).items())
-    by_hand = f", and by hand {' '.join(knobs)}" if knobs else ""
-    console.print(f"profile {found}{by_hand}", markup=False, soft_wrap=True)
+    changed = f", with {' '.join(knobs)}" if knobs else ""
+    console.print(f"profile {found}{changed}", markup=False, soft_wrap=True)
     if training.epochs:
         console.print(epoch_table(training.epochs))
     projection = f", projected {format_duration(projected_s)}" if projected_s else ""

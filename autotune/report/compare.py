@@ -19,7 +19,7 @@ from autotune.units import format_bytes, format_duration, format_rate
 
 def compared_profiles(first: Profile, second: Profile, names: tuple[str, str]) -> RenderableType:
     """Knobs first, those that differ marked, then figures; the last column is the second over the first."""
-    table = _table("")
+    table = _table()
     knobs = first.strategy.to_dict()
     for knob, value in knobs.items():
         other = getattr(second.strategy, knob)
@@ -101,8 +101,8 @@ def _setting(metrics: Metrics) -> str:
     return f"{describe(metrics.strategy)}, seed {metrics.seed}, {metrics.device}"
 
 
-def _table(title: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold", title=title or None)
+def _table() -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
     for name in ("A", "B"):
         table.add_column(name)

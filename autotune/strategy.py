@@ -37,6 +37,10 @@ APPROXIMATE: dict[str, frozenset[str]] = {
 """By knob, the values that change what is trained, not only how fast: searched where the user allows it."""
 
 
+PREFETCH = 2
+"""Batches that a loader process has ready, torch's default."""
+
+
 class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One setting of every knob; the defaults are the plain baseline.
 
@@ -68,7 +72,7 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     single launch, graphs.py."""
     workers: int = 0
     """Loader processes; 0 loads in the training process."""
-    prefetch: int = 2
+    prefetch: int = PREFETCH
     """Batches that each loader process has ready."""
     padding: Padding = "max"
     """``max``: every sequence to the model's limit. ``longest``: to the longest of its micro batch, the global batch
@@ -102,6 +106,21 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def is_approximate(self) -> bool:
         """Whether it trains something else than the baseline does."""
         return any(getattr(self, knob) in values for knob, values in APPROXIMATE.items())
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Knobs whose value is not the plain one and does nothing beside the others', each with the reason."""
+        found = {}
+        if self.compile == "none":
+            if self.compile_scope != "model":
+                found["compile_scope"] = "nothing is compiled"
+            if self.checkpoint == "memory_budget":
+                found["checkpoint"] = "nothing is compiled"
+        if self.workers == 0 and self.prefetch != PREFETCH:
+            found["prefetch"] = "nothing is fetched ahead without loader processes"
+        if self.attention not in SPARSE and self.window != WINDOW:
+            found["window"] = f"attention {self.attention} is to all keys"
+        return found
 
     @property
     def compiles_graphs(self) -> bool:

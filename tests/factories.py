@@ -34,6 +34,7 @@ def hardware(**refused: str) -> Hardware:
         "autocast.bf16",
         "autocast.fp16",
         "grad_scaler",
+        "energy_counter",
         "compile.default",
         "compile.max-autotune",
         "allocator.retain",

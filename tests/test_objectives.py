@@ -85,13 +85,10 @@ def test_a_front_that_does_not_fit_into_memory_side_by_side_keeps_its_leanest(
     assert front["fastest"] == 8
 
 
-@pytest.mark.parametrize("has_counter", [True, False])
-def test_energy_is_minimised_where_it_is_counted(
-    prepared: Prepared, scripted_device: pytest.MonkeyPatch, has_counter: bool
-) -> None:
+def test_energy_is_minimised_where_it_is_counted(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:
     def frugal(number: int, job: Job, **_: Any) -> Trial:
         joules = {"fp32": 3.0, "tf32": 3.0, "bf16": 2.0, "fp16": 1.0}[job.strategy.precision]
-        found = msgspec.structs.replace(scripted(job.strategy), joules_per_sample=joules if has_counter else None)
+        found = msgspec.structs.replace(scripted(job.strategy), joules_per_sample=joules)
         return factories.trial(number, job.strategy, measurement=found)
 
     class FrugalRace(ScriptedRace):
@@ -105,11 +102,17 @@ def test_energy_is_minimised_where_it_is_counted(
 
     scripted_device.setattr(trials, "run_trial", frugal)
     scripted_device.setattr(races, "Race", FrugalRace)
-    if has_counter:
-        assert searched(prepared, objective="energy").best.strategy.precision == "fp16"
-    else:
-        with pytest.raises(AutotuneError, match="no energy counter"):
-            searched(prepared, objective="energy")
+    assert searched(prepared, objective="energy").best.strategy.precision == "fp16"
+
+
+def test_energy_that_nobody_counts_is_refused_before_a_trial(
+    prepared: Prepared, scripted_device: pytest.MonkeyPatch
+) -> None:
+    scripted_device.setattr(trials, "run_trial", lambda *_, **__: pytest.fail("a trial ran"))
+    hardware = factories.hardware(energy_counter="refused: there is none that can be read")
+    scripted_device.setattr(factories, "hardware", lambda: hardware)
+    with pytest.raises(AutotuneError, match="no energy counter"):
+        searched(prepared, objective="energy")
 
 
 def test_a_memory_budget_keeps_bigger_settings_from_winning_the_baseline_too(

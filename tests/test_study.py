@@ -83,6 +83,7 @@ def test_accumulation_s_cells_have_one_global_batch() -> None:
         (("checkpoint =", "accumulation = 3\ncheckpoint ="), "cannot be accumulated"),
         (("checkpoint =", 'graphs = "stpe"\ncheckpoint ='), "it is one of none, step"),
         (("checkpoint =", 'graphs = "step"\ncheckpoint ='), "no phases to time; leave graphs out"),
+        (("checkpoint =", "prefetch = 8\ncheckpoint ="), "prefetch does nothing"),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused_by_name(change: tuple[str, str], message: str, tmp_path: Path) -> None:

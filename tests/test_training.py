@@ -19,7 +19,7 @@ import torch
 from autotune import backends
 from autotune.apply import Run, apply
 from autotune.checkpoint import Identity, Told, difference, newest_checkpoint, read_checkpoint, write_checkpoint
-from autotune.cli.changes import changed_recipe, changed_strategy
+from autotune.cli.changes import changed_recipe, changed_strategy, refuse_idle
 from autotune.errors import AutotuneError, UsageError
 from autotune.strategy import Strategy, baseline
 from autotune.training import Epoch, Training
@@ -183,6 +183,16 @@ def test_a_recipe_s_fields_can_be_changed(workload: Workload) -> None:
 def test_a_knob_that_makes_no_sense_is_refused(change: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         changed_strategy(baseline(32), (change,))
+
+
+def test_a_knob_that_does_nothing_beside_the_others_is_refused() -> None:
+    for knob in ("prefetch=8", "compile_scope=blocks", "checkpoint=memory_budget", "window=32"):
+        with pytest.raises(UsageError, match=f"--knob {knob} does nothing here"):
+            refuse_idle(changed_strategy(baseline(32), (knob,)), (knob,))
+    does_something = ("prefetch=8", "workers=1", "compile=default", "compile_scope=blocks", "attention=window")
+    refuse_idle(changed_strategy(baseline(32), does_something), does_something)
+    of_the_profile = msgspec.structs.replace(baseline(32), prefetch=8)
+    refuse_idle(changed_strategy(of_the_profile, ("workers=0",)), ("workers=0",))  # not the user's doing
 
 
 def test_a_knob_that_the_device_refuses_is_named(

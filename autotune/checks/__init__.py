@@ -19,6 +19,7 @@ from autotune.checks.compute import (
     autocast,
     channels_last,
     compiled,
+    energy_counter,
     grad_scaler,
     matmul,
     memory_copy,
@@ -58,6 +59,7 @@ def standard(backend: Backend) -> tuple[Check, ...]:
         Check(name="optimizer.fused", run=functools.partial(optimizer, option="fused")),
         Check(name="channels_last", run=channels_last),
         Check(name="memory_copy", run=memory_copy),
+        Check(name="energy_counter", run=energy_counter),
     ]
     if backend.device_type == "cpu":
         counts = thread_counts(usable_cores())

@@ -163,6 +163,13 @@ def memory_copy(backend: Backend) -> Figures:
     return {"gib_per_s": _COPY_BYTES / 2**30 / best_s_of(backend, lambda: target.copy_(source), 0.2)}
 
 
+def energy_counter(backend: Backend) -> Figures:
+    """Refused where nobody counts the joules that the device draws."""
+    if backend.energy_j() is None:
+        raise RefusalError("there is none that can be read")
+    return {}
+
+
 def threads(backend: Backend, count: int) -> Figures:
     """How many times as fast as with torch's own choice a matmul is on so many threads, the two timed in turns.
 

@@ -43,6 +43,13 @@ def changed_strategy(strategy: Strategy, changes: Collection[str]) -> Strategy:
     return found
 
 
+def refuse_idle(strategy: Strategy, changes: Collection[str]) -> None:
+    """Raises UsageError where a change of a knob does nothing in the setting that came of it."""
+    for change in changes:
+        if (reason := strategy.idle.get(change.partition("=")[0])) is not None:
+            raise UsageError(f"--knob {change} does nothing here: {reason}")
+
+
 def _parsed(what: Recipe | Strategy, option: str, changes: Collection[str]) -> dict[str, str | None]:
     known = [name for name in what.__struct_fields__ if name not in _FIXED]
     values: dict[str, str | None] = {}

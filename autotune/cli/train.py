@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autotune.cli.changes import changed_recipe, changed_strategy
+from autotune.cli.changes import changed_recipe, changed_strategy, refuse_idle
 from autotune.cli.options import data_options, device_option, find_backend, model_option, prepare, profiles_option
 from autotune.errors import AutotuneError, UsageError
 
@@ -150,6 +150,7 @@ def command(
     workload = workload.with_recipe(recipe)
     strategy = saved.strategy if saved is not None else _strategy(name, profile_name, profile, workload.baseline)
     strategy = changed_strategy(strategy, knobs)
+    refuse_idle(strategy, knobs)
     strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
     num_epochs = epochs or (saved.epochs if saved is not None else recipe.epochs)
     identity = checkpoint.Identity(

@@ -16,6 +16,7 @@ from autotune.models.attention import SDPA_KERNELS, WHOLE_ROW
 from autotune.probe import Hardware
 from autotune.strategy import (
     APPROXIMATE,
+    PREFETCH,
     Allocator,
     Attention,
     Checkpoint,
@@ -30,8 +31,8 @@ from autotune.strategy import (
 )
 from autotune.workloads.base import Workload
 
-PREFETCH = (2, 8)
-"""Batches that each loader process has ready, torch's default first."""
+PREFETCHES = (PREFETCH, 8)
+"""Batches that each loader process has ready."""
 WORKERS = (0, 1, 2, 4, 8)
 """Loader processes; fewer where there are fewer cores."""
 
@@ -104,15 +105,13 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         """Why this combination cannot run here; None where it can."""
         if (strategy.attention, strategy.precision) not in self.pairs:
             return f"attention {strategy.attention} does not run well in {strategy.precision} here"
-        if strategy.compile == "none" and (strategy.compile_scope != "model" or strategy.checkpoint == "memory_budget"):
-            return "nothing is compiled"
+        if (reason := next(iter(strategy.idle.values()), None)) is not None:
+            return reason
         is_whole = strategy.precision in self.whole_rows and strategy.attention in WHOLE_ROW
         if strategy.graphs == "step" and (reason := strategy.unrecorded or self._asks(strategy, is_whole)):
             return reason
         if strategy.compile != "none" and strategy.padding == "packed" and not is_whole:
             return "every number of sequences would be compiled anew"
-        if strategy.workers == 0 and strategy.prefetch != PREFETCH[0]:
-            return "nothing is fetched ahead without loader processes"
         if strategy.compiles_graphs and strategy.accumulation > 1:
             return "a CUDA graph's next replay overwrites the gradients that accumulation adds to (pytorch#169545)"
         return None
@@ -286,7 +285,7 @@ def build_space(
             "workers": workers,
             "checkpoint": tuple(checkpoints),
             "memory_format": tuple(formats),
-            "prefetch": PREFETCH,
+            "prefetch": PREFETCHES,
             "deterministic": (is_deterministic,),
         },
         left_out=left_out,
@@ -336,7 +335,7 @@ def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy
             "micro_batch": max(fitting),
             "compile_scope": "model",
             "threads": 0,
-            "prefetch": PREFETCH[0],
+            "prefetch": PREFETCH,
             "deterministic": space.values["deterministic"][0],
             "memory_format": min(space.values["memory_format"], key=format_ms),
             "compile": "none",

@@ -44,8 +44,11 @@ def search(
 
     Every trial is in the journal when it ends; an unfinished search of the same kind is gone on with, unless
     ``is_fresh``. ``save`` gets the result; a search whose result could not be saved is unfinished. Raises AutotuneError
-    when the baseline does not run, when nothing fits the memory budget, or when the journal cannot be written.
+    when the baseline does not run, when nothing fits the memory budget, when energy is to be saved that nobody counts,
+    or when the journal cannot be written.
     """
+    if task.aims[0].is_energy and not task.hardware.allows("energy_counter"):
+        raise AutotuneError("this device has no energy counter that can be read; choose another --objective")
     with open_journal(journal_path, task.identity(), is_fresh=is_fresh) as journal, Pulse(task.backend.name) as pulse:
         running = _Search(task, observer, Trials(task, observer, journal, pulse))
         try:

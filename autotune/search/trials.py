@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from autotune.errors import AutotuneError
 from autotune.measurement import Trial
 from autotune.pace import drift_doubt, slowdown, with_beats_around
 from autotune.search.history import History
@@ -79,9 +78,6 @@ class Trials:
             self.try_now(task.baseline, "plain baseline")
         if history.reference.measurement is None:
             return
-        if task.aims[0].is_energy and history.reference.measurement.joules_per_sample is None:
-            self._journal.finish()  # going on would come to the same end
-            raise AutotuneError("this device has no energy counter that can be read; choose another --objective")
         if self._journal.interrupted is not None:
             strategy, starts = self._journal.interrupted
             if starts < MAX_STARTS:

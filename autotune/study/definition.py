@@ -129,11 +129,13 @@ def _definition(name: str, origin: str, file: _File) -> Definition:
             raise ValueError(f"technique {technique.name!r} has a micro_batch, and the study batch_sizes: drop one")
         try:
             for size in file.batch_sizes or [1]:
-                technique.strategy(size)
+                idle = technique.strategy(size).idle
             technique.recipe_of(_ANY_RECIPE)
         except (msgspec.ValidationError, ValueError) as exc:
             words = _words(exc, [*Strategy.__struct_fields__, "recipe"])
             raise ValueError(f"technique {technique.name!r}{words}") from exc
+        for knob, reason in idle.items():
+            raise ValueError(f"technique {technique.name!r}: {knob} does nothing: {reason}")
         if technique.knobs.get("graphs", "none") != "none":
             raise ValueError(
                 f"technique {technique.name!r}: a recorded step (graphs=step) has no phases to time; leave graphs out"

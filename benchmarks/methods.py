@@ -16,10 +16,11 @@ import optuna
 from autotune import backends
 from autotune.flops import Flops
 from autotune.measurement import Trial
+from autotune.search.guess import expert_guess
 from autotune.search.journal import Journal
 from autotune.search.objective import FASTEST, PlannedRun, hopeless, loss_of
 from autotune.search.settings import Observer, Settings
-from autotune.search.space import Space, expert_guess
+from autotune.search.space import Space
 from autotune.search.task import Task
 from autotune.search.trials import Trials
 from autotune.strategy import Padding, Strategy, baseline

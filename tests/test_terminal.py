@@ -19,7 +19,7 @@ from autotune.search.explain import Share
 from autotune.search.objective import PlannedRun
 from autotune.search.proof import Proof
 from autotune.search.result import Result
-from autotune.strategy import Strategy, baseline
+from autotune.strategy import Padding, Strategy, baseline
 from autotune.training import Epoch
 from tests import factories
 
@@ -104,6 +104,13 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
         training.render(),
     ):
         assert max(len(line) for line in rendered(what, width)) <= width
+
+
+@pytest.mark.parametrize("padding", ["buckets", "packed"])
+def test_batches_of_other_samples_than_the_baselines_are_told(padding: Padding) -> None:
+    found = msgspec.structs.replace(result(), best=factories.trial(1, msgspec.structs.replace(BEST, padding=padding)))
+    text = " ".join(rendered(summary.search_summary(found, "imdb", Path("profiles/cpu/imdb.toml")), 120))
+    assert ("--without padding=buckets" in text) == (padding == "buckets")
 
 
 @pytest.mark.parametrize(("slowed", "is_told"), [(1.0, False), (0.8, False), (0.65, True), (1.5, True)])

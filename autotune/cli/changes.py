@@ -43,6 +43,17 @@ def changed_strategy(strategy: Strategy, changes: Collection[str]) -> Strategy:
     return found
 
 
+def refuse_unknown(without: Collection[str]) -> None:
+    """Raises UsageError for what is no knob that is searched, or no value of it."""
+    known = [name for name in Strategy.__struct_fields__ if name not in (*_FIXED, "accumulation", "window")]
+    for option in without:
+        knob, mark, value = option.partition("=")
+        if knob not in known:
+            raise UsageError(f"--without {option}: no knob {knob!r} is searched{nearest(knob, known)}")
+        if mark:
+            _changed(Strategy(micro_batch=1), "without", {knob: value})
+
+
 def refuse_idle(strategy: Strategy, changes: Collection[str]) -> None:
     """Raises UsageError where a change of a knob does nothing in the setting that came of it."""
     for change in changes:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 import msgspec
 
+from autotune.cli.changes import refuse_unknown
 from autotune.cli.options import (
     data_options,
     device_option,
@@ -56,6 +57,13 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-approximate", is_flag=True, help="Search what changes the training as well, such as bf16 weights."
 )
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="KNOB[=VALUE]",
+    help="Leave out a knob's value, as in padding=buckets, or all of its values but the plain one, as in compile. May "
+    "be repeated.",
+)
 @click.option("--deterministic", is_flag=True, help="Only algorithms that give the same result every time.")
 @click.option("--explain-space", is_flag=True, help="Only print what would be searched, and why not the rest.")
 @click.option(
@@ -84,6 +92,7 @@ def command(
     device_name: str | None,
     profiles: Path | None,
     allow_approximate: bool,
+    without: tuple[str, ...],
     deterministic: bool,
     explain_space: bool,
     explain: bool | None,
@@ -101,6 +110,8 @@ def command(
     memory_budget_bytes = parse_bytes(memory_budget) if memory_budget else None
     if min_speed is not None and objective != "memory":
         raise UsageError("--min-speed goes with --objective memory; pareto finds several to choose from")
+
+    refuse_unknown(without)
 
     from autotune import store, workloads
     from autotune.probe import describe_device
@@ -133,6 +144,7 @@ def command(
             includes_slow=include_slow,
             allows_approximate=allow_approximate,
             is_deterministic=deterministic,
+            without=without,
             explains=explain,
             epochs=epochs,
             seed=seed,

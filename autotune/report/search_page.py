@@ -13,6 +13,7 @@ from autotune.probe import Hardware
 from autotune.profile import Profile
 from autotune.report import charts, page
 from autotune.report.terminal import (
+    batches_words,
     count_words,
     describe,
     disagreement_words,
@@ -129,7 +130,8 @@ def _how_sure(profile: Profile) -> str:
         parts.append(f"first losses within {share_words(evidence.loss_deviation)} of it on the same batches")
     if evidence.soak_steps:
         parts.append(f"{evidence.soak_steps} steps lasted, the longest samples in a row first")
-    return " ".join(["; ".join(parts) + ".", disagreement_words(evidence.speedup, evidence.in_turns)]).strip()
+    said = ["; ".join(parts) + ".", disagreement_words(evidence.speedup, evidence.in_turns)]
+    return " ".join(filter(None, [*said, batches_words(profile.strategy)]))
 
 
 def _changes(profile: Profile) -> Iterator[tuple[str, tuple[object, object]]]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autotune.report.terminal import (
+    batches_words,
     count_words,
     describe,
     disagreement_words,
@@ -235,7 +236,8 @@ def _proof_words(result: Result) -> str:
     if proof.loss_deviation is not None:
         how = "Approximate: first losses" if result.best.strategy.is_approximate else "First losses"
         compared = f"{how} within {share_words(proof.loss_deviation)} of the fp32 baseline's on the same batches; "
-    return f" {compared}{proof.soak_steps} steps lasted, the longest samples in a row first."
+    lasted = f"{proof.soak_steps} steps lasted, the longest samples in a row first."
+    return f" {compared}{lasted} {batches_words(result.best.strategy)}".rstrip()
 
 
 def _change(before: float, after: float, less: str, more: str) -> str:

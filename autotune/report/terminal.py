@@ -251,6 +251,16 @@ def share_words(share: float) -> str:
     return "less than 0.01%" if share < 1e-4 else f"{share:.2%}"
 
 
+def batches_words(strategy: Strategy) -> str:
+    """Says of a setting that makes its batches of other samples than the baseline; nothing of one that does not."""
+    if strategy.padding != "buckets":
+        return ""
+    return (
+        "Its batches are of samples of similar length, the baseline's of any; --without padding=buckets searches for "
+        "the very same batches."
+    )
+
+
 def count_words(count: int, what: str) -> str:
     """``1 epoch``, ``5 epochs``."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"

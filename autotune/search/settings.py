@@ -30,6 +30,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Whether values that change what is trained are searched."""
     is_deterministic: bool = False
     """Whether every trial has to use algorithms that give the same result every time."""
+    without: tuple[str, ...] = ()
+    """Knobs, and ``knob=value``, that are left out."""
     explains: bool | None = None
     """Whether the best is timed without each of its knobs, on top of the budget; None: where the budget has time."""
     epochs: int | None = None

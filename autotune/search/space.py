@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, get_args
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
 from autotune.backends.base import Backend
 from autotune.backends.cpu import thread_counts
 from autotune.checks.kernels import UNMASKED_MS
+from autotune.errors import UsageError
 from autotune.graphs import unrecorded_schedule
 from autotune.models.attention import SDPA_KERNELS, WHOLE_ROW
 from autotune.probe import Hardware
@@ -31,13 +33,17 @@ from autotune.strategy import (
 )
 from autotune.workloads.base import Workload
 
+T = TypeVar("T")
+
 PREFETCHES = (PREFETCH, 8)
 """Batches that each loader process has ready."""
+OTHER_DEVICE = "not for this kind of device"
+CHANGES = "changes what is trained: --allow-approximate"
 WORKERS = (0, 1, 2, 4, 8)
 """Loader processes; fewer where there are fewer cores."""
 
 # Autocast and the kernels see 16-bit tensors; tf32 is fp32 storage, so its kernels are fp32's.
-_ATTENTION_DTYPE: dict[Precision, str] = {
+ATTENTION_DTYPE: dict[Precision, str] = {
     "fp32": "fp32",
     "tf32": "fp32",
     "bf16": "bf16",
@@ -84,15 +90,15 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         """A strategy as the sampler's parameters."""
         return {knob: getattr(strategy, knob) for knob in self.values}
 
-    def nearest(self, strategy: Strategy) -> Strategy:
-        """A strategy of another device or workload, with plain values where its own are not tried here. What comes of
-        it may still be refused."""
+    def nearest(self, strategy: Strategy, instead: Strategy) -> Strategy:
+        """A strategy of another device or workload, with the values of a second one where its own are not tried here.
+        What comes of it may still be refused."""
         values = self.params(strategy)
         for knob, known in self.values.items():
             if knob == "micro_batch":
                 values[knob] = max((size for size in known if size <= values[knob]), default=min(known))
             elif values[knob] not in known:
-                values[knob] = known[0]
+                values[knob] = getattr(instead, knob)
         if values.get("graphs") == "step" and self.strategy(values).unrecorded:
             values["graphs"] = "none"
         for knob in ("prefetch", "compile_scope", "checkpoint", "padding", "attention"):
@@ -166,198 +172,153 @@ def build_space(
     includes_slow: bool = False,
     allows_approximate: bool = False,
     is_deterministic: bool = False,
+    without: Collection[str] = (),
 ) -> Space:
-    """Only what the probe saw run, and run well. The baseline's own values are always in."""
-    left_out: dict[str, str] = {}
+    """Only what the probe saw run, and run well. The baseline's own values are always in. ``without`` are knobs, and
+    ``knob=value``, that the user leaves out. Raises UsageError where the baseline has such a value."""
+    plain, left_out = workload.baseline, dict[str, str]()
+    for knob, _, value in (option.partition("=") for option in without):
+        if value == str(getattr(plain, knob)):
+            raise UsageError(
+                f"--without {knob}={value}: the plain baseline has it, with which everything is compared; leave others "
+                f"out, or all others: --without {knob}"
+            )
 
-    def allowed(knob: str, value: str, *capabilities: str) -> bool:
-        if value in APPROXIMATE.get(knob, ()) and not allows_approximate:
-            left_out[f"{knob}={value}"] = "changes what is trained: --allow-approximate"
-            return False
+    def choose(knob: str, values: Iterable[T], why_not: Callable[[T], str | None] = lambda _: None) -> list[T]:
+        """Of the values of a knob the baseline's, and those that nobody says anything against."""
+        chosen = []
+        for value in values:
+            asked = next((option for option in (knob, f"{knob}={value}") if option in without), None)
+            if value == getattr(plain, knob):
+                chosen.append(value)
+            elif reason := (f"as asked: --without {asked}" if asked else why_not(value)):
+                left_out[f"{knob}={value}"] = reason
+            else:
+                chosen.append(value)
+        return chosen
+
+    def refused(*capabilities: str) -> str | None:
         for name in capabilities:
             found = hardware.capability(name)
             runs = found.value or (includes_slow and found.reason.startswith("too slow"))
             if not (runs or (UNMASKED_MS in found.measured and not workload.has_masked_attention)):
-                left_out[f"{knob}={value}"] = found.reason
-                return False
-        return True
+                return found.reason
+        return None
 
-    for missing in [value for value in get_args(Precision) if value not in backend.precisions]:
-        left_out[f"precision={missing}"] = "not for this kind of device"
-    precisions = [p for p in backend.precisions if p == "fp32" or allowed("precision", p, *_needs(p))]
-    pairs = set()
-    for attention in get_args(Attention):
+    def no_precision(precision: Precision) -> str | None:
+        if precision not in backend.precisions:
+            return OTHER_DEVICE
+        if precision in APPROXIMATE["precision"] and not allows_approximate:
+            return CHANGES
+        return refused(*_needs(precision))
+
+    def no_attention(attention: Attention) -> str | None:
         if attention not in backend.attention:
-            left_out[f"attention={attention}"] = hardware.capability(f"attention.{attention}.fp32").reason
-            continue
+            return hardware.capability(f"attention.{attention}.fp32").reason
         if attention not in workload.attentions:
-            left_out[f"attention={attention}"] = (
-                "the model has no switch for it"
-                if len(workload.attentions) > 1
-                else "the model calls no kernel of torch's"
-            )
-            continue
+            is_switched = len(workload.attentions) > 1
+            return "the model has no switch for it" if is_switched else "the model calls no kernel of torch's"
+        return CHANGES if attention in APPROXIMATE["attention"] and not allows_approximate else None
+
+    def slow_pair(attention: Attention, precision: Precision) -> str | None:
+        # what is sparse is made of torch's own choice of kernel, on CUDA of a kernel that is compiled for it
         is_sparse = attention in APPROXIMATE["attention"]
-        if is_sparse and not allowed("attention", attention):
+        kernel = ("window" if backend.device_type == "cuda" else "sdpa") if is_sparse else attention
+        # a model that calls no kernel may have no attention at all: how fast that is says nothing of it
+        is_free = len(workload.attentions) == 1 or (attention, precision) == (workload.attentions[0], "fp32")
+        return None if is_free else refused(f"attention.{kernel}.{ATTENTION_DTYPE[precision]}")
+
+    def no_graphs(graphs: Graphs) -> str | None:
+        if graphs not in backend.graphs:
+            return OTHER_DEVICE
+        return refused(f"graphs.{graphs}") or unrecorded_schedule(workload.recipe.schedule)
+
+    def no_checkpoint(checkpoint: Checkpoint) -> str | None:
+        if workload.num_blocks < _NEEDS_BLOCKS[checkpoint]:
+            return f"nothing of its own to recompute with {workload.num_blocks} repeated blocks"
+        if checkpoint == "memory_budget" and len(compile_modes) == 1:
+            return "is the compiler's, and nothing compiles here"
+        return None
+
+    def no_scope(_: CompileScope) -> str | None:
+        if workload.num_blocks < 2:
+            return "the model repeats no block"
+        return "nothing compiles here" if len(compile_modes) == 1 else None
+
+    def no_padding(padding: Padding) -> str | None:
+        if padding == "packed" and workload.pack is None:
+            return "the model does not take sequences in one row"
+        return "all samples are of one length" if len(set(map(int, workload.train.lengths))) == 1 else None
+
+    def no_micro_batch(_: int) -> str | None:
+        if workload.has_batch_norm:
+            return "batch normalisation would train on other statistics"
+        if not workload.is_split_exact:
+            return "a batch's loss is not the mean of its samples' losses: another split would train otherwise"
+        return None
+
+    num_cores, global_batch = hardware.device.num_cores, workload.recipe.global_batch
+    precisions = choose("precision", _first(backend.precisions, get_args(Precision)), no_precision)
+    pairs = set()
+    for attention in choose("attention", _first(backend.attention, get_args(Attention)), no_attention):
+        reasons = {precision: slow_pair(attention, precision) for precision in precisions}
+        # asked of a CPU, where the model was looked at; elsewhere a trial finds out
+        is_pinned = backend.device_type == "cpu" and attention in SDPA_KERNELS and None in reasons.values()
+        if is_pinned and attention in workload.refused_kernels:
+            left_out[f"attention={attention}"] = f"refused by this model: {workload.refused_kernels[attention]}"
             continue
-        for precision in precisions:
-            # what is sparse is made of torch's own choice of kernel, on CUDA of a kernel that is compiled for it
-            kernel = ("window" if backend.device_type == "cuda" else "sdpa") if is_sparse else attention
-            name = f"attention.{kernel}.{_ATTENTION_DTYPE[precision]}"
-            # a model that calls no kernel may have no attention at all: how fast that is says nothing of it
-            is_free = len(workload.attentions) == 1 or (attention, precision) == (workload.attentions[0], "fp32")
-            if not (is_free or allowed("attention", f"{attention} in {precision}", name)):
-                continue
-            # asked of a CPU, where the model was looked at; elsewhere a trial finds out
-            is_pinned = backend.device_type == "cpu" and attention in SDPA_KERNELS
-            if is_pinned and attention in workload.refused_kernels:
-                left_out[f"attention={attention}"] = f"refused by this model: {workload.refused_kernels[attention]}"
-                continue
-            pairs.add((attention, precision))
-    attentions = [a for a in backend.attention if any((a, p) in pairs for p in precisions)]
-    compile_modes = [c for c in backend.compile_modes if c == "none" or allowed("compile", c, f"compile.{c}")]
-    for mode in [value for value in get_args(Compile) if value not in backend.compile_modes]:
-        left_out[f"compile={mode}"] = "not for this kind of device"
-    graphs = [g for g in backend.graphs if g == "none" or allowed("graphs", g, f"graphs.{g}")]
-    for value in [value for value in get_args(Graphs) if value not in backend.graphs]:
-        left_out[f"graphs={value}"] = "not for this kind of device"
-    if "step" in graphs and (reason := unrecorded_schedule(workload.recipe.schedule)):
-        graphs.remove("step")
-        left_out["graphs=step"] = reason
-    for setting in [value for value in get_args(Allocator) if value not in backend.allocators]:
-        left_out[f"allocator={setting}"] = "not for this kind of device"
-    allocators = [a for a in backend.allocators if a == "default" or allowed("allocator", a, f"allocator.{a}")]
-    optimizers = [o for o in get_args(Optimizer) if o == "default" or allowed("optimizer", o, f"optimizer.{o}")]
-    checkpoints = [c for c in get_args(Checkpoint) if workload.num_blocks >= _NEEDS_BLOCKS[c]]
-    for checkpoint in [value for value in get_args(Checkpoint) if value not in checkpoints]:
-        left_out[f"checkpoint={checkpoint}"] = (
-            f"nothing of its own to recompute with {workload.num_blocks} repeated blocks"
-        )
-    if len(compile_modes) == 1:
-        checkpoints.remove("memory_budget")
-        left_out["checkpoint=memory_budget"] = "is the compiler's, and nothing compiles here"
-    formats = ["contiguous"]
-    if not workload.has_convolutions:
-        left_out["memory_format=channels_last"] = "the model has no convolutions"
-    elif allowed("memory_format", "channels_last", "channels_last"):
-        formats.append("channels_last")
-    paddings: tuple[Padding, ...] = get_args(Padding)
-    if workload.pack is None:
-        left_out["padding=packed"] = "the model does not take sequences in one row"
-        paddings = paddings[:-1]
-    if len(set(map(int, workload.train.lengths))) == 1:
-        for padding in paddings[1:]:
-            left_out[f"padding={padding}"] = "all samples are of one length"
-        paddings = paddings[:1]
-    scopes: tuple[CompileScope, ...] = get_args(CompileScope)
-    if workload.num_blocks < 2 or len(compile_modes) == 1:
-        reason = "the model repeats no block" if workload.num_blocks < 2 else "nothing compiles here"
-        left_out["compile_scope=blocks"] = reason
-        scopes = scopes[:1]
-    counts = thread_counts(hardware.device.num_cores) if backend.device_type == "cpu" else ()
-    threads = (0, *(count for count in counts if allowed("threads", str(count), f"threads.{count}")))
-    workers = tuple(count for count in WORKERS if count <= hardware.device.num_cores)
-    for count in WORKERS[len(workers) :]:
-        left_out[f"workers={count}"] = f"there are {hardware.device.num_cores} cores"
-    global_batch = workload.recipe.global_batch
-    micro_batches = tuple(size for size in range(1, global_batch + 1) if global_batch % size == 0)
-    if workload.has_batch_norm or not workload.is_split_exact:
-        for size in micro_batches[:-1]:
-            left_out[f"micro_batch={size}"] = (
-                "batch normalisation would train on other statistics"
-                if workload.has_batch_norm
-                else "a batch's loss is not the mean of its samples' losses: another split would train otherwise"
-            )
-        micro_batches = micro_batches[-1:]
+        pairs |= {(attention, precision) for precision, reason in reasons.items() if reason is None}
+        left_out |= {f"attention={attention} in {p}": reason for p, reason in reasons.items() if reason is not None}
+    compile_modes = choose(
+        "compile",
+        _first(backend.compile_modes, get_args(Compile)),
+        lambda mode: refused(f"compile.{mode}") if mode in backend.compile_modes else OTHER_DEVICE,
+    )
+    workers = choose("workers", WORKERS, lambda n: f"there are {num_cores} cores" if n > num_cores else None)
+    values: dict[str, Sequence[Any]] = {
+        "micro_batch": choose(
+            "micro_batch", (size for size in range(1, global_batch + 1) if global_batch % size == 0), no_micro_batch
+        ),
+        "attention": [a for a in backend.attention if any((a, p) in pairs for p in precisions)],
+        "compile": compile_modes,
+        "compile_scope": choose("compile_scope", get_args(CompileScope), no_scope),
+        "graphs": choose("graphs", _first(backend.graphs, get_args(Graphs)), no_graphs),
+        "allocator": choose(
+            "allocator",
+            _first(backend.allocators, get_args(Allocator)),
+            lambda setting: refused(f"allocator.{setting}") if setting in backend.allocators else OTHER_DEVICE,
+        ),
+        "precision": precisions,
+        "padding": choose("padding", get_args(Padding), no_padding),
+        "optimizer": choose("optimizer", get_args(Optimizer), lambda setting: refused(f"optimizer.{setting}")),
+        "threads": choose(
+            "threads",
+            (0, *(thread_counts(num_cores) if backend.device_type == "cpu" else ())),
+            lambda count: refused(f"threads.{count}"),
+        ),
+        "workers": workers,
+        "checkpoint": choose("checkpoint", get_args(Checkpoint), no_checkpoint),
+        "memory_format": choose(
+            "memory_format",
+            get_args(MemoryFormat),
+            lambda _: refused("channels_last") if workload.has_convolutions else "the model has no convolutions",
+        ),
+        "prefetch": choose("prefetch", PREFETCHES, lambda _: "no loader processes" if workers == [0] else None),
+        "deterministic": [is_deterministic],
+    }
     return Space(
         global_batch=global_batch,
-        values={
-            "micro_batch": micro_batches,
-            "attention": tuple(attentions),
-            "compile": tuple(compile_modes),
-            "compile_scope": scopes,
-            "graphs": tuple(graphs),
-            "allocator": tuple(allocators),
-            "precision": tuple(precisions),
-            "padding": paddings,
-            "optimizer": tuple(optimizers),
-            "threads": threads,
-            "workers": workers,
-            "checkpoint": tuple(checkpoints),
-            "memory_format": tuple(formats),
-            "prefetch": PREFETCHES,
-            "deterministic": (is_deterministic,),
-        },
+        values={knob: tuple(chosen) for knob, chosen in values.items()},
         left_out=left_out,
         pairs=frozenset(pairs),
         is_masked=workload.has_masked_attention,
-        whole_rows=frozenset(p for p in precisions if hardware.allows(f"packed.{_ATTENTION_DTYPE[p]}")),
+        whole_rows=frozenset(p for p in precisions if hardware.allows(f"packed.{ATTENTION_DTYPE[p]}")),
     )
 
 
-def attention_ms(hardware: Hardware, attention: Attention, precision: Precision, *, is_masked: bool) -> float:
-    """What the probe's forward and backward pass through a kernel took, in milliseconds; infinite where it has no
-    figure. One that takes no mask was timed without, which beside others' says nothing where ``is_masked``."""
-    measured = hardware.capability(f"attention.{attention}.{_ATTENTION_DTYPE[precision]}").measured
-    if UNMASKED_MS in measured:
-        return math.inf if is_masked else measured[UNMASKED_MS]
-    return measured.get("forward_ms", math.inf) + measured.get("backward_ms", math.inf)
-
-
-def expert_guess(space: Space, hardware: Hardware, backend: Backend) -> Strategy:
-    """What a person who reads the probe would write down: the fastest precision and attention it measured, no padding
-    waste, no recomputation, memory retained, nothing compiled, the micro batch as usually pays on such a device."""
-    most = backend.guess_micro_batch or space.global_batch
-
-    def optimizer_ms(optimizer: Optimizer) -> float:
-        return hardware.capability(f"optimizer.{optimizer}").measured.get("step_ms", math.inf)
-
-    def format_ms(memory_format: MemoryFormat) -> float:
-        return hardware.capability("channels_last").measured.get(f"{memory_format}_ms", 0.0)
-
-    def gflop_per_s(precision: Precision) -> float:
-        return hardware.capability(f"matmul.{precision}").measured.get("gflop_per_s", 0.0)
-
-    # fp16 needs a loss scaler and has less range: a person takes it only where it is twice as fast
-    # as bf16, as on cards before Ampere.
-    exact_attentions = [a for a in space.values["attention"] if a not in APPROXIMATE["attention"]]
-    runnable = {p for a, p in space.pairs if a in exact_attentions}
-    exact = [p for p in space.values["precision"] if p not in APPROXIMATE["precision"] and p in runnable]
-    precision = max(exact, key=lambda p: gflop_per_s(p) * (0.5 if p == "fp16" else 1.0))
-    attentions = [a for a in exact_attentions if (a, precision) in space.pairs]
-    micro_batches = space.values["micro_batch"]
-    fitting = [size for size in micro_batches if size <= most] or micro_batches[:1]
-    guess = space.strategy(
-        {
-            "attention": min(attentions, key=lambda a: attention_ms(hardware, a, precision, is_masked=False)),
-            "precision": precision,
-            "checkpoint": "none",
-            "micro_batch": max(fitting),
-            "compile_scope": "model",
-            "threads": 0,
-            "prefetch": PREFETCH,
-            "deterministic": space.values["deterministic"][0],
-            "memory_format": min(space.values["memory_format"], key=format_ms),
-            "compile": "none",
-            "workers": 0,
-            "padding": next(p for p in ("buckets", *space.values["padding"]) if p in space.values["padding"]),
-            "allocator": space.values["allocator"][-1],
-            "optimizer": min(space.values["optimizer"], key=optimizer_ms),
-            "graphs": space.values["graphs"][-1],
-        }
-    )
-    return guess if space.refusal(guess) is None else msgspec.structs.replace(guess, graphs="none")
-
-
-def compiled_guess(space: Space, backend: Backend, guess: Strategy) -> Strategy | None:
-    """A guess compiled, where that usually pays on this device family: each repeated block by itself where there are
-    such, as that is compiled once (PyTorch, "Reducing torch.compile cold start compilation time with regional
-    compilation")."""
-    if backend.guess_compile == "none" or backend.guess_compile not in space.values["compile"]:
-        return None
-    scope = space.values["compile_scope"][-1]
-    compiled = msgspec.structs.replace(guess, compile=backend.guess_compile, compile_scope=scope)
-    return compiled if space.refusal(compiled) is None else None
+def _first(known: Sequence[T], values: Iterable[T]) -> tuple[T, ...]:
+    """All values, those that are known first, in their order."""
+    return tuple(dict.fromkeys((*known, *values)))
 
 
 def _needs(precision: Precision) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ from autotune.checks.compute import THREADS_SPEED
 from autotune.flops import Flops, flops_of, matmul_capability
 from autotune.measurement import Measurement
 from autotune.probe import Hardware
+from autotune.search.guess import attention_ms
 from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
 from autotune.search.settings import Settings
-from autotune.search.space import Space, attention_ms, build_space
+from autotune.search.space import Space, build_space
 from autotune.search.surrogate import Prior, prior_of
 from autotune.search.work import tokens_of, work_of
 from autotune.strategy import SPARSE, Attention, Padding, Precision, Strategy
@@ -66,6 +67,7 @@ class Task:
             includes_slow=self.settings.includes_slow,
             allows_approximate=self.settings.allows_approximate,
             is_deterministic=self.settings.is_deterministic,
+            without=self.settings.without,
         )
 
     @property

@@ -12,13 +12,13 @@ import msgspec
 
 from autotune.measurement import Trial
 from autotune.pace import drift_doubt, slowdown, with_beats_around
+from autotune.search.guess import compiled_guess, expert_guess
 from autotune.search.history import History
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import Fit, MemoryModel
 from autotune.search.objective import FASTEST, Aim, hopeless
 from autotune.search.sampling import Proposal, Sampler
 from autotune.search.settings import Observer
-from autotune.search.space import compiled_guess, expert_guess
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
@@ -121,7 +121,7 @@ class Trials:
         if compiled is not None:
             found[compiled] = "expert's guess, compiled"
         if task.known_good is not None:
-            found.setdefault(task.space.nearest(task.known_good), "as in the nearest profile")
+            found.setdefault(task.space.nearest(task.known_good, guess), "as in the nearest profile")
         return {s: origin for s, origin in found.items() if s != task.baseline and task.space.refusal(s) is None}
 
     def try_now(self, strategy: Strategy, origin: str) -> None:

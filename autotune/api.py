@@ -12,10 +12,12 @@ from autotune import backends, store
 from autotune.backends.base import Backend
 from autotune.errors import AutotuneError
 from autotune.profile import Profile
-from autotune.strategy import Attention, Strategy
+from autotune.strategy import Attention, Padding, Strategy
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
 
     from autotune.apply import OptimizerFactory, Run
     from autotune.workloads.base import Workload
@@ -52,6 +54,7 @@ class Tuned:
         *,
         optimizer: OptimizerFactory | None = None,
         dataset: Any = None,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
         clip_norm: float | None = None,
         total_steps: int | None = None,
         seed: int = 0,
@@ -59,8 +62,10 @@ class Tuned:
         """Model, optimizer, loader and ``step()`` ready to train; what is not given is the workload's own.
 
         ``optimizer`` makes one from parameters: ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``; its
-        schedule is then yours. ``clip_norm`` is the global L2 norm that gradients are clipped to, by default the
-        recipe's; a model with an example batch has none. Raises AutotuneError where the model cannot take a knob.
+        schedule is then yours. ``loss`` gives a batch's mean from your model's output and the targets, in place of the
+        workload's: needed where that reads its model. ``clip_norm`` is the global L2 norm that gradients are clipped
+        to, by default the recipe's; a model with an example batch has none. Raises AutotuneError where the model cannot
+        take a knob.
         """
         from autotune.apply import apply
 
@@ -71,6 +76,7 @@ class Tuned:
             model=model,
             optimizer=optimizer,
             dataset=dataset,
+            loss=loss,
             clip_norm=clip_norm,
             total_steps=total_steps,
             seed=seed,
@@ -114,10 +120,12 @@ def load(
 
 
 def safe_defaults(name: str) -> Strategy:
-    """What helps everywhere and risks nothing: torch's choice of attention kernel, padding to the longest."""
+    """What helps everywhere and risks nothing: torch's choice of attention kernel, padding to the longest where the
+    model trains the same so."""
     from autotune import workloads
 
     module = workloads.get(name)
     attentions = getattr(module, "attentions", get_args(Attention))
     attention: Attention = "sdpa" if "sdpa" in attentions else attentions[0]
-    return Strategy(attention=attention, padding="longest", micro_batch=module.RECIPE.global_batch)
+    padding: Padding = "longest" if getattr(module, "trim_refusal", None) is None else "max"
+    return Strategy(attention=attention, padding=padding, micro_batch=module.RECIPE.global_batch)

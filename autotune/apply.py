@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from autotune.backends.base import Backend, torch_device
@@ -37,6 +38,7 @@ from autotune.schedule import schedule
 from autotune.step import Step, compute_dtype, weights_dtype
 from autotune.strategy import SPARSE, Strategy
 from autotune.workloads.base import Workload
+from autotune.workloads.custom import summed
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -220,12 +222,14 @@ def apply(
     model: nn.Module | None = None,
     optimizer: OptimizerFactory | None = None,
     dataset: Any = None,
+    loss: Callable[[Any, Tensor], Tensor] | None = None,
     clip_norm: float | None = None,
     total_steps: int | None = None,
     seed: int = 0,
 ) -> Run:
     """A run with every knob of the strategy in effect; what is not given comes from the workload's recipe.
 
+    ``loss`` gives a batch's mean from output and targets, in place of the workload's.
     ``total_steps`` is the length of the learning rate schedule, the recipe's epochs by default. With an ``optimizer``
     of your own the schedule is yours too. Raises AutotuneError where the model cannot take a knob, TypeError where the
     optimizer is made already, UsageError for a ``clip_norm`` that is none.
@@ -248,6 +252,7 @@ def apply(
     if strategy.padding != "max":
         backend.limit_kernel_caches()
     model = workload.build_model() if model is None else model
+    summed_loss = workload.loss_for(model) if loss is None else functools.partial(summed, loss)
     forward_context = _set_knobs(model, strategy, workload, device.type)
     if strategy.graphs != "none":
         check_recorded(strategy, backend, recipe.schedule)
@@ -283,13 +288,13 @@ def apply(
     step = Step(
         model,
         own,
-        workload.loss,
+        summed_loss,
         strategy=strategy,
         device=device,
         forward_context=forward_context,
         clip_norm=recipe.clip_norm if clip_norm is None else clip_norm,
         scheduler=scheduler,
-        compiled=loss_compiler(strategy, workload.loss),
+        compiled=loss_compiler(strategy, summed_loss),
     )
     return Run(
         model=model,

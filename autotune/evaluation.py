@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autotune.data.batching import MicroBatch
 from autotune.step import Step, in_fp32
-from autotune.workloads.base import Workload
+from autotune.workloads.base import CrossEntropy, Workload
 from autotune.workloads.seen import evaluating
 
 Counted = tuple[Tensor, Tensor]
@@ -27,6 +27,8 @@ class Evaluation:
 
     def __init__(self, step: Step, workload: Workload) -> None:
         self._step, self._workload = step, workload
+        # without what only training has
+        self._loss = CrossEntropy() if isinstance(step.plain_loss, CrossEntropy) else step.plain_loss
         self._graphs = None if step.graphs is None else step.graphs.beside(self._launched)
         self._num_seen = 0
         self._places: list[int] = []
@@ -73,7 +75,7 @@ class Evaluation:
         output, targets = self._step.forward_only(micro)
         counts = self._workload.num_correct
         correct = torch.zeros((), device=self._step.device) if counts is None else counts(in_fp32(output), targets)
-        return self._workload.evaluation_loss(output, targets), correct
+        return self._loss(output, targets), correct
 
     def _find_weights(self) -> None:
         """A replay reads them where they lay: with other weights in their place (``load_state_dict(assign=True)``, an

@@ -60,5 +60,5 @@ def _counted(workload: Workload, index: int, length: int) -> float:
         model = workload.build_model()
     inputs = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in micro.inputs.items()}
     with FlopCounterMode(display=False) as counter:
-        workload.loss(model(**inputs), micro.targets.to("meta")).backward()  # type: ignore[no-untyped-call]
+        workload.loss_for(model)(model(**inputs), micro.targets.to("meta")).backward()  # type: ignore[no-untyped-call]
     return float(counter.get_total_flops())

@@ -48,6 +48,8 @@ class Step:
         """L2 norm of the last step's gradients before clipping."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Called when a micro batch's forward or backward pass is queued, and when the step is."""
+        self.plain_loss = loss
+        """Summed over samples, as it was given."""
         self._gives_fp32 = type(loss) is not CrossEntropy
         self.loss = (compiled or _as_it_is)(functools.partial(_loss_in_fp32, loss) if self._gives_fp32 else loss)
         """In fp32, and compiled where that is wanted; the built-in one sees to fp32 itself."""
@@ -111,14 +113,14 @@ class Step:
             with self._forward_context:  # what is recomputed runs as it ran at first
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self._reach("backward")
-            total += loss.detach()
+            total = total + loss.detach()  # in fp64 where the model is
         return total, self._update()
 
     def forward_only(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Output, as the loss takes it, and targets of one micro batch without gradients; never compiled as a whole,
         because a second graph for the few evaluation batches costs more than it gives. The caller sets eval mode."""
         micro = self._on_device(micro)
-        with torch.no_grad(), self.context():
+        with torch.no_grad(), self.context(), _own_attention():
             output = self.model.forward(**micro.inputs)
         return in_fp32(output) if self._gives_fp32 else output, micro.targets
 
@@ -166,6 +168,18 @@ class Step:
             non_blocking=True,
             memory_format=torch.channels_last if is_images else torch.preserve_format,
         )
+
+
+@contextlib.contextmanager
+def _own_attention() -> Iterator[None]:
+    """nn.TransformerEncoder without its way around its layers, which fails under autocast on a CPU (torch 2.13: it asks
+    for CUDA's alone) and is another kernel than training's."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 def compute_dtype(strategy: Strategy) -> torch.dtype:

@@ -142,5 +142,5 @@ def test_what_the_model_does_not_take_is_left_out_of_a_batch() -> None:
 
 
 def test_a_batch_whose_tensors_do_not_match_is_refused() -> None:
-    with pytest.raises(UsageError, match="one batch size, it has 3, 4"):
+    with pytest.raises(UsageError, match="as many in all; it has 3, 4"):
         workload_of("uneven", lambda: (nn.Linear(2, 2), (torch.zeros(4, 2), torch.zeros(3))))

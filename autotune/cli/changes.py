@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar, get_args, get_type_hints
 
 import msgspec
 
 from autotune.errors import UsageError, at_fault, nearest
 from autotune.strategy import Strategy, choices
-from autotune.workloads.base import Recipe
+from autotune.workloads.base import Recipe, Workload
 
 T = TypeVar("T", Recipe, Strategy)
 
@@ -59,6 +59,16 @@ def refuse_idle(strategy: Strategy, changes: Collection[str]) -> None:
     for change in changes:
         if (reason := strategy.idle.get(change.partition("=")[0])) is not None:
             raise UsageError(f"--knob {change} does nothing here: {reason}")
+
+
+def trained_otherwise(strategy: Strategy, workload: Workload) -> Iterator[str]:
+    """In words, what of a setting trains something else than the plain baseline does, as far as a search would know."""
+    if strategy.accumulation > 1 and (reason := workload.split_refusal):
+        yield f"micro_batch={strategy.micro_batch} trains something else than the whole batch does: {reason}"
+    if strategy.checkpoint not in ("none", "memory_budget") and (reason := workload.recompute_refusal):
+        yield f"checkpoint={strategy.checkpoint} trains something else: {reason}"
+    if strategy.padding in ("longest", "buckets") and (reason := workload.trim_refusal):
+        yield f"padding={strategy.padding} trains something else: {reason}"
 
 
 def _parsed(what: Recipe | Strategy, option: str, changes: Collection[str]) -> dict[str, str | None]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autotune.cli.changes import changed_recipe, changed_strategy, refuse_idle
+from autotune.cli.changes import changed_recipe, changed_strategy, refuse_idle, trained_otherwise
 from autotune.cli.options import data_options, device_option, find_backend, model_option, prepare, profiles_option
-from autotune.errors import AutotuneError, UsageError
+from autotune.errors import AutotuneError, UsageError, words_of
 
 if TYPE_CHECKING:
     from autotune.backends.base import Device
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from autotune.store import Wanted
     from autotune.strategy import Strategy
     from autotune.training import Training
+    from autotune.workloads.base import Workload
 
 RUNS = Path("runs")
 
@@ -151,6 +152,9 @@ def command(
     strategy = saved.strategy if saved is not None else _strategy(name, profile_name, profile, workload.baseline)
     strategy = changed_strategy(strategy, knobs)
     refuse_idle(strategy, knobs)
+    if knobs:
+        for words in trained_otherwise(strategy, workload):
+            click.echo(words, err=True)
     strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
     num_epochs = epochs or (saved.epochs if saved is not None else recipe.epochs)
     identity = checkpoint.Identity(
@@ -214,7 +218,8 @@ def command(
                 checkpoint.write_tensors(folder / checkpoint.BEST_FILE, run.model.state_dict())
             save()
 
-        with _told_of(knobs, lambda: training.step or training.epochs), _stopped_by_ctrl_c(training, display.say):
+        told_of = _told_of(knobs, lambda: training.step or training.epochs)
+        with _as_the_user_s(workload), told_of, _stopped_by_ctrl_c(training, display.say):
             training.train(num_epochs, on_step=on_step, on_evaluation=display.on_evaluation, on_epoch=on_epoch)
         if training.is_stopped:
             save()
@@ -310,6 +315,17 @@ def _told_of(knobs: tuple[str, ...], has_begun: Callable[[], object] = bool) -> 
             raise
         reason = next(iter(str(exc).splitlines()), "")
         raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {type(exc).__name__}: {reason}") from exc
+
+
+@contextlib.contextmanager
+def _as_the_user_s(workload: Workload) -> Iterator[None]:
+    """What a model of the user's own fails of is told in one line. Raises AutotuneError."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError) as exc:
+        if workload.split is None:
+            raise
+        raise AutotuneError(f"{workload.name} fails in training: {words_of(exc)}") from exc
 
 
 @contextlib.contextmanager

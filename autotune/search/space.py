@@ -236,9 +236,9 @@ def build_space(
     def no_checkpoint(checkpoint: Checkpoint) -> str | None:
         if workload.num_blocks < _NEEDS_BLOCKS[checkpoint]:
             return f"nothing of its own to recompute with {workload.num_blocks} repeated blocks"
-        if checkpoint == "memory_budget" and len(compile_modes) == 1:
-            return "is the compiler's, and nothing compiles here"
-        return None
+        if checkpoint == "memory_budget":
+            return "is the compiler's, and nothing compiles here" if len(compile_modes) == 1 else None
+        return workload.recompute_refusal
 
     def no_scope(_: CompileScope) -> str | None:
         if workload.num_blocks < 2:
@@ -248,16 +248,12 @@ def build_space(
     def no_padding(padding: Padding) -> str | None:
         if padding == "packed" and workload.pack is None:
             return "the model does not take sequences in one row"
-        return "all samples are of one length" if len(set(map(int, workload.train.lengths))) == 1 else None
-
-    def no_micro_batch(_: int) -> str | None:
-        if workload.has_batch_norm:
-            return "batch normalisation would train on other statistics"
-        if not workload.is_split_exact:
-            return "a batch's loss is not the mean of its samples' losses: another split would train otherwise"
-        return None
+        if len(set(map(int, workload.train.lengths))) == 1:
+            return "all samples are of one length"
+        return None if padding == "packed" else workload.trim_refusal
 
     num_cores, global_batch = hardware.device.num_cores, workload.recipe.global_batch
+    divisors = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
     precisions = choose("precision", _first(backend.precisions, get_args(Precision)), no_precision)
     pairs = set()
     for attention in choose("attention", _first(backend.attention, get_args(Attention)), no_attention):
@@ -276,9 +272,7 @@ def build_space(
     )
     workers = choose("workers", WORKERS, lambda n: f"there are {num_cores} cores" if n > num_cores else None)
     values: dict[str, Sequence[Any]] = {
-        "micro_batch": choose(
-            "micro_batch", (size for size in range(1, global_batch + 1) if global_batch % size == 0), no_micro_batch
-        ),
+        "micro_batch": choose("micro_batch", divisors, lambda _: workload.split_refusal),
         "attention": [a for a in backend.attention if any((a, p) in pairs for p in precisions)],
         "compile": compile_modes,
         "compile_scope": choose("compile_scope", get_args(CompileScope), no_scope),

@@ -20,7 +20,7 @@ from autotune.errors import AutotuneError, UsageError
 from autotune.models.blocks import find_blocks
 from autotune.models.cross_entropy import summed_cross_entropy, takes_parts
 from autotune.strategy import Attention, Padding, Strategy, baseline
-from autotune.workloads import seen
+from autotune.workloads import same, seen
 
 Schedule = Literal["cosine", "linear", "restarts", "onecycle", "constant"]
 
@@ -98,6 +98,9 @@ class Workload:
     loss: Callable[[Tensor, Tensor], Tensor]
     """Loss *summed* over samples, from the model's output and the targets, so that every split of a global batch into
     micro batches gives the same gradient."""
+    loss_of: Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor] | None] = lambda model: None
+    """The loss that a model was made with, where each has one of its own. Raises UsageError for a model that has none
+    and needs one."""
     num_correct: Callable[[Tensor, Tensor], Tensor] | None
     """How many samples of a batch were classified correctly; None where the question has no meaning."""
     has_perplexity: bool = False
@@ -132,10 +135,9 @@ class Workload:
         """The exponential of a mean loss; None where that says nothing."""
         return math.exp(min(loss, 700.0)) if self.has_perplexity else None
 
-    @property
-    def evaluation_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss without what only training has."""
-        return CrossEntropy() if isinstance(self.loss, CrossEntropy) else self.loss
+    def loss_for(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss that goes with this model."""
+        return self.loss_of(model) or self.loss
 
     @functools.cached_property
     def attentions(self) -> tuple[Attention, ...]:
@@ -164,10 +166,22 @@ class Workload:
         return seen.is_masked(self, self._sample_model())
 
     @functools.cached_property
-    def is_split_exact(self) -> bool:
-        """Whether every split of a batch into micro batches gives the same gradient; asked of losses that are means,
-        those of workloads of the user's own say themselves what they are summed over."""
-        return self.split is None or seen.is_split_exact(self, self._sample_model())
+    def split_refusal(self) -> str | None:
+        """Why micro batches would not train the same as the whole batch; None where they do. Asked of a model and a
+        batch: a Workload says itself what its loss is summed over."""
+        if self.has_batch_norm:
+            return "batch normalisation would train on other statistics"
+        return None if self.split is None else same.split_refusal(self, self._sample_model())
+
+    @functools.cached_property
+    def recompute_refusal(self) -> str | None:
+        """Why blocks that are computed again would not train the same; None where they do."""
+        return None if self.split is None else same.recompute_refusal(self, self._sample_model())
+
+    @functools.cached_property
+    def trim_refusal(self) -> str | None:
+        """Why samples without their padding would not train the same; None where they do."""
+        return None if self.split is None else same.trim_refusal(self, self._sample_model())
 
     def collate_for(self, padding: Padding) -> Callable[[Any, Indices, int], MicroBatch]:
         """What makes micro batches under a padding. Raises AutotuneError where the model does not take them."""

@@ -7,10 +7,12 @@ process calls the function anew, so that it must give the same each time.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +61,11 @@ class Custom:
         return self._workload.attentions
 
     @property
+    def trim_refusal(self) -> str | None:
+        """Why the model's samples keep their padding."""
+        return self._workload.trim_refusal
+
+    @property
     def num_parameters(self) -> int:
         """The model's."""
         return self._workload.num_parameters
@@ -95,9 +102,36 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         raise UsageError(
             f"{label} gives {_kind(made)}; it should give a Workload, or (model, batch), or (model, batch, loss)"
         )
-    model, raw, *loss = made
+    model, raw, *losses = made
+    loss = losses[0] if losses else None
+    own = set(map(id, model.parameters()))
+    read = [(name, parameter) for module in _modules_of(loss) for name, parameter in module.named_parameters()]
+    if others := [name for name, parameter in read if parameter.requires_grad and id(parameter) not in own]:
+        raise UsageError(
+            f"the loss of {label} has parameters that no optimizer here would train ({', '.join(others[:3])}); make "
+            "them the model's"
+        )
+    reads_model = any(id(parameter) in own for _, parameter in read)
     takes = Takes.of(model)
     batch = Batch(raw, takes, label)
+    pairs = weakref.WeakKeyDictionary[nn.Module, Any]()
+
+    def build_model() -> nn.Module:
+        model, _, *losses = make()
+        pairs[model] = losses[0] if losses else None
+        built: nn.Module = model
+        return built
+
+    def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+        if model in pairs:
+            return functools.partial(summed, pairs[model])
+        if reads_model:
+            raise UsageError(
+                f"the loss of {label} reads a model that the function made, not this one; give apply this one's: "
+                "apply(model, loss=...)"
+            )
+        return None
+
     recipe = Recipe(
         **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
         global_batch=batch.size,
@@ -106,8 +140,9 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         name=label,
         recipe=recipe,
         source=f"an example batch of {batch.size}, {EPOCH_BATCHES:,} times an epoch",
-        build_model=lambda: make()[0],
-        loss=functools.partial(_summed, loss[0] if loss else None),
+        build_model=build_model,
+        loss=functools.partial(summed, loss),
+        loss_of=loss_of,
         num_correct=None,
         train=Repeated(batch, EPOCH_BATCHES * batch.size),
         test=Repeated(batch, TEST_BATCHES * batch.size),
@@ -119,6 +154,17 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
             dataset, takes, label, batch.width, rounding if strategy.padding != "max" else None
         ),
     )
+
+
+def _modules_of(loss: MeanLoss | None) -> list[nn.Module]:
+    """The modules that a loss reads: those of its closure and the globals that it names, and what it is a method of."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    read = [loss, getattr(loss, "__self__", None)]
+    with contextlib.suppress(TypeError):  # no Python function
+        variables = inspect.getclosurevars(getattr(loss, "__func__", loss))  # type: ignore[arg-type]
+        read += [*variables.nonlocals.values(), *variables.globals.values()]
+    return [value for value in read if isinstance(value, nn.Module)]
 
 
 class Takes(NamedTuple):
@@ -163,19 +209,31 @@ class Batch:
             if targets is not None:
                 named[_TARGETS] = targets
         for name, value in list(named.items()):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.dim() and value.layout == torch.strided:
                 continue
+            if isinstance(value, Tensor):
+                kind = "a single number" if not value.dim() else "sparse"
+                raise UsageError(
+                    f"{name} in a batch of {label} is {kind}; a batch holds tensors with a row for each sample: make "
+                    "it the model's, or the loss's"
+                )
             if value is None or (isinstance(raw, Mapping) and name not in takes.names):
                 del named[name]  # nothing, or not the model's
             else:
-                raise UsageError(f"{name} in a batch of {label} is {_kind(value)}; a batch holds tensors")
+                raise UsageError(
+                    f"{name} in a batch of {label} is {_kind(value)}; a batch holds tensors with a row for each "
+                    "sample: several targets are one tensor (torch.stack), or arguments of a forward that gives a loss"
+                )
         self.targets = named.pop(_TARGETS, None)
         self.inputs: dict[str, Tensor] = named
         tensors = [*self.inputs.values(), *([] if self.targets is None else [self.targets])]
         sizes = {len(tensor) for tensor in tensors if tensor.dim()}
         if len(sizes) != 1:
             found = ", ".join(map(str, sorted(sizes))) or "no tensor"
-            raise UsageError(f"a batch of {label} should hold tensors of one batch size, it has {found}")
+            raise UsageError(
+                f"a batch of {label} should hold tensors with a row for each sample, as many in all; it has {found}: "
+                "pad what differs in length, and give what is not of the samples to the model"
+            )
         self.size: int = sizes.pop()
         mask = mask if (mask := self.inputs.get(MASK)) is not None and mask.dim() == 2 else None
         ids = [value for value in self.inputs.values() if value.dim() == 2 and not value.is_floating_point()]
@@ -199,7 +257,7 @@ class Batch:
 
         return MicroBatch(
             inputs={name: part(tensor) for name, tensor in self.inputs.items()},
-            targets=torch.zeros(len(rows)) if self.targets is None else part(self.targets),
+            targets=torch.empty(len(rows), 0) if self.targets is None else part(self.targets),
             num_samples=len(rows),
             num_tokens=int(self._num_tokens[rows].sum()),
         )
@@ -255,23 +313,36 @@ def _limited(data: Any, limit: int) -> Any:
     return data.first(limit) if isinstance(data, Repeated) else Part(data, limit)
 
 
-def _summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
+def summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
     """The batch's loss summed over its samples, from a mean: the user's, the model's own, or the targets' kind's."""
     num_samples = len(targets)
     if mean_loss is not None:
         return mean_loss(output, targets) * num_samples
     own: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if own is not None:
-        return own.float() * num_samples
+        return _long(own) * num_samples
     if not isinstance(output, Tensor):
-        raise TypeError(f"the model gives {_kind(output)} without a loss; give (model, batch, loss)")
+        raise TypeError(
+            f"the model gives {_kind(output)} without a loss; give (model, batch, loss), or, where its forward "
+            "computes the loss from the targets, the batch as a dict by argument"
+        )
     if output.dim() == 0:
-        return output.float() * num_samples
+        return _long(output) * num_samples
+    if not targets.numel():
+        raise TypeError(
+            "the model gives no loss, and the batch has no targets: they come last in a tuple, or are the one tensor "
+            "of a dict that forward does not name; or give (model, batch, loss)"
+        )
     if targets.is_floating_point():
-        return F.mse_loss(output.float(), targets) * num_samples
+        return F.mse_loss(_long(output), targets) * num_samples
     if output.dim() == targets.dim() + 1 and output.shape[:-1] == targets.shape:  # classes last, as for tokens
         output = output.movedim(-1, 1)
-    return F.cross_entropy(output.float(), targets) * num_samples
+    return F.cross_entropy(_long(output), targets) * num_samples
+
+
+def _long(tensor: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _kind(value: Any) -> str:

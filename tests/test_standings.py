@@ -95,6 +95,19 @@ def test_a_race_of_many_processes_decides(task: Task) -> None:
     assert standings.best(FASTEST) is sixteen
 
 
+def test_what_is_surely_slower_than_the_baseline_does_not_win(task: Task) -> None:
+    history, eight, sixteen = tried(task, (BASELINE_S, 50.0, 53.0))
+    standings = Standings(task, history)
+    slow = {history.reference: (100.0, 101.0, 99.0), eight: (110.0, 111.0, 109.0), sixteen: (120.0, 121.0, 119.0)}
+    standings.race = race(slow)
+    standings.races = [standings.race]
+    assert standings.best(FASTEST) is history.reference, "whatever the trials said"
+    unsure = {history.reference: (100.0, 140.0, 80.0), eight: (110.0, 80.0, 135.0), sixteen: (120.0, 150.0, 90.0)}
+    standings.race = race(unsure)
+    standings.races = [standings.race]
+    assert standings.best(FASTEST) is eight
+
+
 def test_the_heat_counts_with_the_race(task: Task) -> None:
     history, eight, sixteen = tried(task, (BASELINE_S, 51.0, 50.0))
     standings = Standings(task, history)

@@ -1,0 +1,305 @@
+"""What would train something else is not searched: found by doing it with a few samples of a user's own model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autotune import backends
+from autotune.apply import apply
+from autotune.errors import UsageError
+from autotune.strategy import Strategy
+from autotune.workloads.base import Workload
+from autotune.workloads.custom import workload_of
+
+CPU = backends.get("cpu")
+NO_MEAN = "not the mean of its samples' losses"
+
+
+def classes(num_samples: int = 16) -> tuple[Tensor, Tensor]:
+    numbers = torch.Generator().manual_seed(0)
+    return torch.randn(num_samples, 8, generator=numbers), torch.arange(num_samples) % 3
+
+
+def tokens(padding: int | None = None) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(2, 20, (16, 10), generator=torch.Generator().manual_seed(0))
+    if padding is None:
+        return ids, ids
+    return ids, torch.where(torch.arange(10) < torch.arange(4, 20).clamp(max=10)[:, None], ids, padding)
+
+
+def net(*first: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(*first, nn.Linear(8, 3))
+
+
+class Forward(nn.Module):
+    """A linear layer whose forward pass is as given."""
+
+    def __init__(self, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear, self.passed = nn.Linear(8, 3), forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.passed(self.linear, x)
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean of its inputs; in a list as a block, so that it may be computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x + self.inner(x)  # type: ignore[no-any-return]
+
+
+class Spectral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+class Blocks(nn.Module):
+    def __init__(self, kind: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks, self.head = nn.ModuleList(kind() for _ in range(3)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def noisy(linear: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x + torch.randn_like(x)) * F.dropout(torch.ones(len(x), 1), 0.2)  # type: ignore[no-any-return]
+
+
+def masked(linear: nn.Linear, x: Tensor) -> Tensor:
+    hidden = torch.rand(x.shape) < 0.3  # as many of each sample as it comes
+    return (linear(x.masked_fill(hidden, 0.0)).square().sum(1) * hidden.sum(1)).sum() / hidden.sum()  # type: ignore[no-any-return]
+
+
+def mixed(linear: nn.Linear, x: Tensor) -> Tensor:
+    return linear(0.7 * x + 0.3 * x[torch.randperm(len(x))])  # type: ignore[no-any-return]
+
+
+def tossed(linear: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x * random.random())  # type: ignore[no-any-return]
+
+
+def whole(linear: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x[:, : 8 if len(x) == 16 else 7])  # type: ignore[no-any-return]
+
+
+def weighted(output: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(output, targets, weight=torch.tensor([1.0, 5.0, 1.0]))
+
+
+def contrasted(output: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(output @ output.T, torch.arange(len(output)))
+
+
+def hardest(output: Tensor, targets: Tensor) -> Tensor:
+    return output.square().sum(1).topk(5).values.mean()
+
+
+def per_token(ignored: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda output, targets: F.cross_entropy(output.movedim(-1, 1), targets, ignore_index=ignored)
+
+
+SPLITS: dict[str, tuple[Any, str | None]] = {
+    "plain": ((net(), classes()), None),
+    "dropout": ((net(nn.Dropout(0.5)), classes()), None),
+    "noise": ((Forward(noisy), classes()), None),
+    "class weights": ((net(), classes(), weighted), NO_MEAN),
+    "contrast": ((net(), classes(), contrasted), NO_MEAN),
+    "sum": ((net(), classes(), lambda output, targets: F.cross_entropy(output, targets, reduction="sum")), NO_MEAN),
+    "hardest five": ((net(), classes(), hardest), NO_MEAN),
+    "mean over what is masked": ((Forward(masked), classes()[0]), NO_MEAN),
+    "mixup": ((Forward(mixed), classes()), NO_MEAN),
+    "Python's random": ((Forward(tossed), classes()), "numbers that are not torch's"),
+    "whole batches": ((Forward(whole), classes()), "does not run by itself"),
+    "running mean": ((Blocks(Averaging), classes()), "every forward pass changes blocks.0.mean"),
+    "tokens": ((nn.Embedding(20, 20), tokens(), per_token(-100)), None),
+    "tokens with padding": ((nn.Embedding(20, 20), tokens(7), per_token(7)), NO_MEAN),
+    "padding elsewhere": ((nn.Embedding(20, 20), tokens(), per_token(0)), "where targets are padded with 0"),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_batch_is_cut_up_only_where_its_parts_train_the_same(name: str) -> None:
+    made, words = SPLITS[name]
+    found = workload_of("own", lambda: made).split_refusal
+    assert found is None if words is None else words in (found or "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3)), None),
+        (lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), "changes blocks.0.1.running_mean"),
+        (Spectral, "changes blocks.0.inner.parametrizations.weight.0"),
+        (Averaging, "changes blocks.0.mean"),
+    ],
+    ids=["dropout", "batch norm", "spectral norm", "mean"],
+)
+def test_blocks_are_computed_again_only_where_that_changes_nothing(kind: Any, words: str | None) -> None:
+    workload = workload_of("own", lambda: (Blocks(kind), classes()))
+    assert workload.num_blocks == 3
+    found = workload.recompute_refusal
+    assert found is None if words is None else words in (found or "")
+
+
+class Pooled(nn.Module):
+    def __init__(self, is_masked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding, self.head, self.is_masked = nn.Embedding(20, 8), nn.Linear(8, 3), is_masked
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        keep = attention_mask.unsqueeze(-1) if self.is_masked else torch.ones_like(attention_mask).unsqueeze(-1)
+        return self.head((self.embedding(input_ids) * keep).sum(1) / keep.sum(1))  # type: ignore[no-any-return]
+
+
+def padded() -> dict[str, Tensor]:
+    mask = (torch.arange(12) < torch.arange(3, 11)[:, None]).long()
+    return {"input_ids": mask * torch.arange(1, 13), "attention_mask": mask, "label": torch.arange(8) % 3}
+
+
+def test_padding_is_cut_off_only_where_the_model_does_not_see_it() -> None:
+    assert workload_of("masked", lambda: (Pooled(True), padded())).trim_refusal is None
+    blind = workload_of("blind", lambda: (Pooled(False), padded()))
+    assert blind.trim_refusal == "samples whose padding is cut off have another loss"
+    wide = {**padded(), "features": torch.randn(8, 12)}  # as many as there are tokens
+
+    class Wide(Pooled):
+        def __init__(self) -> None:
+            super().__init__(True)
+            self.more = nn.Linear(12, 3)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(input_ids, attention_mask) + self.more(features)  # type: ignore[no-any-return]
+
+    cut = workload_of("wide", lambda: (Wide(), wide))
+    assert "fails on samples that are cut to their" in (cut.trim_refusal or "")
+    cut.check_runs()
+
+
+def test_looking_at_a_model_leaves_it_as_it_was() -> None:
+    model = Blocks(Averaging)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    workload = workload_of("own", lambda: (model, classes()))
+    workload.check_runs()
+    assert workload.split_refusal
+    assert workload.recompute_refusal
+    assert workload.attentions == ("eager",)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def penalised() -> Any:
+    model = nn.Sequential(first := nn.Linear(8, 3))
+    return model, classes(), lambda output, targets: F.cross_entropy(output, targets) + first.weight.abs().sum()
+
+
+def first_loss(workload: Workload, **given: Any) -> float:
+    run = apply(Strategy(micro_batch=16), workload, CPU, **given)
+    return float(run.step(run.split(classes())))
+
+
+def test_a_loss_that_reads_its_model_reads_the_one_that_is_trained() -> None:
+    """The function makes another each time, and the loss of the first says nothing of the second."""
+    workload = workload_of("penalised", penalised)
+    run, batch = apply(Strategy(micro_batch=16), workload, CPU), classes()
+    (weight,) = (parameter for parameter in run.model.parameters() if parameter.dim() == 2)
+    for _ in range(3):
+        expected = F.cross_entropy(run.model(batch[0]), batch[1]) + weight.abs().sum()
+        torch.testing.assert_close(run.step(run.split(batch)), expected.detach())
+    own = net()
+    with pytest.raises(UsageError, match=r"reads a model that the function made, not this one.*loss="):
+        apply(Strategy(micro_batch=16), workload, CPU, model=own)
+    given = first_loss(workload, model=own, loss=lambda output, targets: F.cross_entropy(output, targets) + 7)
+    assert given == pytest.approx(float(F.cross_entropy(net()(batch[0]), batch[1]).detach()) + 7, rel=1e-5)
+
+
+class Learned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+        return self.scale * F.cross_entropy(output, targets)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ((net(), classes(), Learned()), r"parameters that no optimizer here would train \(scale\)"),
+        ((net(), classes()[0]), "the batch has no targets"),
+        ((net(), (*classes()[:1], torch.tensor(0.5))), "is a single number"),
+        ((net(), (torch.eye(16, 8).to_sparse(), classes()[1])), "is sparse"),
+        ((net().requires_grad_(False), classes()), "none has requires_grad"),
+        (
+            (nn.Embedding(20, 3, sparse=True), (torch.arange(16), classes()[1])),
+            "sparse gradients, which the recipe's AdamW does not take",
+        ),
+    ],
+    ids=["loss's parameters", "no targets", "number", "sparse", "frozen", "sparse gradients"],
+)
+def test_what_would_be_trained_otherwise_than_meant_is_refused(made: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        workload_of("own", lambda: made).check_runs()
+
+
+def test_a_model_that_differentiates_in_its_forward_pass_or_takes_no_two_samples_runs() -> None:
+    def slope(linear: nn.Linear, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(linear(x).square().sum(), x, create_graph=True)[0].square().mean()
+
+    workload_of("slope", lambda: (Forward(slope), torch.randn(16, 8))).check_runs()
+    workload_of("hardest", lambda: (net(), classes(), hardest)).check_runs()
+
+
+def test_torchs_encoder_is_evaluated_in_bf16_as_it_is_trained() -> None:
+    """Its fast path, taken without gradients, asks for CUDA's autocast alone."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.embedding, self.layers = nn.Embedding(20, 8), nn.TransformerEncoder(layer, 2)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layers(self.embedding(input_ids), src_key_padding_mask=attention_mask == 0).mean(1)  # type: ignore[no-any-return]
+
+    workload = workload_of("encoder", lambda: (Encoder(), padded()))
+    run = apply(Strategy(micro_batch=8, precision="bf16", attention="sdpa"), workload, CPU)
+    loss, _ = run.evaluate(list(run.evaluation_batches(run.evaluation_plan(8))))
+    assert 0 < loss < 10
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_fp64_stays_fp64() -> None:
+    doubles = classes()[0].double(), classes()[1]
+    workload = workload_of("doubles", lambda: (net().double(), doubles))
+    run = apply(Strategy(micro_batch=8, accumulation=2), workload, CPU)
+    expected = F.cross_entropy(run.model(doubles[0]), doubles[1])
+    found = run.step(run.split(doubles))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=0)

@@ -190,6 +190,7 @@ def test_the_nearest_profiles_setting_is_tried_third(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ref, workload = prepared
+    """With the guess's attention, as the device has none of that name."""
     elsewhere = Strategy(micro_batch=6, accumulation=8, precision="bf16", attention="sdpa_cudnn", padding="longest")
     task = Task(
         ref=ref,
@@ -202,7 +203,7 @@ def test_the_nearest_profiles_setting_is_tried_third(
     observer = Silent()
     third = search(task, observer, journal_path=tmp_path / "imdb.journal").trials[2].strategy
     assert observer.origins[2] == "as in the nearest profile"
-    assert third == Strategy(micro_batch=4, accumulation=8, precision="bf16", attention="eager", padding="longest")
+    assert third == Strategy(micro_batch=4, accumulation=8, precision="bf16", attention="sdpa_flash", padding="longest")
 
 
 def test_a_misleading_guess_does_not_win(prepared: Prepared, scripted_device: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,8 @@ def command(
             settings=settings,
             known_good=None if nearest is None else nearest.strategy,
         )
+        if workload.split is not None:
+            click.echo("trying on a few samples what trains the same", err=True)
         if explain_space:
             stdout().print(space_table(task.space))
             stdout().print(f"{task.space.size:,} combinations; the probe has the figures: autotune probe")

@@ -105,35 +105,42 @@ def split_refusal(workload: Workload, model: nn.Module) -> str | None:
         samples, whole = _whole(workload, model)
         if len(samples) < 2:
             return None
-        if _difference(whole, _trained(workload, model, [samples])):
-            return "it draws numbers that are not torch's: whether another split trains the same cannot be told"
         if not math.isfinite(whole.loss) or not float(whole.gradient.norm()):
             return "its loss has no gradient here: whether another split trains the same cannot be told"
     except Exception as exc:  # noqa: BLE001 - whatever the user's code raises
         return f"whether another split trains the same cannot be told: {words_of(exc)}"
-    half = len(samples) // 2
-    alternating = np.concatenate([samples[::2], samples[1::2]])
-    orders = [*(samples[np.argsort(key[samples], kind="stable")] for key in _keys(workload)), alternating]
-    for order in {tuple(order): order for order in orders}.values():
+    splits = _splits(samples, _keys(workload))
+    for halves in splits:
         try:
-            apart = _trained(workload, model, [order[:half], order[half:]])
+            apart = _trained(workload, model, halves)
         except Exception as exc:  # noqa: BLE001 - as above
             return f"a part of the batch does not run by itself: {words_of(exc)}"
         if (name := _changed_otherwise(whole, apart)) is not None:
             return f"every forward pass changes {name}, and every micro batch is one"
         if _difference(whole, apart):
+            if _difference(whole, _trained(workload, model, [samples])):
+                return "it draws numbers that are not torch's: whether another split trains the same cannot be told"
             return _NO_MEAN
     for mark in _PADDING:  # which an example batch may lack, and others have
         with contextlib.suppress(Exception):  # a value that the model does not take
             edit = functools.partial(_with_padding, samples[0], mark)
             if edit(samples, micro := micro_of(workload, samples)) is micro:
                 break  # nothing to be padded
-            whole, apart = (
-                _trained(workload, model, parts, edit=edit) for parts in ([samples], [samples[:half], samples[half:]])
-            )
+            whole, apart = (_trained(workload, model, parts, edit=edit) for parts in ([samples], splits[0]))
             if _difference(whole, apart):
                 return f"{_NO_MEAN} where targets are padded with {mark}"
     return None
+
+
+def _splits(samples: Indices, keys: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
+    """The samples in two halves: every other one, and so that the halves differ by a key; two such ways at most where
+    there are few samples, as the model is slow then."""
+    orders = [np.concatenate([samples[::2], samples[1::2]])]
+    orders += [samples[np.argsort(key[samples], kind="stable")] for key in keys]
+    half = (len(samples) + 1) // 2
+    found = {frozenset(map(frozenset, (order[:half].tolist(), order[half:].tolist()))): order for order in orders}
+    chosen = list(found.values())[: 2 if len(samples) <= _FEWEST else None]
+    return [(order[:half], order[half:]) for order in chosen]
 
 
 def _with_padding(sample: int, mark: int, part: Indices, micro: MicroBatch) -> MicroBatch:
@@ -157,11 +164,9 @@ def recompute_refusal(workload: Workload, model: nn.Module) -> str | None:
     """Why blocks that are computed again would train something else; None where they do not, or nothing can be told."""
     samples = _spread(workload, 2)
     try:
-        plain, again = (_trained(workload, model, [samples], draws=False) for _ in range(2))
+        plain = _trained(workload, model, [samples], draws=False)
     except Exception:  # noqa: BLE001 - the reason is shown elsewhere
         return None
-    if _difference(plain, again):
-        return "it draws numbers that are not torch's, and would draw others when it is computed again"
     try:
         set_checkpoint(model, "every_block")
         found = _trained(workload, model, [samples], draws=False)
@@ -190,15 +195,13 @@ def trim_refusal(workload: Workload, model: nn.Module) -> str | None:
 
     with without_dropout(model), evaluating(model):
         try:
-            whole, again = trained(workload.max_tokens), trained(workload.max_tokens)
+            whole = trained(workload.max_tokens)
         except Exception:  # noqa: BLE001 - the reason is shown elsewhere
             return None
         try:
             trimmed = trained(width)
         except Exception as exc:  # noqa: BLE001 - whatever the user's code raises
             return f"fails on samples that are cut to their {width} tokens: {words_of(exc)}"
-    if _difference(whole, again):
-        return None
     return "samples whose padding is cut off have another loss" if _difference(whole, trimmed) else None
 
 
@@ -286,13 +289,15 @@ def _spread(workload: Workload, count: int) -> Indices:
 
 
 def _keys(workload: Workload) -> list[Indices]:
-    """By each of these the samples of a batch may be told apart: how long they are, how much of them does not count,
-    their class."""
+    """By each of these the samples of a batch may be told apart: their class, how long they are, how much of them does
+    not count."""
     indices = np.arange(min(workload.recipe.global_batch, workload.num_train))
     micro: MicroBatch = workload.collate(workload.train, indices, workload.max_tokens)
-    keys = [workload.train.lengths[indices].astype(np.int64)]
+    classes: list[Indices] = []
+    marks: list[Indices] = []
     for tensor in (*micro.inputs.values(), micro.targets):
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and not tensor.is_complex():
-            keys += [tensor.eq(mark).flatten(1).sum(1).numpy() for mark in _MARKS] if tensor.dim() > 1 else []
-            keys += [tensor.numpy().astype(np.int64)] if tensor.dim() == 1 else []
+            classes += [tensor.numpy().astype(np.int64)] if tensor.dim() == 1 else []
+            marks += [tensor.eq(mark).flatten(1).sum(1).numpy() for mark in _MARKS] if tensor.dim() > 1 else []
+    keys = [*classes, workload.train.lengths[indices].astype(np.int64), *marks]
     return [key for key in keys if key.min() < key.max()] or keys[:1]

@@ -32,13 +32,14 @@ class Final(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ranked(finals: Sequence[Final], loss: Callable[[Final], float]) -> list[Final]:
-    """The entrants, the best first; those that tie with the best go by simplicity, then by memory."""
+    """The entrants, the best first; of those that tie with the best first those whose batches have the baseline's
+    samples, then by simplicity, then by memory."""
     by_loss = sorted(finals, key=loss)
     if not by_loss:
         return []
     best = by_loss[0]
     tied = [final for final in by_loss if final is best or _ties(best, final, loss(final) / loss(best))]
-    tied.sort(key=lambda final: (num_changed(final.trial.strategy), final.measurement.peak_memory_bytes))
+    tied.sort(key=lambda final: (*_plainness(final.trial.strategy), final.measurement.peak_memory_bytes))
     return tied + [final for final in by_loss if final not in tied]
 
 
@@ -46,6 +47,10 @@ def num_changed(strategy: Strategy) -> int:
     """Knobs that differ from the plain baseline: the fewer, the simpler. Accumulation follows from the micro batch."""
     plain = Strategy(micro_batch=strategy.global_batch)
     return len(strategy.changed(plain).keys() - {"accumulation"})
+
+
+def _plainness(strategy: Strategy) -> tuple[bool, int]:
+    return strategy.padding == "buckets", num_changed(strategy)
 
 
 def ratio(slow: Final, fast: Final) -> Interval:

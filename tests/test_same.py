@@ -185,7 +185,7 @@ def padded() -> dict[str, Tensor]:
 def test_padding_is_cut_off_only_where_the_model_does_not_see_it() -> None:
     assert workload_of("masked", lambda: (Pooled(True), padded())).trim_refusal is None
     blind = workload_of("blind", lambda: (Pooled(False), padded()))
-    assert blind.trim_refusal == "samples whose padding is cut off have another loss"
+    assert blind.trim_refusal == "samples whose padding is cut off train otherwise"
     wide = {**padded(), "features": torch.randn(8, 12)}  # as many as there are tokens
 
     class Wide(Pooled):

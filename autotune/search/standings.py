@@ -52,9 +52,9 @@ class Standings:
             return best  # the race has no say where one of those that it is about was not in it
         rivals = self._fast_enough(rivals, aim)
         if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
-            first = self.in_order(rivals, aim)[0].trial
-            # whatever trials say of its knobs: in turns it was slower than the plain baseline, and surely so
-            return reference if aim == FASTEST and self.speedup(first).high < 1 and reference.number in raced else first
+            if aim == FASTEST:  # whatever trials say of their knobs, some were surely slower than the plain baseline
+                rivals = [final for final in rivals if self.speedup(final.trial).high >= 1] or rivals
+            return self.in_order(rivals, aim)[0].trial
         return best
 
     def in_order(self, rivals: Sequence[Final], aim: Aim = FASTEST) -> list[Final]:

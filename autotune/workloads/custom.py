@@ -27,6 +27,7 @@ from autotune.data.batching import Indices, MicroBatch, Part, Rounding, plan_bat
 from autotune.errors import UsageError, words_of
 from autotune.strategy import Attention, Strategy
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
+from autotune.workloads.same import TARGETS
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many."""
@@ -35,7 +36,6 @@ RECIPE = Recipe(learning_rate=1e-4, weight_decay=0.01, warmup_steps=100, clip_no
 MASK = "attention_mask"
 """The input that says which tokens are real, as Hugging Face's models call it."""
 
-_TARGETS = "the targets"  # no argument can be called so
 MeanLoss = Callable[..., Tensor]
 
 
@@ -196,7 +196,7 @@ class Batch:
             named = {str(name): value for name, value in raw.items()}
             unknown = [name for name, value in named.items() if isinstance(value, Tensor) and name not in takes.names]
             if len(unknown) == 1 and not takes.anything:
-                named[_TARGETS] = named.pop(unknown[0])
+                named[TARGETS] = named.pop(unknown[0])
         else:
             parts = list(raw) if isinstance(raw, Sequence) else [raw]
             *parts, targets = parts if len(parts) > 1 else [*parts, None]
@@ -207,7 +207,7 @@ class Batch:
                 )
             named = dict(zip(takes.names, parts, strict=False))
             if targets is not None:
-                named[_TARGETS] = targets
+                named[TARGETS] = targets
         for name, value in list(named.items()):
             if isinstance(value, Tensor) and value.dim() and value.layout == torch.strided:
                 continue
@@ -224,7 +224,7 @@ class Batch:
                     f"{name} in a batch of {label} is {_kind(value)}; a batch holds tensors with a row for each "
                     "sample: several targets are one tensor (torch.stack), or arguments of a forward that gives a loss"
                 )
-        self.targets = named.pop(_TARGETS, None)
+        self.targets = named.pop(TARGETS, None)
         self.inputs: dict[str, Tensor] = named
         tensors = [*self.inputs.values(), *([] if self.targets is None else [self.targets])]
         sizes = {len(tensor) for tensor in tensors if tensor.dim()}

@@ -14,27 +14,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotune.errors import words_of
 from autotune.models.blocks import set_checkpoint
-from autotune.workloads.seen import evaluating, micro_of, outputs_of, unchanged
+from autotune.workloads import draws
+from autotune.workloads.seen import gradients_of, micro_of, outputs_of, unchanged
 
 if TYPE_CHECKING:
     from autotune.data.batching import Indices, MicroBatch
     from autotune.workloads.base import Workload
 
-_SAME = 1e-3
-"""Losses and gradients that are summed in another order in fp32 come far closer; a token's weight of another makes
-tenths."""
+_SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
+"""Losses and gradients that are summed in another order in fp32 come far closer, as do weights of 16 bits to the other;
+a token's weight of another makes tenths."""
+_NOISE = 1e-5
+"""A parameter whose gradient is so small a share of all is not compared: what is zero but for rounding is noise."""
 _ENOUGH_S, _FEWEST, _MOST = 0.5, 4, 64
 """Of the batch so many samples are looked at as the model trains in so many seconds, within these bounds."""
-_NO_MEAN = "a batch's loss is not the mean of its samples' losses: another split would train otherwise"
-_TARGETS = "the targets"  # no argument can be called so
+TARGETS = "the targets"
+"""What a batch's targets go by among its inputs; no argument can be called so."""
 _PADDING = (0, 1)
 """Tokens that texts are often padded with, and losses then leave out."""
 _MARKS = (-100, 0, 255)
 """Values that often mean ``none``: losses leave such targets out (``ignore_index``), models such tokens."""
+
+_NO_MEAN = "a batch's loss is not the mean of its samples' losses: another split would train otherwise"
+_UNSURE = "whether another split trains the same cannot be told"
 
 
 class Outcome(NamedTuple):
@@ -42,141 +47,84 @@ class Outcome(NamedTuple):
 
     loss: float
     """Summed over the samples."""
-    gradient: Tensor
-    """Of that, all parameters in one row."""
+    gradients: dict[str, Tensor]
+    """Of that, by parameter."""
     changes: dict[str, Tensor]
-    """What the forward passes changed of the model's tensors, by name: running means, code books, queues."""
-
-
-class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Each sample draws the same random numbers whatever samples are beside it: an operator that draws is run for each
-    sample's rows by themselves, seeded by the sample and by how many drew before. What is drawn for the batch as a
-    whole (``randperm``) is as seeded, and so another's for another batch."""
-
-    def __init__(self, samples: Sequence[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._samples, self._num_drawn = samples, 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Passes other operators on."""
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in function.tags:
-            return function(*args, **kwargs)
-        self._num_drawn += 1
-        place, rows = self._by_sample(args)
-        found = []
-        for index, sample in enumerate(self._samples if rows else [0]):
-            torch.default_generator.manual_seed(1000 * self._num_drawn + sample)
-
-            def own(value: Any, start: int = index * rows) -> Any:
-                is_by_sample = rows and isinstance(value, Tensor) and value.dim()
-                has_rows = is_by_sample and len(value) == rows * len(self._samples)
-                return value[start : start + rows] if has_rows else value
-
-            own_args = [own(value) for value in args]
-            if rows and not isinstance(args[place], Tensor):
-                own_args[place] = [rows, *args[place][1:]]
-            found.append(function(*own_args, **{name: own(value) for name, value in kwargs.items()}))
-        if not rows:
-            return found[0]
-        if function._schema.is_mutable:
-            return args[place]
-        return tuple(map(_joined, zip(*found, strict=True))) if isinstance(found[0], tuple) else _joined(found)
-
-    def _by_sample(self, args: Sequence[Any]) -> tuple[int, int]:
-        """Which argument has rows of every sample, a tensor or a size, and how many of each; 0 where none has."""
-        for place, value in enumerate(args):
-            size = value.shape if isinstance(value, Tensor) else value
-            if isinstance(size, Sequence) and len(size) and isinstance(size[0], int):
-                rows, rest = divmod(size[0], len(self._samples))
-                if rows and not rest:
-                    return place, rows
-        return 0, 0
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    return torch.cat(list(parts)) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
+    """What the passes changed of the model's tensors, by name: running means, code books, queues."""
+    tolerance: float
+    """How far two of these may be apart to be the same."""
 
 
 def split_refusal(workload: Workload, model: nn.Module) -> str | None:
     """Why micro batches would train something else than the batch as a whole, or why that cannot be told; None where
-    loss, gradient and what the model keeps are the same."""
+    loss, gradients and what the model keeps are the same."""
     try:
-        samples, whole = _whole(workload, model)
+        samples = _spread(workload, _FEWEST)
+        whole, seconds, seen = _first(workload, model, samples)
+        is_slow = whole is not None and seconds * _FEWEST > _ENOUGH_S * len(samples)
+        if not is_slow:  # or five of the batch may be looked for in it
+            most = _MOST if whole is None else int(_ENOUGH_S * len(samples) / seconds)
+            samples = _spread(workload, min(_MOST, max(_FEWEST, most)))
+            whole, _, seen = _first(workload, model, samples)
         if len(samples) < 2:
             return None
-        if not math.isfinite(whole.loss) or not float(whole.gradient.norm()):
-            return "its loss has no gradient here: whether another split trains the same cannot be told"
+        splits = _splits(samples, _keys(workload))[: 2 if is_slow else None]
+        draw = None
+        if seen:
+            with draws.Draws() as noted:
+                _trained(workload, model, splits[0][:1])
+            found = draws.places(seen, noted.shapes, len(samples), len(splits[0][0]))
+            draw = functools.partial(draws.BySample, places=found)
+        if whole is None or draw is not None:
+            whole = _trained(workload, model, [samples], draw=draw)
+        is_flat = not any(float(gradient.abs().max()) for gradient in whole.gradients.values() if gradient.numel())
+        if not math.isfinite(whole.loss) or is_flat:
+            return f"{_UNSURE}: its loss has no gradient here"
     except Exception as exc:  # noqa: BLE001 - whatever the user's code raises
-        return f"whether another split trains the same cannot be told: {words_of(exc)}"
-    splits = _splits(samples, _keys(workload))
+        return f"{_UNSURE}: {words_of(exc)}"
     for halves in splits:
         try:
-            apart = _trained(workload, model, halves)
+            apart = _trained(workload, model, halves, draw=draw)
         except Exception as exc:  # noqa: BLE001 - as above
             return f"a part of the batch does not run by itself: {words_of(exc)}"
         if (name := _changed_otherwise(whole, apart)) is not None:
             return f"every forward pass changes {name}, and every micro batch is one"
-        if _difference(whole, apart):
-            if _difference(whole, _trained(workload, model, [samples])):
-                return "it draws numbers that are not torch's: whether another split trains the same cannot be told"
+        if _differ(whole, apart):
+            if _differ(whole, _trained(workload, model, [samples], draw=draw)):
+                return f"{_UNSURE}: it draws numbers that are not torch's"
             return _NO_MEAN
     for mark in _PADDING:  # which an example batch may lack, and others have
         with contextlib.suppress(Exception):  # a value that the model does not take
             edit = functools.partial(_with_padding, samples[0], mark)
             if edit(samples, micro := micro_of(workload, samples)) is micro:
                 break  # nothing to be padded
-            whole, apart = (_trained(workload, model, parts, edit=edit) for parts in ([samples], splits[0]))
-            if _difference(whole, apart):
+            whole, apart = (_trained(workload, model, parts, draw=draw, edit=edit) for parts in ([samples], splits[0]))
+            if _differ(whole, apart):
                 return f"{_NO_MEAN} where targets are padded with {mark}"
     return None
 
 
-def _splits(samples: Indices, keys: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
-    """The samples in two halves: every other one, and so that the halves differ by a key; two such ways at most where
-    there are few samples, as the model is slow then."""
-    orders = [np.concatenate([samples[::2], samples[1::2]])]
-    orders += [samples[np.argsort(key[samples], kind="stable")] for key in keys]
-    half = (len(samples) + 1) // 2
-    found = {frozenset(map(frozenset, (order[:half].tolist(), order[half:].tolist()))): order for order in orders}
-    chosen = list(found.values())[: 2 if len(samples) <= _FEWEST else None]
-    return [(order[:half], order[half:]) for order in chosen]
-
-
-def _with_padding(sample: int, mark: int, part: Indices, micro: MicroBatch) -> MicroBatch:
-    """The micro batch with half of a sample's target tokens padding; itself where it has none of its."""
-    named = {**micro.inputs, _TARGETS: micro.targets}
-    found = {name: tensor for name, tensor in named.items() if _are_target_tokens(name, tensor)}
-    if sample not in part or not found:
-        return micro
-    for name, tensor in found.items():
-        named[name] = tensor.clone()
-        named[name][int(np.flatnonzero(part == sample)[0]), tensor.shape[1] // 2 :] = mark
-    return micro._replace(targets=named.pop(_TARGETS), inputs=named)
-
-
-def _are_target_tokens(name: str, tensor: Any) -> bool:
-    is_named = isinstance(tensor, Tensor) and ("label" in name or "target" in name)
-    return is_named and tensor.dim() > 1 and not tensor.is_floating_point() and tensor.numel() > 0
-
-
 def recompute_refusal(workload: Workload, model: nn.Module) -> str | None:
     """Why blocks that are computed again would train something else; None where they do not, or nothing can be told."""
-    samples = _spread(workload, 2)
     try:
-        plain = _trained(workload, model, [samples], draws=False)
+        samples = _spread(workload, 2)
+        plain = _trained(workload, model, [samples])
     except Exception:  # noqa: BLE001 - the reason is shown elsewhere
         return None
     try:
         set_checkpoint(model, "every_block")
-        found = _trained(workload, model, [samples], draws=False)
+        found = _trained(workload, model, [samples])
     except Exception as exc:  # noqa: BLE001 - whatever the user's code raises
         return f"fails when it is computed again: {words_of(exc)}"
     finally:
         set_checkpoint(model, "none")
     if (name := _changed_otherwise(plain, found)) is not None:
         return f"a block's forward pass changes {name}, and would do so again"
-    return "what is computed again gives another gradient" if _difference(plain, found) else None
+    if not _differ(plain, found):
+        return None
+    if _differ(plain, _trained(workload, model, [samples])):
+        return "it draws numbers that are not torch's: whether it trains the same computed again cannot be told"
+    return "what is computed again gives another gradient"
 
 
 def trim_refusal(workload: Workload, model: nn.Module) -> str | None:
@@ -189,20 +137,59 @@ def trim_refusal(workload: Workload, model: nn.Module) -> str | None:
     width = int(lengths[samples].max())
     if width >= workload.max_tokens:
         return None
-
-    def trained(tokens: int) -> Outcome:
-        return _trained(workload, model, [samples], width=tokens)
-
-    with without_dropout(model), evaluating(model):
+    trained = functools.partial(_trained, workload, model, [samples], draw=lambda part: draws.Constant())
+    with without_dropout(model):
         try:
-            whole = trained(workload.max_tokens)
+            whole = trained(width=workload.max_tokens)
         except Exception:  # noqa: BLE001 - the reason is shown elsewhere
             return None
         try:
-            trimmed = trained(width)
+            trimmed = trained(width=width)
         except Exception as exc:  # noqa: BLE001 - whatever the user's code raises
             return f"fails on samples that are cut to their {width} tokens: {words_of(exc)}"
-    return "samples whose padding is cut off have another loss" if _difference(whole, trimmed) else None
+    if (name := _changed_otherwise(whole, trimmed)) is not None:
+        return f"samples whose padding is cut off change {name} otherwise"
+    return "samples whose padding is cut off train otherwise" if _differ(whole, trimmed) else None
+
+
+def _first(
+    workload: Workload, model: nn.Module, samples: Indices
+) -> tuple[Outcome | None, float, list[tuple[int, ...]]]:
+    """What comes of the samples as a whole, None where they do not run; in how many seconds; and the shapes that
+    numbers were drawn for."""
+    start_s = time.perf_counter()
+    with draws.Draws() as noted:
+        try:
+            found = _trained(workload, model, [samples])
+        except Exception:  # noqa: BLE001 - more of them may run
+            return None, math.inf, []
+    return found, time.perf_counter() - start_s, noted.shapes
+
+
+def _splits(samples: Indices, keys: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
+    """The samples in two halves: every other one, and so that the halves differ by a key."""
+    orders = [np.concatenate([samples[::2], samples[1::2]])]
+    orders += [samples[np.argsort(key[samples], kind="stable")] for key in keys]
+    half = (len(samples) + 1) // 2
+    found = {frozenset(map(frozenset, (order[:half].tolist(), order[half:].tolist()))): order for order in orders}
+    return [(order[:half], order[half:]) for order in found.values()]
+
+
+def _with_padding(sample: int, mark: int, part: Indices, micro: MicroBatch) -> MicroBatch:
+    """The micro batch with half of a sample's target tokens padding; itself where it has none of its."""
+    named = {**micro.inputs, TARGETS: micro.targets}
+    found = {name: tensor for name, tensor in named.items() if _are_target_tokens(name, tensor)}
+    if sample not in part or not found:
+        return micro
+    for name, tensor in found.items():
+        named[name] = tensor.clone()
+        named[name][int(np.flatnonzero(part == sample)[0]), tensor.shape[1] // 2 :] = mark
+    return micro._replace(targets=named.pop(TARGETS), inputs=named)
+
+
+def _are_target_tokens(name: str, tensor: Any) -> bool:
+    is_named = isinstance(tensor, Tensor) and ("label" in name or "target" in name)
+    return is_named and tensor.dim() > 1 and not tensor.is_floating_point() and tensor.numel() > 0
 
 
 def _trained(
@@ -211,70 +198,61 @@ def _trained(
     parts: Sequence[Indices],
     *,
     width: int | None = None,
-    draws: bool = True,
+    draw: Callable[[list[int]], draws.Draws] | None = None,
     edit: Callable[[Indices, MicroBatch], MicroBatch] = lambda part, micro: micro,
 ) -> Outcome:
-    """The outcome of training these parts, of which ``edit`` makes others; the model is left as it was. ``draws``: each
-    sample draws its own random numbers; where not, the batch draws them as ever."""
-    loss_of = workload.loss_for(model)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    loss_sum, gradients = 0.0, {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
-    with torch.random.fork_rng(devices=[]), unchanged(model, parameters=True):
+    """The outcome of training these parts, of which ``edit`` makes others, as ``apply`` would; the model is left as it
+    was. ``draw`` sees to the random numbers of the samples of a part."""
+    loss_of, loss_sum, gradients = workload.loss_for(model), 0.0, dict[str, Tensor]()
+    if not model.training:
+        model.train()
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    with torch.random.fork_rng(devices=[]), unchanged(model, parameters=True) as before:
         torch.manual_seed(0)
-        before = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
         for part in parts:
             micro = edit(part, micro_of(workload, part, width))
-            with _Drawn(part.tolist()) if draws else contextlib.nullcontext():
+            with contextlib.nullcontext() if draw is None else draw(part.tolist()):
                 loss = loss_of(outputs_of(model, micro), micro.targets)
-                found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+                found = gradients_of(loss, model)
             loss_sum += float(loss.detach())
-            for name, gradient in zip(trained, found, strict=True):
-                if gradient is not None:
-                    gradients[name] += gradient.to_dense() if gradient.is_sparse else gradient
-        after = _tensors(model)
+            for name, gradient in found.items():
+                gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
         changes = {
-            name: (after[name] - tensor).flatten().double()
-            for name, tensor in before.items()
-            if name in after and after[name].shape == tensor.shape and not after[name].equal(tensor)
+            name: (tensor.detach() - before[name]).flatten()
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+            if name in before and tensor.shape == before[name].shape and not tensor.detach().equal(before[name])
         }
-    flat = [gradient.flatten() for gradient in gradients.values()]
-    return Outcome(loss_sum, torch.cat(flat) if flat else torch.zeros(1), changes)
+    is_short = bool(dtypes & {torch.bfloat16, torch.float16})
+    return Outcome(loss_sum, gradients, changes, _SAME_IN_16_BITS if is_short else _SAME)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: tensor.detach() for name, tensor in named}
+def _differ(one: Outcome, other: Outcome) -> bool:
+    """Whether they differ in the loss or a parameter's gradient."""
+    if not math.isclose(one.loss, other.loss, rel_tol=one.tolerance, abs_tol=1e-6):
+        return True
+    norms = {name: float(gradient.norm()) for name, gradient in one.gradients.items()}
+    floor = _NOISE * math.hypot(*norms.values())
+    return any(
+        name not in other.gradients or _are_apart(gradient, other.gradients[name], one.tolerance, floor)
+        for name, gradient in one.gradients.items()
+        if norms[name] > floor
+    )
 
 
-def _difference(one: Outcome, other: Outcome) -> bool:
-    """Whether they differ in loss or gradient."""
-    far = float((one.gradient - other.gradient).norm()) > _SAME * float(one.gradient.norm())
-    return far or not math.isclose(one.loss, other.loss, rel_tol=_SAME, abs_tol=1e-6)
+def _are_apart(one: Tensor, other: Tensor, tolerance: float, floor: float = 0.0) -> bool:
+    return float((one - other).norm()) > max(tolerance * float(one.norm()), floor)
 
 
 def _changed_otherwise(one: Outcome, other: Outcome) -> str | None:
     """A tensor that the one changed in another way than the other."""
     for name in (*one.changes, *other.changes):
-        own, others = one.changes.get(name), other.changes.get(name)
-        if own is None or others is None or float((own - others).norm()) > _SAME * float(own.norm()):
+        if not (name in one.changes and name in other.changes):
+            return name
+        own, others = one.changes[name], other.changes[name]
+        if _are_apart(own.double(), others.double(), one.tolerance):
             return name
     return None
-
-
-def _whole(workload: Workload, model: nn.Module) -> tuple[Indices, Outcome]:
-    """Samples to cut up, and what comes of them as a whole: all of the batch where that is quickly computed, or where
-    a part does not run; else a few that lie far apart. Raises what the user's code does."""
-    few = _spread(workload, _FEWEST)
-    start_s = time.perf_counter()
-    try:
-        found = _trained(workload, model, [few])
-        count = int(_ENOUGH_S * len(few) / (time.perf_counter() - start_s))
-    except Exception:  # noqa: BLE001 - five of the batch may be looked for in it
-        count = _MOST
-    if count <= len(few):
-        return few, found
-    samples = _spread(workload, min(_MOST, count))
-    return samples, _trained(workload, model, [samples])
 
 
 def _spread(workload: Workload, count: int) -> Indices:
@@ -297,7 +275,7 @@ def _keys(workload: Workload) -> list[Indices]:
     marks: list[Indices] = []
     for tensor in (*micro.inputs.values(), micro.targets):
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and not tensor.is_complex():
-            classes += [tensor.numpy().astype(np.int64)] if tensor.dim() == 1 else []
-            marks += [tensor.eq(mark).flatten(1).sum(1).numpy() for mark in _MARKS] if tensor.dim() > 1 else []
+            classes += [tensor.cpu().numpy().astype(np.int64)] if tensor.dim() == 1 else []
+            marks += [tensor.eq(mark).flatten(1).sum(1).cpu().numpy() for mark in _MARKS] if tensor.dim() > 1 else []
     keys = [*classes, workload.train.lengths[indices].astype(np.int64), *marks]
     return [key for key in keys if key.min() < key.max()] or keys[:1]

@@ -33,21 +33,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
+def unchanged(model: nn.Module, *, parameters: bool = False) -> Iterator[dict[str, Tensor]]:
     """Afterwards the model's buffers hold what they did, and its ``parameters`` where asked for: some models change
-    them in their forward pass."""
+    them in their forward pass. Gives what they hold, by name."""
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    tensors = [buffer for _, _, buffer in buffers if buffer is not None]
-    tensors += model.parameters() if parameters else []
-    before = [tensor.detach().clone() for tensor in tensors]
+    named = {**dict(model.named_buffers()), **(dict(model.named_parameters()) if parameters else {})}
+    before = {name: tensor.detach().clone() for name, tensor in named.items()}
     try:
-        yield
+        yield before
     finally:
         with torch.no_grad():
-            for tensor, values in zip(tensors, before, strict=True):
-                tensor.copy_(values)
+            for name, tensor in named.items():
+                if not tensor.equal(before[name]):
+                    tensor.copy_(before[name])
         for module, name, buffer in buffers:
             module._buffers[name] = buffer  # what was put in its place
+
+
+def gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """By parameter's name, by a backward pass as training's; those that the parameters have stay as they are."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = [parameter.grad for parameter in trained.values()]
+    for parameter in trained.values():
+        parameter.grad = None
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+    finally:
+        for parameter, gradient in zip(trained.values(), before, strict=True):
+            parameter.grad = gradient
 
 
 @contextlib.contextmanager
@@ -72,8 +86,7 @@ def check_runs(workload: Workload, model: nn.Module) -> None:
     """Raises UsageError, with the user's own error, where a workload of a model and a batch does not get to a loss and
     its gradient: of two samples, or else, as some models take no fewer, of the whole batch."""
     loss_of = workload.loss_for(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"{workload.name} has no parameters to train: none has requires_grad")
 
     doing = ""
@@ -86,8 +99,8 @@ def check_runs(workload: Workload, model: nn.Module) -> None:
             doing = "the loss of its output and the targets"
             loss = loss_of(outputs, micro.targets)
             doing = "the backward pass"
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        if any(gradient is not None and gradient.is_sparse for gradient in found):
+            found = gradients_of(loss, model)
+        if any(gradient.is_sparse for gradient in found.values()):
             raise UsageError(
                 f"{workload.name} has sparse gradients, which the recipe's AdamW does not take: leave sparse=True out "
                 "for the search; in a loop of your own apply(optimizer=...) takes any optimizer"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import io
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autotune import backends
 from autotune.apply import apply
 from autotune.errors import UsageError
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
-from autotune.workloads.custom import workload_of
+from autotune.workloads.custom import read_by, workload_of
 
 CPU = backends.get("cpu")
 NO_MEAN = "not the mean of its samples' losses"
@@ -99,6 +104,32 @@ def mixed(linear: nn.Linear, x: Tensor) -> Tensor:
     return linear(0.7 * x + 0.3 * x[torch.randperm(len(x))])  # type: ignore[no-any-return]
 
 
+def weights_dropped(linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, F.dropout(linear.weight, 0.4), linear.bias)
+
+
+def two_headed(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A small coupled loss of the bias beside a large one of the weights."""
+    coupled = (x.mean(0)[:3] * linear.bias).square().sum()
+    return 1e3 * F.linear(x, linear.weight).square().mean() + coupled
+
+
+def reentrant(linear: nn.Linear, x: Tensor) -> Tensor:
+    return checkpoint(linear, x.requires_grad_(), use_reentrant=True)  # type: ignore[no-any-return]
+
+
+class Recurrent(nn.Module):
+    """Draws with the time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding, self.layers = nn.Embedding(20, 8), nn.LSTM(8, 8, 2, dropout=0.3, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layers(self.embedding(ids))[0]  # type: ignore[no-any-return]
+
+
 def tossed(linear: nn.Linear, x: Tensor) -> Tensor:
     return linear(x * random.random())  # type: ignore[no-any-return]
 
@@ -127,6 +158,13 @@ SPLITS: dict[str, tuple[Any, str | None]] = {
     "plain": ((net(), classes()), None),
     "dropout": ((net(nn.Dropout(0.5)), classes()), None),
     "noise": ((Forward(noisy), classes()), None),
+    "recurrent dropout": ((Recurrent(), tokens()[0], lambda output, targets: output.square().mean()), None),
+    "a mask of weights": ((Forward(weights_dropped), classes()), None),
+    "rrelu": ((net(nn.RReLU()), classes()), None),
+    "16 bits": ((net().to(torch.bfloat16), (classes()[0].to(torch.bfloat16), classes()[1])), None),
+    "evaluating": ((Blocks(Averaging).eval(), classes()), "every forward pass changes blocks.0.mean"),
+    "a head behind a large loss": ((Forward(two_headed), classes()[0]), NO_MEAN),
+    "reentrant": ((Forward(reentrant), classes()), None),
     "class weights": ((net(), classes(), weighted), NO_MEAN),
     "contrast": ((net(), classes(), contrasted), NO_MEAN),
     "sum": ((net(), classes(), lambda output, targets: F.cross_entropy(output, targets, reduction="sum")), NO_MEAN),
@@ -201,6 +239,42 @@ def test_padding_is_cut_off_only_where_the_model_does_not_see_it() -> None:
     cut.check_runs()
 
 
+class Normalising(Pooled):
+    """Its means, in training, are over padding, too."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        keep = attention_mask.unsqueeze(-1)
+        x = self.norm(self.embedding(input_ids).transpose(1, 2)).transpose(1, 2)
+        return self.head((x * keep).sum(1) / keep.sum(1))  # type: ignore[no-any-return]
+
+
+def test_padding_that_training_alone_sees_is_not_cut_off() -> None:
+    assert "padding is cut off" in (workload_of("norm", lambda: (Normalising(), padded())).trim_refusal or "")
+
+
+def test_a_buffer_that_shares_its_memory_is_looked_at() -> None:
+    model = net()
+    model.register_buffer("wide", torch.ones(1, 8).expand(4, 8))
+    workload_of("wide", lambda: (model, classes())).check_runs()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (nn.DataParallel, "give its module"),
+        (torch.compile, "compiled already"),
+    ],
+    ids=["parallel", "compiled"],
+)
+def test_a_model_in_a_wrapping_is_refused(wrap: Callable[[nn.Module], nn.Module], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        workload_of("wrapped", lambda: (wrap(net()), classes()))
+
+
 def test_looking_at_a_model_leaves_it_as_it_was() -> None:
     model = Blocks(Averaging)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -216,6 +290,49 @@ def test_looking_at_a_model_leaves_it_as_it_was() -> None:
 def penalised() -> Any:
     model = nn.Sequential(first := nn.Linear(8, 3))
     return model, classes(), lambda output, targets: F.cross_entropy(output, targets) + first.weight.abs().sum()
+
+
+class Criterion:
+    def __init__(self, model: nn.Module) -> None:
+        self.parts = [model]
+
+    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output, targets) + torch.stack([p.abs().sum() for p in self.parts[0].parameters()]).sum()
+
+
+def with_model(model: nn.Module, output: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(output, targets) + model(classes()[0]).square().mean()  # type: ignore[no-any-return]
+
+
+def test_a_model_in_a_loss_is_found_wherever_it_is_kept() -> None:
+    ways: list[Callable[[nn.Module], Any]] = [
+        Criterion,
+        lambda model: functools.partial(with_model, model),
+        lambda model: lambda output, targets: with_model(model, output, targets),
+        lambda model: Criterion(model).__call__,
+    ]
+    for way in ways:
+
+        def made(way: Callable[[nn.Module], Any] = way) -> Any:
+            model = net()
+            return model, classes(), way(model)
+
+        workload = workload_of("reading", made)
+        with pytest.raises(UsageError, match="reads a model that the function made"):
+            workload.loss_for(net())
+        workload.loss_for(workload.build_model())
+    assert len(read_by(functools.partial(with_model, net()))) == 2
+    teacher = net().requires_grad_(False)
+    frozen = workload_of("taught", lambda: (net(), classes(), functools.partial(with_model, teacher)))
+    frozen.loss_for(net())  # of which there is one for all models
+
+
+def test_a_discarded_model_goes_with_its_loss() -> None:
+    workload = workload_of("penalised", penalised)
+    kept = [weakref.ref(workload.build_model()) for _ in range(3)]
+    gc.collect()
+    assert not any(reference() for reference in kept)
+    torch.save(workload.build_model(), io.BytesIO())  # its loss is a lambda
 
 
 def first_loss(workload: Workload, **given: Any) -> float:
@@ -250,7 +367,7 @@ class Learned(nn.Module):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        ((net(), classes(), Learned()), r"parameters that no optimizer here would train \(scale\)"),
+        ((net(), classes(), Learned()), "parameters that no optimizer here would train"),
         ((net(), classes()[0]), "the batch has no targets"),
         ((net(), (*classes()[:1], torch.tensor(0.5))), "is a single number"),
         ((net(), (torch.eye(16, 8).to_sparse(), classes()[1])), "is sparse"),

@@ -83,6 +83,8 @@ def test_what_the_user_leaves_out_is_not_searched_and_the_baseline_stays(prepare
     bucketed = msgspec.structs.replace(prepared[1].baseline, padding="buckets", precision="bf16")
     guess = msgspec.structs.replace(bucketed, padding="longest")
     assert space.nearest(bucketed, guess) == guess
+    with pytest.raises(UsageError, match=r"micro_batch has no such value here; there are: 1, 16, 2"):
+        build_space(factories.hardware(), CPU, prepared[1], without=["micro_batch=3"])
     with pytest.raises(UsageError, match="the plain baseline has it"):
         build_space(factories.hardware(), CPU, prepared[1], without=["precision=fp32"])
 

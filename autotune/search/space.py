@@ -300,6 +300,12 @@ def build_space(
         "prefetch": choose("prefetch", PREFETCHES, lambda _: "no loader processes" if workers == [0] else None),
         "deterministic": [is_deterministic],
     }
+    known = {f"{knob}={value}" for knob, chosen in values.items() for value in chosen} | left_out.keys()
+    for option in without:
+        if "=" in option and option not in known:
+            knob = option.partition("=")[0]
+            there = ", ".join(one.partition("=")[2] for one in sorted(known) if one.startswith(f"{knob}="))
+            raise UsageError(f"--without {option}: {knob} has no such value here; there are: {there}")
     return Space(
         global_batch=global_batch,
         values={knob: tuple(chosen) for knob, chosen in values.items()},

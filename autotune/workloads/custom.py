@@ -7,12 +7,13 @@ process calls the function anew, so that it must give the same each time.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import dis
 import functools
 import inspect
-import weakref
+import itertools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,27 +105,26 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         )
     model, raw, *losses = made
     loss = losses[0] if losses else None
-    own = set(map(id, model.parameters()))
-    read = [(name, parameter) for module in _modules_of(loss) for name, parameter in module.named_parameters()]
-    if others := [name for name, parameter in read if parameter.requires_grad and id(parameter) not in own]:
+    own, read = set(map(id, model.parameters())), read_by(loss)
+    if any(parameter.requires_grad and id(parameter) not in own for parameter in read):
         raise UsageError(
-            f"the loss of {label} has parameters that no optimizer here would train ({', '.join(others[:3])}); make "
-            "them the model's"
+            f"the loss of {label} reads parameters that no optimizer here would train: make them the model's, or "
+            "freeze them (requires_grad_(False))"
         )
-    reads_model = any(id(parameter) in own for _, parameter in read)
+    reads_model = any(id(parameter) in own for parameter in read)
     takes = Takes.of(model)
     batch = Batch(raw, takes, label)
-    pairs = weakref.WeakKeyDictionary[nn.Module, Any]()
 
     def build_model() -> nn.Module:
-        model, _, *losses = make()
-        pairs[model] = losses[0] if losses else None
-        built: nn.Module = model
+        built: nn.Module
+        built, _, *losses = make()
+        object.__setattr__(built, _LOSS, _Kept(label, losses[0] if losses else None))
         return built
 
     def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
-        if model in pairs:
-            return functools.partial(summed, pairs[model])
+        kept = getattr(model, _LOSS, None)
+        if kept is not None and kept.label == label:
+            return functools.partial(summed, kept.loss)
         if reads_model:
             raise UsageError(
                 f"the loss of {label} reads a model that the function made, not this one; give apply this one's: "
@@ -156,15 +156,55 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
     )
 
 
-def _modules_of(loss: MeanLoss | None) -> list[nn.Module]:
-    """The modules that a loss reads: those of its closure and the globals that it names, and what it is a method of."""
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    read = [loss, getattr(loss, "__self__", None)]
-    with contextlib.suppress(TypeError):  # no Python function
-        variables = inspect.getclosurevars(getattr(loss, "__func__", loss))  # type: ignore[arg-type]
-        read += [*variables.nonlocals.values(), *variables.globals.values()]
-    return [value for value in read if isinstance(value, nn.Module)]
+_LOSS = "_autotune_loss"
+"""What a model keeps the loss under that it was made with."""
+
+
+class _Kept:
+    """A loss beside its model, and gone with it; a copy of the model on disk, or in another process, has none."""
+
+    def __init__(self, label: str, loss: MeanLoss | None) -> None:
+        self.label, self.loss = label, loss
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def read_by(loss: Any) -> list[Tensor]:
+    """The parameters that a loss reads, as far as can be seen: its own, those in its closure, in its arguments that are
+    filled in, in what it is a method of, and in the globals that it names."""
+    found: list[Tensor] = []
+    seen = set[int]()
+    left = [loss]
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, str | int | float | type):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found += value.parameters()
+        elif isinstance(value, Tensor):
+            found += [value] if isinstance(value, nn.Parameter) else []
+        elif isinstance(value, functools.partial):
+            left += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple | set):
+            left += itertools.islice(value, 1000)  # more are data
+        elif isinstance(value, types.MethodType):
+            left += [value.__self__, value.__func__]
+        elif isinstance(value, types.FunctionType):
+            # by name, so that an attribute is not taken for a global
+            named = {step.argval for step in dis.get_instructions(value) if step.opname == "LOAD_GLOBAL"}
+            left += [value.__globals__[name] for name in named if name in value.__globals__]
+            left += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            left += value.__defaults__ or ()
+        elif not isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+            left += getattr(value, "__dict__", {}).values()
+    return found
 
 
 class Takes(NamedTuple):
@@ -178,7 +218,16 @@ class Takes(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> Takes:
         """By the forward's signature."""
-        found = inspect.signature(model.forward).parameters.values()
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise UsageError("a DataParallel model is for several devices; give its module")
+        if hasattr(model, "_orig_mod"):
+            raise UsageError("the model is compiled already; give it as it was, torch.compile is one of the knobs")
+        try:
+            found = inspect.signature(model.forward).parameters.values()
+        except ValueError as exc:
+            raise UsageError(
+                f"the arguments of {type(model).__name__}'s forward cannot be read; give no traced one"
+            ) from exc
         names = tuple(one.name for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD))
         return cls(names, any(one.kind == one.VAR_KEYWORD for one in found))
 

@@ -39,6 +39,7 @@ from autotune.step import Step, compute_dtype, weights_dtype
 from autotune.strategy import SPARSE, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import summed
+from autotune.workloads.seen import set_training
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -264,8 +265,7 @@ def apply(
     if strategy.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.to(device)
-    if not model.training:  # a part that is not to be trained may be in evaluation mode on purpose
-        model.train()
+    set_training(model)
     rounding = rounding_of(strategy, is_host=backend.is_host_memory)
     loader = Loader(
         workload.train if dataset is None else workload.of_dataset(dataset, strategy, rounding),

@@ -118,6 +118,36 @@ def reentrant(linear: nn.Linear, x: Tensor) -> Tensor:
     return checkpoint(linear, x.requires_grad_(), use_reentrant=True)  # type: ignore[no-any-return]
 
 
+class Counting(nn.Module):
+    """Its penalty grows with the steps; what it keeps of a batch's size is none of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear, self.steps, self.num_samples = nn.Linear(8, 3), 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps, self.num_samples = self.steps + 1, len(x)
+        return self.linear(x) * (1 + 1e-4 * self.steps)  # type: ignore[no-any-return]
+
+
+class Frozen(nn.Module):
+    """Normalises by what was learned elsewhere, and says so in its ``train``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))  # type: ignore[no-any-return]
+
+
 class Recurrent(nn.Module):
     """Draws with the time first."""
 
@@ -164,6 +194,9 @@ SPLITS: dict[str, tuple[Any, str | None]] = {
     "16 bits": ((net().to(torch.bfloat16), (classes()[0].to(torch.bfloat16), classes()[1])), None),
     "evaluating": ((Blocks(Averaging).eval(), classes()), "every forward pass changes blocks.0.mean"),
     "a head behind a large loss": ((Forward(two_headed), classes()[0]), NO_MEAN),
+    "counting": ((Counting(), classes()), "every forward pass changes steps, and every micro batch is one"),
+    "frozen batch norm": ((Frozen(), classes()), None),
+    "batch norm": ((net(nn.BatchNorm1d(8)), classes()), "batch normalisation would train on other statistics"),
     "reentrant": ((Forward(reentrant), classes()), None),
     "class weights": ((net(), classes(), weighted), NO_MEAN),
     "contrast": ((net(), classes(), contrasted), NO_MEAN),
@@ -171,7 +204,7 @@ SPLITS: dict[str, tuple[Any, str | None]] = {
     "hardest five": ((net(), classes(), hardest), NO_MEAN),
     "mean over what is masked": ((Forward(masked), classes()[0]), NO_MEAN),
     "mixup": ((Forward(mixed), classes()), NO_MEAN),
-    "Python's random": ((Forward(tossed), classes()), "numbers that are not torch's"),
+    "Python's random": ((Forward(tossed), classes()), "not by torch's random numbers"),
     "whole batches": ((Forward(whole), classes()), "does not run by itself"),
     "running mean": ((Blocks(Averaging), classes()), "every forward pass changes blocks.0.mean"),
     "tokens": ((nn.Embedding(20, 20), tokens(), per_token(-100)), None),
@@ -273,6 +306,55 @@ def test_a_buffer_that_shares_its_memory_is_looked_at() -> None:
 def test_a_model_in_a_wrapping_is_refused(wrap: Callable[[nn.Module], nn.Module], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         workload_of("wrapped", lambda: (wrap(net()), classes()))
+
+
+def test_a_model_is_trained_as_its_own_train_says() -> None:
+    run = apply(Strategy(micro_batch=16), workload_of("frozen", lambda: (Frozen(), classes())), CPU)
+    run.step(run.split(classes()))
+    assert isinstance(run.model, Frozen)
+    assert run.model.norm.num_batches_tracked == 0
+
+
+def test_targets_that_are_longer_than_their_source_are_not_cut_off() -> None:
+    """Both padded to one width; a loss that views them otherwise takes what is cut."""
+    labels = torch.where(torch.arange(12) < torch.tensor([9, 3, 3, 12, 3, 3, 3, 5])[:, None], 7, -100)
+    batch = {**{name: padded()[name] for name in ("input_ids", "attention_mask")}, "labels": labels}
+
+    class Translating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+            keep = attention_mask.unsqueeze(-1)
+            pooled = (self.embedding(input_ids) * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True)
+            logits = self.head(pooled).expand(-1, labels.shape[1], -1)
+            per_token = F.cross_entropy(logits.flatten(0, 1), labels.view(-1), reduction="none").view(labels.shape)
+            return (per_token.sum(1) / labels.ne(-100).sum(1)).mean()
+
+    workload = workload_of("translating", lambda: (Translating(), batch))
+    assert workload.train.lengths[:8].tolist() == [9, 4, 5, 12, 7, 8, 9, 10]
+    assert workload.trim_refusal is None
+    plain, trimmed = (
+        apply(Strategy(micro_batch=2, accumulation=4, padding=padding), workload, CPU, seed=1)
+        for padding in ("max", "longest")
+    )
+    torch.testing.assert_close(trimmed.step(trimmed.split(batch)), plain.step(plain.split(batch)))
+
+
+def test_a_decoder_of_hugging_faces_is_computed_again() -> None:
+    """Without its cache for decoding, which recomputation does not go with."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+    mask = (torch.arange(12) < torch.arange(3, 11)[:, None]).long()
+    ids = mask * torch.arange(1, 13)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    workload = workload_of("decoder", lambda: (transformers.GPT2LMHeadModel(config), batch))
+    assert workload.num_blocks == 3
+    assert workload.recompute_refusal is None
+    assert workload.trim_refusal is None
+    assert NO_MEAN in (workload.split_refusal or ""), "it means over tokens, in numbers that differ"
 
 
 def test_looking_at_a_model_leaves_it_as_it_was() -> None:

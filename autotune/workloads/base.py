@@ -22,6 +22,7 @@ from autotune.models.cross_entropy import summed_cross_entropy, takes_parts
 from autotune.strategy import Attention, Padding, Strategy, baseline
 from autotune.workloads import same, seen
 
+_OTHER_STATISTICS = "batch normalisation would train on other statistics"
 Schedule = Literal["cosine", "linear", "restarts", "onecycle", "constant"]
 
 
@@ -169,9 +170,10 @@ class Workload:
     def split_refusal(self) -> str | None:
         """Why micro batches would not train the same as the whole batch; None where they do. Asked of a model and a
         batch: a Workload says itself what its loss is summed over."""
-        if self.has_batch_norm:
-            return "batch normalisation would train on other statistics"
-        return None if self.split is None else same.split_refusal(self, self._sample_model())
+        if self.split is None:
+            return _OTHER_STATISTICS if self.has_batch_norm else None
+        reason = same.split_refusal(self, self._sample_model())
+        return _OTHER_STATISTICS if reason is not None and self.has_batch_norm else reason
 
     @functools.cached_property
     def recompute_refusal(self) -> str | None:

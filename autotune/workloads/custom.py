@@ -28,7 +28,7 @@ from autotune.data.batching import Indices, MicroBatch, Part, Rounding, plan_bat
 from autotune.errors import UsageError, words_of
 from autotune.strategy import Attention, Strategy
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
-from autotune.workloads.same import TARGETS
+from autotune.workloads.same import TARGETS, are_target_tokens
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many."""
@@ -275,6 +275,8 @@ class Batch:
                 )
         self.targets = named.pop(TARGETS, None)
         self.inputs: dict[str, Tensor] = named
+        # for decoding; in training it is of no use, and recomputation does not go with it
+        self._settings = {"use_cache": False} if "use_cache" in takes.names else {}
         tensors = [*self.inputs.values(), *([] if self.targets is None else [self.targets])]
         sizes = {len(tensor) for tensor in tensors if tensor.dim()}
         if len(sizes) != 1:
@@ -293,6 +295,9 @@ class Batch:
         if mask is not None:
             counts = mask.ne(0)
             self.lengths = (counts * torch.arange(1, self.width + 1)).amax(1).clamp(min=1).numpy().astype(np.int64)
+            for name, tensor in {**self.inputs, TARGETS: self.targets}.items():
+                if are_target_tokens(name, tensor) and tensor.shape[1] == self.width:
+                    self.lengths = np.maximum(self.lengths, _lengths_of(tensor))
             self._num_tokens = counts.sum(1).numpy().astype(np.int64)
 
     def micro(self, rows: Indices, width: int) -> MicroBatch:
@@ -302,10 +307,10 @@ class Batch:
         def part(tensor: Tensor) -> Tensor:
             tensor = tensor[chosen]
             has_tokens = self.width > 1 and tensor.dim() > 1 and tensor.shape[1] == self.width
-            return tensor[:, :width] if has_tokens else tensor
+            return tensor[:, :width].contiguous() if has_tokens else tensor  # which losses may view otherwise
 
         return MicroBatch(
-            inputs={name: part(tensor) for name, tensor in self.inputs.items()},
+            inputs={**{name: part(tensor) for name, tensor in self.inputs.items()}, **self._settings},
             targets=torch.empty(len(rows), 0) if self.targets is None else part(self.targets),
             num_samples=len(rows),
             num_tokens=int(self._num_tokens[rows].sum()),
@@ -322,6 +327,17 @@ class Batch:
             rounding=rounding,
         )
         return [self.micro(rows, width) for rows, width in zip(planned.micro_batches, planned.widths, strict=True)]
+
+
+def _lengths_of(tokens: Tensor) -> Indices:
+    """Up to where rows end in what losses leave out, -100; where there is none of it, in one value repeated."""
+    is_marked = bool(tokens.eq(-100).any())
+    is_token = tokens.ne(-100) if is_marked else tokens.ne(tokens[:, -1:])
+    is_token = is_token.reshape(*tokens.shape[:2], -1).any(2)
+    lengths = (is_token * torch.arange(1, tokens.shape[1] + 1)).amax(1)
+    if not is_marked:
+        lengths[lengths == tokens.shape[1] - 1] += 1  # a last one by itself is no padding
+    return lengths.numpy().astype(np.int64)
 
 
 class Repeated:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from autotune.errors import words_of
-from autotune.models.blocks import set_checkpoint
+from autotune.models.blocks import find_blocks, set_checkpoint
 from autotune.workloads import draws
-from autotune.workloads.seen import gradients_of, micro_of, outputs_of, unchanged
+from autotune.workloads.seen import gradients_of, micro_of, numbers, outputs_of, set_training, unchanged
 
 if TYPE_CHECKING:
     from autotune.data.batching import Indices, MicroBatch
@@ -29,8 +29,9 @@ _SAME, _SAME_IN_16_BITS = 1e-3, 5e-2
 a token's weight of another makes tenths."""
 _NOISE = 1e-5
 """A parameter whose gradient is so small a share of all is not compared: what is zero but for rounding is noise."""
-_ENOUGH_S, _FEWEST, _MOST = 0.5, 4, 64
-"""Of the batch so many samples are looked at as the model trains in so many seconds, within these bounds."""
+_ENOUGH_S, _FEWEST, _ENOUGH, _MOST = 0.25, 4, 16, 64
+"""Of the batch so many samples are looked at as the model trains in so many seconds, within the first two bounds; up to
+the last where so few do not run."""
 TARGETS = "the targets"
 """What a batch's targets go by among its inputs; no argument can be called so."""
 _PADDING = (0, 1)
@@ -39,6 +40,7 @@ _MARKS = (-100, 0, 255)
 """Values that often mean ``none``: losses leave such targets out (``ignore_index``), models such tokens."""
 
 _NO_MEAN = "a batch's loss is not the mean of its samples' losses: another split would train otherwise"
+_OTHER_EACH_TIME = "two passes over the same batch differ, and not by torch's random numbers"
 _UNSURE = "whether another split trains the same cannot be told"
 
 
@@ -63,8 +65,8 @@ def split_refusal(workload: Workload, model: nn.Module) -> str | None:
         whole, seconds, seen = _first(workload, model, samples)
         is_slow = whole is not None and seconds * _FEWEST > _ENOUGH_S * len(samples)
         if not is_slow:  # or five of the batch may be looked for in it
-            most = _MOST if whole is None else int(_ENOUGH_S * len(samples) / seconds)
-            samples = _spread(workload, min(_MOST, max(_FEWEST, most)))
+            count = _MOST if whole is None else min(_ENOUGH, int(_ENOUGH_S * len(samples) / seconds))
+            samples = _spread(workload, count)
             whole, _, seen = _first(workload, model, samples)
         if len(samples) < 2:
             return None
@@ -80,6 +82,8 @@ def split_refusal(workload: Workload, model: nn.Module) -> str | None:
         is_flat = not any(float(gradient.abs().max()) for gradient in whole.gradients.values() if gradient.numel())
         if not math.isfinite(whole.loss) or is_flat:
             return f"{_UNSURE}: its loss has no gradient here"
+        for _, counter in _counters(workload, model, samples[:2]):
+            return f"every forward pass changes {counter}, and every micro batch is one"
     except Exception as exc:  # noqa: BLE001 - whatever the user's code raises
         return f"{_UNSURE}: {words_of(exc)}"
     for halves in splits:
@@ -91,7 +95,7 @@ def split_refusal(workload: Workload, model: nn.Module) -> str | None:
             return f"every forward pass changes {name}, and every micro batch is one"
         if _differ(whole, apart):
             if _differ(whole, _trained(workload, model, [samples], draw=draw)):
-                return f"{_UNSURE}: it draws numbers that are not torch's"
+                return f"{_UNSURE}: {_OTHER_EACH_TIME}"
             return _NO_MEAN
     for mark in _PADDING:  # which an example batch may lack, and others have
         with contextlib.suppress(Exception):  # a value that the model does not take
@@ -107,23 +111,31 @@ def split_refusal(workload: Workload, model: nn.Module) -> str | None:
 def recompute_refusal(workload: Workload, model: nn.Module) -> str | None:
     """Why blocks that are computed again would train something else; None where they do not, or nothing can be told."""
     try:
-        samples = _spread(workload, 2)
+        samples = _spread(workload, _FEWEST // 2)
         plain = _trained(workload, model, [samples])
     except Exception:  # noqa: BLE001 - the reason is shown elsewhere
         return None
-    try:
-        set_checkpoint(model, "every_block")
-        found = _trained(workload, model, [samples])
-    except Exception as exc:  # noqa: BLE001 - whatever the user's code raises
-        return f"fails when it is computed again: {words_of(exc)}"
-    finally:
-        set_checkpoint(model, "none")
-    if (name := _changed_otherwise(plain, found)) is not None:
-        return f"a block's forward pass changes {name}, and would do so again"
-    if not _differ(plain, found):
+    in_blocks = {id(module) for block in find_blocks(model) for module in block.modules()}
+    counters = [name for module, name in _counters(workload, model, samples) if id(module) in in_blocks]
+    if counters:
+        return f"a block's forward pass changes {counters[0]}, and would do so again"
+    found = plain
+    for granularity in ("every_block", "selective"):
+        try:
+            set_checkpoint(model, granularity)
+            found = _trained(workload, model, [samples])
+        except Exception as exc:  # noqa: BLE001 - whatever the user's code raises
+            return f"fails when it is computed again: {words_of(exc)}"
+        finally:
+            set_checkpoint(model, "none")
+        if (name := _changed_otherwise(plain, found)) is not None:
+            return f"a block's forward pass changes {name}, and would do so again"
+        if _differ(plain, found):
+            break
+    if not _differ(plain, found) or not math.isfinite(plain.loss):
         return None
     if _differ(plain, _trained(workload, model, [samples])):
-        return "it draws numbers that are not torch's: whether it trains the same computed again cannot be told"
+        return f"whether it trains the same computed again cannot be told: {_OTHER_EACH_TIME}"
     return "what is computed again gives another gradient"
 
 
@@ -152,6 +164,21 @@ def trim_refusal(workload: Workload, model: nn.Module) -> str | None:
     return "samples whose padding is cut off train otherwise" if _differ(whole, trimmed) else None
 
 
+def _counters(workload: Workload, model: nn.Module, samples: Indices) -> list[tuple[nn.Module, str]]:
+    """Numbers that modules keep as plain attributes and that a second pass over the same samples changes again, by
+    their modules and names. Where the samples do not run by themselves nothing is known."""
+    micro, found = micro_of(workload, samples), []
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), torch.no_grad(), unchanged(model):
+        outputs_of(model, micro)
+        before = numbers(model)
+        outputs_of(model, micro)
+        names = {id(module): name for name, module in model.named_modules()}
+        for (module, attribute), value in numbers(model).items():
+            if before.get((module, attribute)) != value:
+                found.append((module, f"{names[id(module)]}.{attribute}".removeprefix(".")))
+    return found
+
+
 def _first(
     workload: Workload, model: nn.Module, samples: Indices
 ) -> tuple[Outcome | None, float, list[tuple[int, ...]]]:
@@ -178,7 +205,7 @@ def _splits(samples: Indices, keys: Sequence[Indices]) -> list[tuple[Indices, In
 def _with_padding(sample: int, mark: int, part: Indices, micro: MicroBatch) -> MicroBatch:
     """The micro batch with half of a sample's target tokens padding; itself where it has none of its."""
     named = {**micro.inputs, TARGETS: micro.targets}
-    found = {name: tensor for name, tensor in named.items() if _are_target_tokens(name, tensor)}
+    found = {name: tensor for name, tensor in named.items() if are_target_tokens(name, tensor)}
     if sample not in part or not found:
         return micro
     for name, tensor in found.items():
@@ -187,7 +214,8 @@ def _with_padding(sample: int, mark: int, part: Indices, micro: MicroBatch) -> M
     return micro._replace(targets=named.pop(TARGETS), inputs=named)
 
 
-def _are_target_tokens(name: str, tensor: Any) -> bool:
+def are_target_tokens(name: str, tensor: Any) -> bool:
+    """Whether these are tokens to be predicted, by what they are called."""
     is_named = isinstance(tensor, Tensor) and ("label" in name or "target" in name)
     return is_named and tensor.dim() > 1 and not tensor.is_floating_point() and tensor.numel() > 0
 
@@ -204,8 +232,7 @@ def _trained(
     """The outcome of training these parts, of which ``edit`` makes others, as ``apply`` would; the model is left as it
     was. ``draw`` sees to the random numbers of the samples of a part."""
     loss_of, loss_sum, gradients = workload.loss_for(model), 0.0, dict[str, Tensor]()
-    if not model.training:
-        model.train()
+    set_training(model)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     with torch.random.fork_rng(devices=[]), unchanged(model, parameters=True) as before:
         torch.manual_seed(0)
@@ -232,7 +259,8 @@ def _differ(one: Outcome, other: Outcome) -> bool:
     if not math.isclose(one.loss, other.loss, rel_tol=one.tolerance, abs_tol=1e-6):
         return True
     norms = {name: float(gradient.norm()) for name, gradient in one.gradients.items()}
-    floor = _NOISE * math.hypot(*norms.values())
+    # what rounding to 16 bits does to a small gradient says nothing
+    floor = (_NOISE if one.tolerance == _SAME else one.tolerance) * math.hypot(*norms.values())
     return any(
         name not in other.gradients or _are_apart(gradient, other.gradients[name], one.tolerance, floor)
         for name, gradient in one.gradients.items()

@@ -36,6 +36,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def unchanged(model: nn.Module, *, parameters: bool = False) -> Iterator[dict[str, Tensor]]:
     """Afterwards the model's buffers hold what they did, and its ``parameters`` where asked for: some models change
     them in their forward pass. Gives what they hold, by name."""
+    kept = numbers(model)
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     named = {**dict(model.named_buffers()), **(dict(model.named_parameters()) if parameters else {})}
     before = {name: tensor.detach().clone() for name, tensor in named.items()}
@@ -48,6 +49,25 @@ def unchanged(model: nn.Module, *, parameters: bool = False) -> Iterator[dict[st
                     tensor.copy_(before[name])
         for module, name, buffer in buffers:
             module._buffers[name] = buffer  # what was put in its place
+        for (module, name), value in kept.items():
+            object.__setattr__(module, name, value)
+
+
+def numbers(model: nn.Module) -> dict[tuple[nn.Module, str], int | float]:
+    """What modules keep as plain attributes: counters, temperatures."""
+    return {
+        (module, name): value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int | float) and name != "training"
+    }
+
+
+def set_training(model: nn.Module) -> None:
+    """Training mode: as the model's own ``train`` sets it, where it has one; else a part that is not to be trained may
+    be in evaluation mode on purpose."""
+    if not model.training or type(model).train is not nn.Module.train:
+        model.train()
 
 
 def gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
@@ -108,13 +128,14 @@ def check_runs(workload: Workload, model: nn.Module) -> None:
 
     with contextlib.suppress(Exception), evaluating(model):
         return run(_extremes(workload))
-    model.train()
+    set_training(model)
     try:
         return run(np.arange(workload.recipe.global_batch))
     except UsageError:
         raise
     except Exception as exc:
-        raise UsageError(f"{workload.name} fails on {doing}: {words_of(exc)}") from exc
+        hint = "; a batch that is a dict names the arguments" if "argument" in str(exc) else ""
+        raise UsageError(f"{workload.name} fails on {doing}: {words_of(exc)}{hint}") from exc
 
 
 def is_masked(workload: Workload, model: nn.Module) -> bool:

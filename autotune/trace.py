@@ -7,15 +7,14 @@ or missing show in the second pass.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autotune.strategy import Precision, Strategy
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from autotune.apply import Run
     from autotune.data.batching import MicroBatch
@@ -50,6 +49,8 @@ def losses(
     """
     import numpy as np
     import torch
+
+    from autotune.workloads.seen import without_dropout
 
     lengths = run.loader.lengths
     global_batch = run.strategy.global_batch
@@ -106,24 +107,3 @@ def _unskipped(run: Run, batch: list[MicroBatch]) -> Tensor:
         if before is None or (run.step.loss_scale or 0.0) >= before:
             break
     return loss
-
-
-@contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout of every kind is off, in modules and in numbers that modules keep of their own."""
-    from torch.nn.modules.dropout import _DropoutNd
-
-    before: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            before.append((module, "p", module.p))
-        # attention, recurrent layers and stochastic depth keep their rate in a number of their own
-        rates = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)}
-        before += [(module, name, value) for name, value in rates.items()]
-    for module, name, _ in before:
-        setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)

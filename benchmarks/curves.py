@@ -12,12 +12,13 @@ import click
 import numpy as np
 import torch
 
-from autotune import backends, store, trace, workloads
+from autotune import backends, store, workloads
 from autotune.apply import apply
 from autotune.backends.base import Backend
 from autotune.report.terminal import describe
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
+from autotune.workloads.seen import without_dropout
 
 ROWS = 12
 
@@ -27,7 +28,7 @@ def curve(strategy: Strategy, workload: Workload, backend: Backend, steps: int) 
     run = apply(strategy, workload, backend, total_steps=steps)
     generator = np.random.default_rng(0)
     batches = [generator.integers(0, workload.num_train, workload.recipe.global_batch) for _ in range(steps)]
-    with trace.without_dropout(run.model):
+    with without_dropout(run.model):
         return torch.stack([run.step(batch) for batch in run.loader.over(run.loader.plan_of(batches))]).tolist()
 
 

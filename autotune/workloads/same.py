@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autotune.errors import words_of
 from autotune.models.blocks import find_blocks, set_checkpoint
 from autotune.workloads import draws
-from autotune.workloads.seen import gradients_of, micro_of, numbers, outputs_of, set_training, unchanged
+from autotune.workloads.seen import gradients_of, micro_of, numbers, outputs_of, set_training, unchanged, without_dropout
 
 if TYPE_CHECKING:
     from autotune.data.batching import Indices, MicroBatch
@@ -142,8 +142,6 @@ def recompute_refusal(workload: Workload, model: nn.Module) -> str | None:
 def trim_refusal(workload: Workload, model: nn.Module) -> str | None:
     """Why samples whose padding is cut off would train something else; None where they do not, or nothing can be
     told."""
-    from autotune.trace import without_dropout
-
     lengths = workload.train.lengths[: workload.recipe.global_batch]
     samples = np.sort(np.argsort(lengths, kind="stable")[:2])
     width = int(lengths[samples].max())

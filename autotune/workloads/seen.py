@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from autotune.errors import UsageError, words_of
 from autotune.models.attention import SDPA_KERNELS, KernelsSeen, SelfAttention, set_attention, settable
@@ -30,6 +31,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout of every kind is off, in modules and in numbers that modules keep of their own."""
+    before: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            before.append((module, "p", module.p))
+        # attention, recurrent layers and stochastic depth keep their rate in a number of their own
+        rates = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)}
+        before += [(module, name, value) for name, value in rates.items()]
+    for module, name, _ in before:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 @contextlib.contextmanager

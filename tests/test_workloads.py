@@ -18,9 +18,9 @@ from autotune.errors import UsageError
 from autotune.models.decoder import DecoderLM
 from autotune.models.vision import VisionBDH, rotated, rotations
 from autotune.strategy import Strategy
-from autotune.workloads.seen import without_dropout
 from autotune.workloads.base import CrossEntropy, Workload
 from autotune.workloads.lm import LanguageModel
+from autotune.workloads.seen import without_dropout
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from autotune.errors import words_of
 from autotune.models.blocks import find_blocks, set_checkpoint
 from autotune.workloads import draws
-from autotune.workloads.seen import gradients_of, micro_of, numbers, outputs_of, set_training, unchanged, without_dropout
+from autotune.workloads.seen import (
+    gradients_of,
+    micro_of,
+    numbers,
+    outputs_of,
+    set_training,
+    unchanged,
+    without_dropout,
+)
 
 if TYPE_CHECKING:
     from autotune.data.batching import Indices, MicroBatch

@@ -38,7 +38,7 @@ from autotune.schedule import schedule
 from autotune.step import Step, compute_dtype, weights_dtype
 from autotune.strategy import SPARSE, Strategy
 from autotune.workloads.base import Workload
-from autotune.workloads.custom import summed
+from autotune.workloads.own_loss import summed
 from autotune.workloads.seen import set_training
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

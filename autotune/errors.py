@@ -59,3 +59,10 @@ def at_fault(error: Exception) -> tuple[str, str]:
     if not mark:
         message, where = where, ""
     return where.replace("`", "").replace("$", "").lstrip("."), message.replace("Object contains", "there is an")
+
+
+def kind_of(value: object) -> str:
+    """What a value is, for an error's line: ``(Tensor, dict)``, ``str``."""
+    if isinstance(value, list | tuple):
+        return f"({', '.join(type(part).__name__ for part in value)})"
+    return type(value).__name__

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import gc
-import io
-import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,178 +9,42 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from autotune import backends
 from autotune.apply import apply
 from autotune.errors import UsageError
 from autotune.strategy import Strategy
-from autotune.workloads.base import Workload
-from autotune.workloads.custom import read_by, workload_of
+from autotune.workloads.custom import workload_of
+from tests.own_models import (
+    Averaging,
+    Blocks,
+    Counting,
+    Forward,
+    Frozen,
+    Normalising,
+    Pooled,
+    Recurrent,
+    Spectral,
+    classes,
+    contrasted,
+    hardest,
+    masked,
+    mixed,
+    net,
+    noisy,
+    padded,
+    per_token,
+    reentrant,
+    tokens,
+    tossed,
+    two_headed,
+    weighted,
+    weights_dropped,
+    whole,
+)
 
 CPU = backends.get("cpu")
 NO_MEAN = "not the mean of its samples' losses"
-
-
-def classes(num_samples: int = 16) -> tuple[Tensor, Tensor]:
-    numbers = torch.Generator().manual_seed(0)
-    return torch.randn(num_samples, 8, generator=numbers), torch.arange(num_samples) % 3
-
-
-def tokens(padding: int | None = None) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(2, 20, (16, 10), generator=torch.Generator().manual_seed(0))
-    if padding is None:
-        return ids, ids
-    return ids, torch.where(torch.arange(10) < torch.arange(4, 20).clamp(max=10)[:, None], ids, padding)
-
-
-def net(*first: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(*first, nn.Linear(8, 3))
-
-
-class Forward(nn.Module):
-    """A linear layer whose forward pass is as given."""
-
-    def __init__(self, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.linear, self.passed = nn.Linear(8, 3), forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.passed(self.linear, x)
-
-
-class Averaging(nn.Module):
-    """Keeps a running mean of its inputs; in a list as a block, so that it may be computed again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-        self.mean: Tensor
-        self.register_buffer("mean", torch.zeros(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        return x + self.inner(x)  # type: ignore[no-any-return]
-
-
-class Spectral(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)  # type: ignore[no-any-return]
-
-
-class Blocks(nn.Module):
-    def __init__(self, kind: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.blocks, self.head = nn.ModuleList(kind() for _ in range(3)), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)  # type: ignore[no-any-return]
-
-
-def noisy(linear: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x + torch.randn_like(x)) * F.dropout(torch.ones(len(x), 1), 0.2)  # type: ignore[no-any-return]
-
-
-def masked(linear: nn.Linear, x: Tensor) -> Tensor:
-    hidden = torch.rand(x.shape) < 0.3  # as many of each sample as it comes
-    return (linear(x.masked_fill(hidden, 0.0)).square().sum(1) * hidden.sum(1)).sum() / hidden.sum()  # type: ignore[no-any-return]
-
-
-def mixed(linear: nn.Linear, x: Tensor) -> Tensor:
-    return linear(0.7 * x + 0.3 * x[torch.randperm(len(x))])  # type: ignore[no-any-return]
-
-
-def weights_dropped(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, F.dropout(linear.weight, 0.4), linear.bias)
-
-
-def two_headed(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A small coupled loss of the bias beside a large one of the weights."""
-    coupled = (x.mean(0)[:3] * linear.bias).square().sum()
-    return 1e3 * F.linear(x, linear.weight).square().mean() + coupled
-
-
-def reentrant(linear: nn.Linear, x: Tensor) -> Tensor:
-    return checkpoint(linear, x.requires_grad_(), use_reentrant=True)  # type: ignore[no-any-return]
-
-
-class Counting(nn.Module):
-    """Its penalty grows with the steps; what it keeps of a batch's size is none of that."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.linear, self.steps, self.num_samples = nn.Linear(8, 3), 0, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.steps, self.num_samples = self.steps + 1, len(x)
-        return self.linear(x) * (1 + 1e-4 * self.steps)  # type: ignore[no-any-return]
-
-
-class Frozen(nn.Module):
-    """Normalises by what was learned elsewhere, and says so in its ``train``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 3)
-
-    def train(self, mode: bool = True) -> Frozen:
-        super().train(mode)
-        self.norm.eval()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))  # type: ignore[no-any-return]
-
-
-class Recurrent(nn.Module):
-    """Draws with the time first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.embedding, self.layers = nn.Embedding(20, 8), nn.LSTM(8, 8, 2, dropout=0.3, batch_first=True)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.layers(self.embedding(ids))[0]  # type: ignore[no-any-return]
-
-
-OTHERS = itertools.count(1)
-
-
-def tossed(linear: nn.Linear, x: Tensor) -> Tensor:
-    """By numbers that are another each time, whatever torch's seed."""
-    return linear(x * next(OTHERS))  # type: ignore[no-any-return]
-
-
-def whole(linear: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x[:, : 8 if len(x) == 16 else 7])  # type: ignore[no-any-return]
-
-
-def weighted(output: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(output, targets, weight=torch.tensor([1.0, 5.0, 1.0]))
-
-
-def contrasted(output: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(output @ output.T, torch.arange(len(output)))
-
-
-def hardest(output: Tensor, targets: Tensor) -> Tensor:
-    return output.square().sum(1).topk(5).values.mean()
-
-
-def per_token(ignored: int) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda output, targets: F.cross_entropy(output.movedim(-1, 1), targets, ignore_index=ignored)
 
 
 SPLITS: dict[str, tuple[Any, str | None]] = {
@@ -241,22 +100,6 @@ def test_blocks_are_computed_again_only_where_that_changes_nothing(kind: Any, wo
     assert found is None if words is None else words in (found or "")
 
 
-class Pooled(nn.Module):
-    def __init__(self, is_masked: bool) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.embedding, self.head, self.is_masked = nn.Embedding(20, 8), nn.Linear(8, 3), is_masked
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        keep = attention_mask.unsqueeze(-1) if self.is_masked else torch.ones_like(attention_mask).unsqueeze(-1)
-        return self.head((self.embedding(input_ids) * keep).sum(1) / keep.sum(1))  # type: ignore[no-any-return]
-
-
-def padded() -> dict[str, Tensor]:
-    mask = (torch.arange(12) < torch.arange(3, 11)[:, None]).long()
-    return {"input_ids": mask * torch.arange(1, 13), "attention_mask": mask, "label": torch.arange(8) % 3}
-
-
 def test_padding_is_cut_off_only_where_the_model_does_not_see_it() -> None:
     assert workload_of("masked", lambda: (Pooled(True), padded())).trim_refusal is None
     blind = workload_of("blind", lambda: (Pooled(False), padded()))
@@ -274,19 +117,6 @@ def test_padding_is_cut_off_only_where_the_model_does_not_see_it() -> None:
     cut = workload_of("wide", lambda: (Wide(), wide))
     assert "fails on samples that are cut to their" in (cut.trim_refusal or "")
     cut.check_runs()
-
-
-class Normalising(Pooled):
-    """Its means, in training, are over padding, too."""
-
-    def __init__(self) -> None:
-        super().__init__(True)
-        self.norm = nn.BatchNorm1d(8)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        keep = attention_mask.unsqueeze(-1)
-        x = self.norm(self.embedding(input_ids).transpose(1, 2)).transpose(1, 2)
-        return self.head((x * keep).sum(1) / keep.sum(1))  # type: ignore[no-any-return]
 
 
 def test_padding_that_training_alone_sees_is_not_cut_off() -> None:
@@ -371,74 +201,6 @@ def test_looking_at_a_model_leaves_it_as_it_was() -> None:
     assert workload.attentions == ("eager",)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.grad is not None for parameter in model.parameters())
-
-
-def penalised() -> Any:
-    model = nn.Sequential(first := nn.Linear(8, 3))
-    return model, classes(), lambda output, targets: F.cross_entropy(output, targets) + first.weight.abs().sum()
-
-
-class Criterion:
-    def __init__(self, model: nn.Module) -> None:
-        self.parts = [model]
-
-    def __call__(self, output: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(output, targets) + torch.stack([p.abs().sum() for p in self.parts[0].parameters()]).sum()
-
-
-def with_model(model: nn.Module, output: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(output, targets) + model(classes()[0]).square().mean()  # type: ignore[no-any-return]
-
-
-def test_a_model_in_a_loss_is_found_wherever_it_is_kept() -> None:
-    ways: list[Callable[[nn.Module], Any]] = [
-        Criterion,
-        lambda model: functools.partial(with_model, model),
-        lambda model: lambda output, targets: with_model(model, output, targets),
-        lambda model: Criterion(model).__call__,
-    ]
-    for way in ways:
-
-        def made(way: Callable[[nn.Module], Any] = way) -> Any:
-            model = net()
-            return model, classes(), way(model)
-
-        workload = workload_of("reading", made)
-        with pytest.raises(UsageError, match="reads a model that the function made"):
-            workload.loss_for(net())
-        workload.loss_for(workload.build_model())
-    assert len(read_by(functools.partial(with_model, net()))) == 2
-    teacher = net().requires_grad_(False)
-    frozen = workload_of("taught", lambda: (net(), classes(), functools.partial(with_model, teacher)))
-    frozen.loss_for(net())  # of which there is one for all models
-
-
-def test_a_discarded_model_goes_with_its_loss() -> None:
-    workload = workload_of("penalised", penalised)
-    kept = [weakref.ref(workload.build_model()) for _ in range(3)]
-    gc.collect()
-    assert not any(reference() for reference in kept)
-    torch.save(workload.build_model(), io.BytesIO())  # its loss is a lambda
-
-
-def first_loss(workload: Workload, **given: Any) -> float:
-    run = apply(Strategy(micro_batch=16), workload, CPU, **given)
-    return float(run.step(run.split(classes())))
-
-
-def test_a_loss_that_reads_its_model_reads_the_one_that_is_trained() -> None:
-    """The function makes another each time, and the loss of the first says nothing of the second."""
-    workload = workload_of("penalised", penalised)
-    run, batch = apply(Strategy(micro_batch=16), workload, CPU), classes()
-    (weight,) = (parameter for parameter in run.model.parameters() if parameter.dim() == 2)
-    for _ in range(3):
-        expected = F.cross_entropy(run.model(batch[0]), batch[1]) + weight.abs().sum()
-        torch.testing.assert_close(run.step(run.split(batch)), expected.detach())
-    own = net()
-    with pytest.raises(UsageError, match=r"reads a model that the function made, not this one.*loss="):
-        apply(Strategy(micro_batch=16), workload, CPU, model=own)
-    given = first_loss(workload, model=own, loss=lambda output, targets: F.cross_entropy(output, targets) + 7)
-    assert given == pytest.approx(float(F.cross_entropy(net()(batch[0]), batch[1]).detach()) + 7, rel=1e-5)
 
 
 class Learned(nn.Module):

@@ -127,7 +127,6 @@ def recompute_refusal(workload: Workload, model: nn.Module) -> str | None:
     counters = [name for module, name in _counters(workload, model, samples) if id(module) in in_blocks]
     if counters:
         return f"a block's forward pass changes {counters[0]}, and would do so again"
-    found = plain
     for granularity in ("every_block", "selective"):
         try:
             set_checkpoint(model, granularity)
@@ -138,13 +137,11 @@ def recompute_refusal(workload: Workload, model: nn.Module) -> str | None:
             set_checkpoint(model, "none")
         if (name := _changed_otherwise(plain, found)) is not None:
             return f"a block's forward pass changes {name}, and would do so again"
-        if _differ(plain, found):
-            break
-    if not _differ(plain, found) or not math.isfinite(plain.loss):
-        return None
-    if _differ(plain, _trained(workload, model, [samples])):
-        return f"whether it trains the same computed again cannot be told: {_OTHER_EACH_TIME}"
-    return "what is computed again gives another gradient"
+        if math.isfinite(plain.loss) and _differ(plain, found):
+            if _differ(plain, _trained(workload, model, [samples])):
+                return f"whether it trains the same computed again cannot be told: {_OTHER_EACH_TIME}"
+            return "what is computed again gives another gradient"
+    return None
 
 
 def trim_refusal(workload: Workload, model: nn.Module) -> str | None:

@@ -1,0 +1,132 @@
+"""The loss of a user's own workload: a mean made a sum, and the model that it belongs to."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autotune.errors import UsageError, kind_of
+
+MeanLoss = Callable[..., Tensor]
+"""Takes the model's output and the targets, and gives the mean over a batch."""
+_LOSS = "_autotune_loss"
+"""What a model keeps the loss under that it was made with."""
+
+
+class _Kept:
+    """A loss beside its model, and gone with it; a copy of the model on disk, or in another process, has none."""
+
+    def __init__(self, label: str, loss: MeanLoss | None) -> None:
+        self.label, self.loss = label, loss
+
+    def __deepcopy__(self, memo: object) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def read_by(loss: Any) -> list[Tensor]:
+    """The parameters that a loss reads, as far as can be seen: its own, those in its closure, in its arguments that are
+    filled in, in what it is a method of, and in the globals that it names."""
+    found: list[Tensor] = []
+    seen = set[int]()
+    left = [loss]
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, str | int | float | type):
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found += value.parameters()
+        elif isinstance(value, Tensor):
+            found += [value] if isinstance(value, nn.Parameter) else []
+        elif isinstance(value, functools.partial):
+            left += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple | set):
+            left += itertools.islice(value, 1000)  # more are data
+        elif isinstance(value, types.MethodType):
+            left += [value.__self__, value.__func__]
+        elif isinstance(value, types.FunctionType):
+            # by name, so that an attribute is not taken for a global
+            named = {step.argval for step in dis.get_instructions(value) if step.opname == "LOAD_GLOBAL"}
+            left += [value.__globals__[name] for name in named if name in value.__globals__]
+            left += [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            left += value.__defaults__ or ()
+        elif not isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+            left += getattr(value, "__dict__", {}).values()
+    return found
+
+
+class OwnLoss:
+    """The loss that a user's function gives with a model, if any: each model that the function makes has its own."""
+
+    def __init__(self, label: str, loss: MeanLoss | None, model: nn.Module) -> None:
+        """Raises UsageError where the loss has something to be trained that the model has not."""
+        own, read = set(map(id, model.parameters())), read_by(loss)
+        if any(parameter.requires_grad and id(parameter) not in own for parameter in read):
+            raise UsageError(
+                f"the loss of {label} reads parameters that no optimizer here would train: make them the model's, or "
+                "freeze them (requires_grad_(False))"
+            )
+        self._label = label
+        self._reads_model = any(id(parameter) in own for parameter in read)
+
+    def keep(self, model: nn.Module, loss: MeanLoss | None) -> None:
+        """A model that the function made, and the loss that came with it."""
+        object.__setattr__(model, _LOSS, _Kept(self._label, loss))
+
+    def of(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The loss, summed, that a model was made with; None for one of the user's own. Raises UsageError where that
+        needs one of its own."""
+        kept = getattr(model, _LOSS, None)
+        if kept is not None and kept.label == self._label:
+            return functools.partial(summed, kept.loss)
+        if self._reads_model:
+            raise UsageError(
+                f"the loss of {self._label} reads a model that the function made, not this one; give apply this one's: "
+                "apply(model, loss=...)"
+            )
+        return None
+
+
+def summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
+    """The batch's loss summed over its samples, from a mean: the user's, the model's own, or the targets' kind's."""
+    num_samples = len(targets)
+    if mean_loss is not None:
+        return mean_loss(output, targets) * num_samples
+    own: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if own is not None:
+        return _long(own) * num_samples
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model gives {kind_of(output)} without a loss; give (model, batch, loss), or, where its forward "
+            "computes the loss from the targets, the batch as a dict by argument"
+        )
+    if output.dim() == 0:
+        return _long(output) * num_samples
+    if not targets.numel():
+        raise TypeError(
+            "the model gives no loss, and the batch has no targets: they come last in a tuple, or are the one tensor "
+            "of a dict that forward does not name; or give (model, batch, loss)"
+        )
+    if targets.is_floating_point():
+        return F.mse_loss(_long(output), targets) * num_samples
+    if output.dim() == targets.dim() + 1 and output.shape[:-1] == targets.shape:  # classes last, as for tokens
+        output = output.movedim(-1, 1)
+    return F.cross_entropy(_long(output), targets) * num_samples
+
+
+def _long(tensor: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -6,7 +6,7 @@ import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from autotune import backends, store
 from autotune.backends.base import Backend
@@ -15,12 +15,16 @@ from autotune.profile import Profile
 from autotune.strategy import Attention, Padding, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
+    from torch.utils.data import DataLoader
 
     from autotune.apply import OptimizerFactory, Run
+    from autotune.integrations import Part
     from autotune.workloads.base import Workload
+
+M = TypeVar("M", bound="nn.Module")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,55 @@ class Tuned:
             total_steps=total_steps,
             seed=seed,
         )
+
+    def prepare(self, model: M) -> M:
+        """The model, for a loop or a trainer of your own, as the strategy has it: attention, recomputation,
+        compilation, memory format; and this process, for good: threads, allocator, TF32, pinned attention kernel.
+
+        Before the trainer gets it. Precision, batches and the optimizer are the trainer's: ``arguments``, ``loader``.
+        Raises AutotuneError where the model cannot take a knob.
+        """
+        from autotune import integrations
+
+        integrations.prepare(model, self.strategy, self.workload, self.backend)
+        return model
+
+    def arguments(self, part: Part) -> dict[str, Any]:
+        """Keyword arguments for ``transformers.TrainingArguments`` (``part="transformers"``), ``lightning.Trainer``
+        (``"lightning"``), ``accelerate.Accelerator`` (``"accelerate"``), or one of torch's optimizers
+        (``"optimizer"``). Warns of what a trainer cannot have.
+
+        Raises UsageError for another part, or where transformers is not installed.
+        """
+        from autotune import integrations
+
+        return integrations.arguments(part, self.strategy, self.backend)
+
+    def loader(
+        self,
+        dataset: Any,
+        *,
+        lengths: Sequence[int] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        seed: int = 0,
+    ) -> DataLoader[Any]:
+        """A DataLoader of a map-style dataset's micro batches, shuffled, with the strategy's workers and padding.
+
+        ``lengths`` are the tokens in each sample: needed where the strategy's padding is ``buckets``.
+        Raises UsageError for a built-in workload, which has a loader of its own.
+        """
+        from autotune import integrations
+
+        return integrations.loader(
+            dataset, self.strategy, self.workload, self.backend, lengths=lengths, collate_fn=collate_fn, seed=seed
+        )
+
+    def trim(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        """``collate_fn``, for a loader of your own, without the padding (by ``attention_mask``) that no sample of a
+        batch needs; itself where the strategy's padding is ``max``. Raises UsageError as ``loader`` does."""
+        from autotune import integrations
+
+        return integrations.trimmed(collate_fn, self.strategy, self.workload, self.backend)
 
 
 def load(

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from autotune.backends.base import Backend, torch_device
 from autotune.compiler import compile_model, loss_compiler, prepare_compiler
-from autotune.data.batching import (
-    Indices,
-    MicroBatch,
-    PlannedBatch,
-    Rounding,
-    plan_batch,
-    plan_epoch,
-    plan_evaluation,
-    rounding_of,
-)
+from autotune.data.batching import MicroBatch, PlannedBatch, Rounding, plan_evaluation, rounding_of
+from autotune.data.loader import Loader
 from autotune.errors import AutotuneError, UsageError
 from autotune.evaluation import Evaluation
 from autotune.graphs import check_recorded, make_capturable
@@ -42,112 +31,6 @@ from autotune.workloads.own_loss import summed
 from autotune.workloads.seen import set_training
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-class Loader:
-    """Global batches for ``Step``: every iteration is the next epoch, reshuffled from the seed."""
-
-    def __init__(
-        self,
-        data: Any,
-        strategy: Strategy,
-        *,
-        max_tokens: int,
-        seed: int,
-        is_pinned: bool,
-        rounding: Rounding,
-        collate: Callable[[Any, Indices, int], MicroBatch],
-        is_training: bool = True,
-    ) -> None:
-        self._data = data
-        self._collate = collate
-        self._is_training = is_training
-        self._strategy = strategy
-        self._max_tokens = max_tokens
-        self._seed = seed
-        self._is_pinned = is_pinned
-        self._rounding = rounding
-        self.epoch = 0
-        """The epoch that the next iteration gives."""
-
-    def __len__(self) -> int:
-        """Optimizer steps in an epoch."""
-        return math.ceil(len(self._data.lengths) / self._strategy.global_batch)
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        """The next epoch's batches."""
-        epoch = self.epoch
-        self.epoch += 1
-        return self.over(self.plan(epoch), epoch)
-
-    def plan(self, epoch: int) -> list[PlannedBatch]:
-        """What an epoch will give, without giving it."""
-        return plan_epoch(
-            self._data.lengths,
-            global_batch=self._strategy.global_batch,
-            micro_batch=self._strategy.micro_batch,
-            padding=self._strategy.padding,
-            max_tokens=self._max_tokens,
-            seed=self._epoch_seed(epoch),
-            rounding=self._rounding,
-        )
-
-    def plan_of(self, batches: Iterable[Indices]) -> list[PlannedBatch]:
-        """A step on each of the given sets of samples, cut up and padded as an epoch's batches are."""
-        return [
-            plan_batch(
-                batch,
-                self._data.lengths,
-                micro_batch=self._strategy.micro_batch,
-                padding=self._strategy.padding,
-                max_tokens=self._max_tokens,
-                rounding=self._rounding,
-            )
-            for batch in batches
-        ]
-
-    @property
-    def lengths(self) -> Indices:
-        """Tokens in each sample."""
-        lengths: Indices = self._data.lengths
-        return lengths
-
-    def _epoch_seed(self, epoch: int) -> int:
-        return self._seed + 1000 * epoch
-
-    def over(self, batches: Sequence[PlannedBatch], epoch: int = 0) -> Iterator[list[MicroBatch]]:
-        """The given batches, loaded as that epoch's are."""
-        workers = self._strategy.workers
-        is_varied = self._is_training and hasattr(self._data, "augmented")
-        data = self._data.augmented(self._epoch_seed(epoch)) if is_varied else self._data
-        loader: DataLoader[list[MicroBatch]] = DataLoader(
-            _GlobalBatches(data, batches, self._collate),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self._strategy.prefetch if workers else None,
-            pin_memory=self._is_pinned,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        )
-        return iter(loader)
-
-
-class _GlobalBatches(Dataset[list[MicroBatch]]):
-    def __init__(
-        self, data: Any, batches: Sequence[PlannedBatch], collate: Callable[[Any, Indices, int], MicroBatch]
-    ) -> None:
-        self._data = data
-        self._batches = batches
-        self._collate = collate
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> list[MicroBatch]:
-        batch = self._batches[index]
-        return [
-            self._collate(self._data, indices, width)
-            for indices, width in zip(batch.micro_batches, batch.widths, strict=True)
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,28 +125,13 @@ def apply(
         raise UsageError(f"clip_norm is {clip_norm}; it should be a number above 0, or None for the recipe's")
     recipe = workload.recipe
     torch.manual_seed(seed)
-    device = torch_device(backend)
-    backend.set_precision(strategy.precision)
-    backend.set_allocator(strategy.allocator)
-    if strategy.threads:
-        torch.set_num_threads(strategy.threads)
-    if strategy.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch.use_deterministic_algorithms asks for it
-        torch.use_deterministic_algorithms(True)
-    if strategy.padding != "max":
-        backend.limit_kernel_caches()
-    model = workload.build_model() if model is None else model
+    set_process(strategy, backend)
+    model = workload.build_model() if model is None else workload.adopt(model)
     summed_loss = workload.loss_for(model) if loss is None else functools.partial(summed, loss)
-    forward_context = _set_knobs(model, strategy, workload, device.type)
     if strategy.graphs != "none":
         check_recorded(strategy, backend, recipe.schedule)
-    if weights_dtype(strategy) is not torch.float32:
-        model.to(weights_dtype(strategy))
-    if strategy.precision == "fp8":
-        use_fp8(model, is_emulated=device.type == "cpu")
-    align_linear(model, 1 if strategy.precision == "fp32" else backend.matmul_multiple)
-    if strategy.memory_format == "channels_last":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    forward_context = set_model(model, strategy, workload, backend)
+    device = torch_device(backend)
     model.to(device)
     set_training(model)
     rounding = rounding_of(strategy, is_host=backend.is_host_memory)
@@ -277,13 +145,13 @@ def apply(
         collate=workload.collate_for(strategy.padding),
     )
     scheduler = None
-    if optimizer is None:
-        own: torch.optim.Optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
-        scheduler = schedule(own, recipe, total_steps or recipe.epochs * len(loader))
-    else:
+    if optimizer is not None:
         own = optimizer(model.parameters())
+    elif workload.optimizer_of is not None:
+        own = workload.optimizer_of(model)
+    else:
+        own = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        scheduler = schedule(own, recipe, total_steps or recipe.epochs * len(loader))
     _set_optimizer(own, strategy)
     step = Step(
         model,
@@ -309,13 +177,28 @@ def apply(
     )
 
 
-def _set_knobs(
-    model: nn.Module, strategy: Strategy, workload: Workload, device_type: str
+def set_process(strategy: Strategy, backend: Backend) -> None:
+    """Puts in effect, for good, what of a strategy lies in this process."""
+    backend.set_precision(strategy.precision)
+    backend.set_allocator(strategy.allocator)
+    if strategy.threads:
+        torch.set_num_threads(strategy.threads)
+    if strategy.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch.use_deterministic_algorithms asks for it
+        torch.use_deterministic_algorithms(True)
+    if strategy.padding != "max":
+        backend.limit_kernel_caches()
+
+
+def set_model(
+    model: nn.Module, strategy: Strategy, workload: Workload, backend: Backend
 ) -> contextlib.AbstractContextManager[None]:
-    """Puts the model's knobs in effect; gives what its forward passes are to run in."""
+    """Puts in effect what of a strategy lies in the model, which stays where it is; gives what its forward passes run
+    in besides autocast: the pinned attention kernel. Raises AutotuneError where the model cannot take a knob."""
+    device_type, name = torch_device(backend).type, str(model._get_name())  # type: ignore[no-untyped-call]
     if strategy.attention not in (attentions := workload.attentions_of(model)):
         raise AutotuneError(
-            f"attention={strategy.attention} needs a model whose attention can be switched so, {type(model).__name__} "
+            f"attention={strategy.attention} needs a model whose attention can be switched so, {name} "
             f"has none; search with this model, or set attention to {attentions[0]} in the profile"
         )
     forward_context = set_attention(
@@ -328,12 +211,19 @@ def _set_knobs(
         )
     if num_recomputed == 0 and strategy.checkpoint not in ("none", "memory_budget"):
         raise AutotuneError(
-            f"checkpoint={strategy.checkpoint} needs a model that repeats a block, {type(model).__name__} has none; "
+            f"checkpoint={strategy.checkpoint} needs a model that repeats a block, {name} has none; "
             "search with this model, or set checkpoint to none in the profile"
         )
     if strategy.compile != "none" or strategy.attention in SPARSE:  # which on CUDA is compiled by itself
         prepare_compiler(strategy)
     compile_model(model, strategy)
+    if weights_dtype(strategy) is not torch.float32:
+        model.to(weights_dtype(strategy))
+    if strategy.precision == "fp8":
+        use_fp8(model, is_emulated=device_type == "cpu")
+    align_linear(model, 1 if strategy.precision == "fp32" else backend.matmul_multiple)
+    if strategy.memory_format == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return forward_context
 
 

@@ -106,6 +106,13 @@ def _options(strategy: Strategy) -> dict[str, Any]:
     return {"dynamic": strategy.padding != "max", **mode}
 
 
+def compiled(function: Callable[..., Any], strategy: Strategy) -> Callable[..., Any]:
+    """A function of a trainer's, compiled as the whole model would be."""
+    prepare_compiler(strategy)
+    found: Callable[..., Any] = torch.compile(function, **_options(strategy))
+    return found
+
+
 def _compile(module: nn.Module, **options: Any) -> None:
     """What ``module.compile`` does, from a frame of our own: the one in torch is passed over by the compiler where the
     module's class is torch's own, and nothing would be compiled (torch 2.13)."""

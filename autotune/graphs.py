@@ -231,13 +231,21 @@ def unrecorded_schedule(schedule: str) -> str | None:
     )
 
 
+def unrecorded_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why no step with this optimizer can be recorded; None where one can."""
+    # SGD has nothing to keep on the device but its momentum
+    if "capturable" in optimizer.defaults or isinstance(optimizer, torch.optim.SGD):
+        return None
+    return f"it needs one of torch's optimizers that can be recorded, {type(optimizer).__name__} cannot"
+
+
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:
     """Has an optimizer keep all of its state on the device. Raises AutotuneError for one that cannot."""
+    if (reason := unrecorded_optimizer(optimizer)) is not None:
+        _refuse(reason)
     if "capturable" in optimizer.defaults:
         for group in optimizer.param_groups:
             group["capturable"] = True
-    elif not isinstance(optimizer, torch.optim.SGD):  # which has nothing to keep on the device but its momentum
-        _refuse(f"it needs one of torch's optimizers that can be recorded, {type(optimizer).__name__} cannot")
     # a shape's first step is not recorded, on purpose: torch 2.11 would warn of that
     optimizer._warned_capturable_if_run_uncaptured = True
 

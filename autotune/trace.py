@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NUM_BATCHES, NUM_PASSES = 4, 2
 NUM_STEPS = NUM_BATCHES * NUM_PASSES
+OWN_RATE = 0.1
+"""Of the rate of an optimizer of the user's own, whose warm-up is not known: these are its first steps."""
 _MAX_SKIPPED = 20
 
 TOLERANCE: dict[Precision, float] = {
@@ -43,7 +45,8 @@ def losses(
     num_samples: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, ...]:
-    """Trains a fresh run for some steps; the loss of each. Its schedule is taken from it: the rate stays at its peak.
+    """Trains a fresh run for some steps; the loss of each. Its schedule is taken from it: the rate stays at its peak,
+    or at a tenth of the optimizer's own where there is no schedule.
 
     ``num_samples`` of each batch are taken, or all. ``on_step`` is called before each step.
     """
@@ -62,6 +65,9 @@ def losses(
         for group, rate in zip(run.optimizer.param_groups, run.step.scheduler.base_lrs, strict=True):
             group["lr"] = group.get("max_lr", rate)
         run.step.scheduler = None
+    else:
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["lr"] * OWN_RATE
     plan = (run.loader.plan_of(batches) * NUM_PASSES)[:num_steps]
     steps: list[Tensor] = []
     with without_dropout(run.model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -21,6 +22,7 @@ from autotune.search.proof import Proof
 from autotune.search.result import Result
 from autotune.strategy import Padding, Strategy, baseline
 from autotune.training import Epoch
+from autotune.workloads.base import Loop
 from tests import factories
 
 WIDTHS = (80, 120)
@@ -126,29 +128,29 @@ def test_where_race_and_trials_disagree_both_are_told(slowed: float, is_told: bo
 
 
 def test_for_a_loop_of_ones_own_the_summary_shows_that_loop() -> None:
-    found = summary.search_summary(result(), "my_train.py:workload", Path("p"), has_own_loop=True)
+    found = summary.search_summary(result(), "my_train.py:workload", Path("p"), loop="own")
     lines = rendered(found, 80)
     assert "    for batch in my_loader: loss = run.step(run.split(batch))" in [line.rstrip() for line in lines]
     assert not any("autotune train" in line for line in lines)
 
 
 def test_a_folder_that_is_not_looked_in_is_named_in_what_to_type() -> None:
-    for has_own_loop in (False, True):
+    for loop in get_args(Loop):
         found = summary.search_summary(
             result(),
             "imdb",
             Path("my profiles/cpu/imdb.toml"),
-            has_own_loop=has_own_loop,
+            loop=loop,
             elsewhere=Path("my profiles"),
         )
         text = "\n".join(rendered(found, 120))
-        assert 'autotune.load("imdb", profiles="my profiles").apply(' in text
-        assert has_own_loop or "autotune train --model imdb --profiles 'my profiles'" in text
+        assert 'autotune.load("imdb", profiles="my profiles")' in text
+        assert loop != "autotune" or "autotune train --model imdb --profiles 'my profiles'" in text
 
 
 def test_what_is_to_be_copied_is_whole_however_long() -> None:
     path = Path("/home/somebody/a/long/way/down/profiles/cpu-intel-xeon-2-cores-c93d2b7e9805/my_train.py-workload.toml")
-    found = summary.search_summary(result(), "my_train.py:workload", path, has_own_loop=True)
+    found = summary.search_summary(result(), "my_train.py:workload", path, loop="own")
     text = "\n".join(rendered(found, 80))
     assert f"Saved {path}. To use it:" in text
     assert 'autotune.load("my_train.py:workload").apply(model, optimizer=make_optimizer)' in text

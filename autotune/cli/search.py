@@ -195,7 +195,7 @@ def command(
             name,
             path,
             is_saved=is_saved,
-            has_own_loop=workload.split is not None,
+            loop=workload.loop,
             elsewhere=None if profiles is None or profiles.resolve() == store.stores()[0].resolve() else profiles,
         )
         stdout().print(found, crop=False)

@@ -127,7 +127,8 @@ def settable(model: nn.Module, forward: Callable[[], object]) -> tuple[Attention
         everything: tuple[Attention, ...] = get_args(Attention)
         if kind == "autotune":
             return everything
-        takes_packages = kind == "transformers" and getattr(model, "_supports_flash_attn", False)
+        parts = _of_transformers(model)
+        takes_packages = bool(parts) and all(getattr(part, "_supports_flash_attn", False) for part in parts)
         left_out = APPROXIMATE["attention"] | (set() if takes_packages else {"flash_attn"})
         return tuple(attention for attention in everything if attention not in left_out)
     kernels = KernelsSeen()
@@ -163,7 +164,8 @@ def set_attention(
         elif kind == "timm" and hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", backend != "eager")  # noqa: B010 - torch declares no such attribute
     if kind == "transformers":
-        model.set_attn_implementation(_transformers_name(backend, package))  # type: ignore[operator]
+        for part in _of_transformers(model):
+            part.set_attn_implementation(_transformers_name(backend, package))
     is_pinned = kind != "autotune" and backend in SDPA_KERNELS
     return _Pinned(SDPA_KERNELS[backend]) if is_pinned else contextlib.nullcontext()
 
@@ -181,11 +183,18 @@ def _switches(model: nn.Module) -> str | None:
     modules = list(model.modules())
     if any(isinstance(module, SelfAttention) for module in modules):
         return "autotune"
-    if hasattr(model, "set_attn_implementation") and getattr(model, "_supports_sdpa", False):
+    if _of_transformers(model):
         return "transformers"
     if any(isinstance(getattr(module, "fused_attn", None), bool) for module in modules):
         return "timm"
     return None
+
+
+def _of_transformers(model: nn.Module) -> list[Any]:
+    """The outermost of Hugging Face's models in it that have a switch; the model itself, or parts of a user's own."""
+    if hasattr(type(model), "set_attn_implementation"):
+        return [model] if getattr(model, "_supports_sdpa", False) else []
+    return [found for child in model.children() for found in _of_transformers(child)]
 
 
 class KernelsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -26,6 +27,9 @@ from autotune.search.result import Result
 from autotune.strategy import Strategy
 from autotune.units import format_bytes, format_duration, format_rate
 
+if TYPE_CHECKING:
+    from autotune.workloads.base import Loop
+
 _BAR = 14
 """Columns of the longest bar."""
 
@@ -36,10 +40,10 @@ def search_summary(
     path: Path,
     *,
     is_saved: bool = True,
-    has_own_loop: bool = False,
+    loop: Loop = "autotune",
     elsewhere: Path | None = None,
 ) -> RenderableType:
-    """Baseline beside best, what changed, and what to do with it: in a loop of the user's, where they have one.
+    """Baseline beside best, what changed, and what to do with it: in whosever ``loop`` trains the workload.
     ``elsewhere`` is the folder of profiles that has to be named, where it is not the one that is looked in first."""
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None
@@ -103,7 +107,7 @@ def search_summary(
         "",
         _unbroken("Saved ", (str(path), "bold"), ". To use it:"),
         "",
-        *(_unbroken((f"    {line}", "cyan")) for line in _uses(name, has_own_loop, elsewhere)),
+        *(_unbroken((f"    {line}", "cyan")) for line in _uses(name, loop, elsewhere)),
     )
 
 
@@ -112,14 +116,28 @@ def _unbroken(*parts: str | tuple[str, str]) -> Text:
     return Text.assemble(*parts, no_wrap=True, overflow="ignore")
 
 
-def _uses(name: str, has_own_loop: bool, elsewhere: Path | None) -> tuple[str, ...]:
+def _uses(name: str, loop: Loop, elsewhere: Path | None) -> tuple[str, ...]:
     """What to type."""
     load = f'autotune.load("{name}"' + (f', profiles="{elsewhere}")' if elsewhere else ")")
-    if has_own_loop:
+    if loop == "own":
         return (
             "import autotune",
             f"run = {load}.apply(model, optimizer=make_optimizer)",
             "for batch in my_loader: loss = run.step(run.split(batch))",
+        )
+    if loop == "transformers":
+        return (
+            "import autotune",
+            f"tuned = {load}",
+            'args = TrainingArguments(..., **tuned.arguments("transformers"))',
+            "Trainer(tuned.prepare(model), args, data_collator=tuned.trim(data_collator), ...).train()",
+        )
+    if loop == "lightning":
+        return (
+            "import autotune",
+            f"tuned = {load}",
+            'trainer = lightning.Trainer(..., **tuned.arguments("lightning"))',
+            "trainer.fit(tuned.prepare(module), tuned.loader(dataset))",
         )
     return (
         f"autotune train --model {name}" + (f" --profiles {shlex.quote(str(elsewhere))}" if elsewhere else ""),

@@ -13,7 +13,7 @@ from autotune.backends.base import Backend
 from autotune.backends.cpu import thread_counts
 from autotune.checks.kernels import UNMASKED_MS
 from autotune.errors import UsageError
-from autotune.graphs import unrecorded_schedule
+from autotune.graphs import unrecorded_optimizer, unrecorded_schedule
 from autotune.models.attention import SDPA_KERNELS, WHOLE_ROW
 from autotune.probe import Hardware
 from autotune.strategy import (
@@ -231,7 +231,15 @@ def build_space(
     def no_graphs(graphs: Graphs) -> str | None:
         if graphs not in backend.graphs:
             return OTHER_DEVICE
+        if (own := workload.own_optimizer) is not None:
+            return refused(f"graphs.{graphs}") or unrecorded_optimizer(own)
         return refused(f"graphs.{graphs}") or unrecorded_schedule(workload.recipe.schedule)
+
+    def no_optimizer(setting: Optimizer) -> str | None:
+        own = workload.own_optimizer
+        if own is not None and setting not in own.defaults:
+            return f"{type(own).__name__} has no such choice"
+        return refused(f"optimizer.{setting}")
 
     def no_checkpoint(checkpoint: Checkpoint) -> str | None:
         if workload.num_blocks < _NEEDS_BLOCKS[checkpoint]:
@@ -284,7 +292,7 @@ def build_space(
         ),
         "precision": precisions,
         "padding": choose("padding", get_args(Padding), no_padding),
-        "optimizer": choose("optimizer", get_args(Optimizer), lambda setting: refused(f"optimizer.{setting}")),
+        "optimizer": choose("optimizer", get_args(Optimizer), no_optimizer),
         "threads": choose(
             "threads",
             (0, *(thread_counts(num_cores) if backend.device_type == "cpu" else ())),

@@ -23,6 +23,7 @@ from autotune.strategy import Attention, Padding, Strategy, baseline
 from autotune.workloads import same, seen
 
 _OTHER_STATISTICS = "batch normalisation would train on other statistics"
+Loop = Literal["autotune", "own", "transformers", "lightning"]
 Schedule = Literal["cosine", "linear", "restarts", "onecycle", "constant"]
 
 
@@ -96,6 +97,13 @@ class Workload:
     source: str
     build_model: Callable[[], nn.Module]
     """A fresh model on the CPU, initialised from torch's current seed."""
+    trainer: Literal["transformers", "lightning"] | None = None
+    """Whose training it is, where a trainer brings it."""
+    adopt: Callable[[nn.Module], nn.Module] = lambda model: model
+    """Makes a model of the user's what is trained here: one that gives its trainer's loss, where there is a trainer."""
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer] | None = None
+    """Makes the optimizer of such a model, which has its own rate and no schedule; None: AdamW, by the recipe. Raises
+    UsageError where there is none to be had."""
     loss: Callable[[Tensor, Tensor], Tensor]
     """Loss *summed* over samples, from the model's output and the targets, so that every split of a global batch into
     micro batches gives the same gradient."""
@@ -118,14 +126,20 @@ class Workload:
     """The same without padding, all samples' tokens in one row; None where the model does not take that."""
     split: Callable[[Any, Strategy, Rounding], list[MicroBatch]] | None = None
     """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
+    trim: Callable[[Any, Rounding], Any] | None = None
+    """The same batch without the padding that no sample of it needs; None as above."""
     of_dataset: Callable[[Any, Strategy, Rounding], Any] = lambda dataset, strategy, rounding: dataset
     """What stands for ``train`` where the user brings a dataset."""
     is_masked: bool | None = True
     """Whether attention is told which tokens are padding; None: to be found out."""
 
     def with_recipe(self, recipe: Recipe) -> Workload:
-        """The same with another recipe. Raises UsageError for label smoothing where the loss is the user's own."""
+        """The same with another recipe. Raises UsageError for what the user's own loss or optimizer brings."""
         loss = self.loss
+        of_optimizer = ("learning_rate", "least_rate", "weight_decay", "warmup_steps", "schedule")
+        changed = [name for name in of_optimizer if getattr(recipe, name) != getattr(self.recipe, name)]
+        if changed and self.optimizer_of is not None:
+            raise UsageError(f"{self.name} brings its own optimizer: set {' and '.join(changed)} there")
         if recipe.label_smoothing != self.recipe.label_smoothing:
             if not isinstance(loss, CrossEntropy):
                 raise UsageError(f"label_smoothing is for the built-in losses; {self.name} brings its own")
@@ -197,6 +211,11 @@ class Workload:
         return self.pack
 
     @property
+    def loop(self) -> Loop:
+        """Whose loop trains it: autotune's, the user's own, or a trainer's."""
+        return self.trainer or ("autotune" if self.split is None else "own")
+
+    @property
     def baseline(self) -> Strategy:
         """The plain setting that everything is compared with."""
         return msgspec.structs.replace(baseline(self.recipe.global_batch), attention=self.attentions[0])
@@ -214,6 +233,11 @@ class Workload:
                 return self.build_model()
         except (RuntimeError, TypeError, ValueError):  # what a constructor computes with its weights has no value yet
             return self._sample_model()
+
+    @functools.cached_property
+    def own_optimizer(self) -> torch.optim.Optimizer | None:
+        """What ``optimizer_of`` makes for a model to look at; None where the recipe's AdamW trains."""
+        return None if self.optimizer_of is None else self.optimizer_of(self._sample_model())
 
     @functools.cached_property
     def num_parameters(self) -> int:

@@ -1,8 +1,9 @@
 """A user's own workload: a function in ``my_train.py:workload`` or ``package.module:workload``.
 
-It gives a Workload, or only a model and an example batch (and a loss, where the model has none of its own): then the
-batch is the recipe's global batch, taken again and again, and all that tuning needs is found from the two. Every
-process calls the function anew, so that it must give the same each time.
+It gives a Workload, or only a model and an example batch (and a loss, where the model has none of its own, and what
+makes the optimizer), or a trainer that has them (own_trainer.py): then the batch is the recipe's global batch, taken
+again and again, and all that tuning needs is found from it and the model. Every process calls the function anew, so
+that it must give the same each time.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from autotune.data.batching import Part
-from autotune.errors import UsageError, kind_of, words_of
+from autotune.errors import UsageError, words_of
 from autotune.strategy import Attention
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 from autotune.workloads.own_batch import Batch, Mapped, Repeated, Takes
 from autotune.workloads.own_loss import OwnLoss, summed
+from autotune.workloads.own_trainer import made_of, on_host
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many."""
@@ -81,28 +83,25 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
     Raises UsageError with what is wrong.
     """
     try:
-        made = make()
+        with on_host():
+            given = make()
+            if isinstance(given, Workload):
+                return given
+            made = made_of(given, label)
     except UsageError:
         raise
     except Exception as exc:
         raise UsageError(f"{label} failed: {words_of(exc)}") from exc
-    if isinstance(made, Workload):
-        return made
-    if not (isinstance(made, Sequence) and len(made) in (2, 3) and isinstance(made[0], nn.Module)):
-        raise UsageError(
-            f"{label} gives {kind_of(made)}; it should give a Workload, or (model, batch), or (model, batch, loss)"
-        )
-    model, raw, *losses = made
-    loss = losses[0] if losses else None
-    own_loss = OwnLoss(label, loss, model)
-    takes = Takes.of(model)
-    batch = Batch(raw, takes, label)
+    own_loss = OwnLoss(label, made.loss, made.model)
+    takes = Takes.of(made.model)
+    batch = Batch(made.batch, takes, label)
 
     def build_model() -> nn.Module:
-        built: nn.Module
-        built, _, *losses = make()
-        own_loss.keep(built, losses[0] if losses else None)
-        return built
+        if made.adopt is not None:  # trainers come with their data, and weights: not made twice
+            return made.adopt(copy.deepcopy(made.model.get_submodule("model")))
+        again = made_of(make(), label)
+        own_loss.keep(again.model, again.loss)
+        return again.model
 
     recipe = Recipe(
         **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
@@ -113,7 +112,10 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         recipe=recipe,
         source=f"an example batch of {batch.size}, {EPOCH_BATCHES:,} times an epoch",
         build_model=build_model,
-        loss=functools.partial(summed, loss),
+        trainer=made.trainer,
+        adopt=made.adopt or (lambda model: model),
+        optimizer_of=made.optimizer,
+        loss=functools.partial(summed, made.loss),
         loss_of=own_loss.of,
         num_correct=None,
         train=Repeated(batch, EPOCH_BATCHES * batch.size),
@@ -121,6 +123,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         max_tokens=batch.width,
         collate=lambda data, indices, width: data.collate(indices, width),
         split=lambda raw, strategy, rounding: Batch(raw, takes, label).split(strategy, rounding),
+        trim=lambda raw, rounding: Batch(raw, takes, label).trimmed(rounding),
         is_masked=None,
         of_dataset=lambda dataset, strategy, rounding: Mapped(
             dataset, takes, label, batch.width, rounding if strategy.padding != "max" else None

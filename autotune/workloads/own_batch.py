@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
 from autotune.data.batching import Indices, MicroBatch, Rounding, plan_batch, rounded
@@ -35,6 +36,8 @@ class Takes(NamedTuple):
             raise UsageError("a DataParallel model is for several devices; give its module")
         if hasattr(model, "_orig_mod"):
             raise UsageError("the model is compiled already; give it as it was, torch.compile is one of the knobs")
+        if isinstance(takes := getattr(model, "takes", None), cls):
+            return takes
         try:
             found = inspect.signature(model.forward).parameters.values()
         except ValueError as exc:
@@ -54,6 +57,7 @@ class Batch:
     """
 
     def __init__(self, raw: Any, takes: Takes, label: str) -> None:
+        self._raw = raw
         if isinstance(raw, Mapping):
             named = {str(name): value for name, value in raw.items()}
             unknown = [name for name, value in named.items() if isinstance(value, Tensor) and name not in takes.names]
@@ -118,9 +122,8 @@ class Batch:
         chosen = torch.from_numpy(rows)
 
         def part(tensor: Tensor) -> Tensor:
-            tensor = tensor[chosen]
-            has_tokens = self.width > 1 and tensor.dim() > 1 and tensor.shape[1] == self.width
-            return tensor[:, :width].contiguous() if has_tokens else tensor  # which losses may view otherwise
+            cut: Tensor = self._cut(tensor[chosen], width)
+            return cut
 
         return MicroBatch(
             inputs={**{name: part(tensor) for name, tensor in self.inputs.items()}, **self._settings},
@@ -128,6 +131,18 @@ class Batch:
             num_samples=len(rows),
             num_tokens=int(self._num_tokens[rows].sum()),
         )
+
+    def trimmed(self, rounding: Rounding) -> Any:
+        """The whole as it was given, cut to its longest sample, rounded up."""
+        width = min(self.width, rounded(int(self.lengths.max()), rounding.width))
+        if isinstance(self._raw, Mapping):
+            return {name: self._cut(value, width) for name, value in self._raw.items()}
+        return tree_map(lambda value: self._cut(value, width), self._raw)
+
+    def _cut(self, value: Any, width: int) -> Any:
+        if not isinstance(value, Tensor) or self.width == 1 or value.dim() == 1 or value.shape[1] != self.width:
+            return value
+        return value[:, :width].contiguous()  # which losses may view otherwise
 
     def split(self, strategy: Strategy, rounding: Rounding) -> list[MicroBatch]:
         """All samples in the strategy's micro batches, padded as it says."""

@@ -207,6 +207,10 @@ def micro_of(workload: Workload, indices: Indices, width: int | None = None) -> 
 
 def outputs_of(model: nn.Module, micro: MicroBatch) -> Any:
     """What the model gives, wherever it is."""
+    return model(**inputs_of(model, micro))
+
+
+def inputs_of(model: nn.Module, micro: MicroBatch) -> dict[str, Any]:
+    """What the model takes, where it is."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in micro.inputs.items()}
-    return model(**inputs)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in micro.inputs.items()}

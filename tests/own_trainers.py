@@ -1,0 +1,173 @@
+"""Trainings as users of transformers and Lightning have them, which know nothing of autotune."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+TOKENS = 24
+
+
+class Reviews(Dataset[dict[str, Tensor]]):
+    """Sequences padded to the limit when they were tokenized, as in many a tutorial."""
+
+    def __init__(self, count: int = 64) -> None:
+        numbers = torch.Generator().manual_seed(0)
+        self.lengths = torch.randint(4, 17, (count,), generator=numbers)
+        self.mask = (torch.arange(TOKENS) < self.lengths[:, None]).long()
+        self.ids = torch.randint(2, 50, (count, TOKENS), generator=numbers) * self.mask
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "attention_mask": self.mask[index], "labels": self.ids[index, 0] % 2}
+
+
+class Tokens(Reviews):
+    """The same, every token's next to be told but padding's."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        labels = torch.where(self.mask[index] > 0, self.ids[index], -100)
+        return {"input_ids": self.ids[index], "attention_mask": self.mask[index], "labels": labels}
+
+
+def classifier() -> Any:
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=50, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=TOKENS, dropout=0.0,
+        attention_dropout=0.0, seq_classif_dropout=0.0,
+    )  # fmt: skip
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def decoder() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+        max_position_embeddings=TOKENS,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+def trainer_of(model: nn.Module, data: Any, collate: Any = default_data_collator, **options: Any) -> Trainer:
+    quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "output_dir": "unused", "max_steps": 4}
+    plain = {"per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9}
+    arguments = TrainingArguments(**{**quiet, **plain, "use_cpu": True, **options})
+    return Trainer(model, arguments, train_dataset=data, data_collator=collate)
+
+
+def reviews() -> Trainer:
+    return trainer_of(classifier(), Reviews(), per_device_train_batch_size=4, gradient_accumulation_steps=2)
+
+
+def tokens() -> Trainer:
+    return trainer_of(decoder(), Tokens())
+
+
+def tokens_without_trainer() -> tuple[nn.Module, Any]:
+    return decoder(), default_data_collator([Tokens()[index] for index in range(8)])
+
+
+class Module(lightning.LightningModule):  # type: ignore[misc]
+    """A small classifier of byte sequences; ``forward`` gives logits, ``training_step`` the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, 32)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        ids, classes = batch
+        loss = F.cross_entropy(self(ids), classes)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+
+
+class TwoOptimizers(Module):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.head.parameters(), lr=0.1), torch.optim.SGD(self.layers.parameters(), lr=0.1)]
+
+
+class ByHand(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class AsksItsTrainer(Module):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1 / self.trainer.estimated_stepping_batches)
+
+
+def sequences() -> TensorDataset:
+    data = Reviews()
+    return TensorDataset(data.ids, data.ids[:, 0] % 2)
+
+
+def module() -> tuple[Any, Any]:
+    return Module(), DataLoader(sequences(), batch_size=8, shuffle=True)
+
+
+def fit(module: Any, loader: Any, **options: Any) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
+    plain = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_model_summary": False}
+    lightning.Trainer(**{**quiet, **plain, **options}).fit(module, loader)
+
+
+class AroundBert(nn.Module):
+    """A user's own head on one of Hugging Face's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = classifier().distilbert
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.head(hidden[:, 0])  # type: ignore[no-any-return]
+
+
+def around_bert() -> tuple[nn.Module, Any]:
+    return AroundBert(), default_data_collator([Reviews()[index] for index in range(8)])
+
+
+def with_sgd() -> tuple[Any, ...]:
+    ids, classes = next(iter(DataLoader(sequences(), batch_size=8)))
+    return nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(8 * TOKENS, 2)), (ids, classes), None, _sgd
+
+
+def with_rprop() -> tuple[Any, ...]:
+    return (*with_sgd()[:3], lambda parameters: torch.optim.Rprop(parameters, lr=0.01))
+
+
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)

@@ -6,7 +6,7 @@ import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from autotune import backends, store
 from autotune.backends.base import Backend
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from autotune.integrations import Part
     from autotune.workloads.base import Workload
 
-M = TypeVar("M", bound="nn.Module")
+M = TypeVar("M")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +86,22 @@ class Tuned:
             seed=seed,
         )
 
-    def prepare(self, model: M) -> M:
+    def prepare(self, model: M, *, lengths: Sequence[int] | None = None) -> M:
         """The model, for a loop or a trainer of your own, as the strategy has it: attention, recomputation,
         compilation, memory format; and this process, for good: threads, allocator, TF32, pinned attention kernel.
+        Precision, batches and the optimizer are the trainer's: ``arguments``, ``loader``.
 
-        Before the trainer gets it. Precision, batches and the optimizer are the trainer's: ``arguments``, ``loader``.
-        Raises AutotuneError where the model cannot take a knob.
+        Or a transformers.Trainer that was made with ``arguments``: its model, and its batches as well, put together by
+        ``lengths``, the tokens in each sample, found from the data if not given. Raises AutotuneError where the model
+        cannot take a knob.
         """
         from autotune import integrations
+        from autotune.workloads.own_trainer import is_transformers
 
-        integrations.prepare(model, self.strategy, self.workload, self.backend)
+        if is_transformers(model):
+            integrations.prepare_trainer(model, self.strategy, self.workload, self.backend, lengths)
+        else:
+            integrations.prepare(cast("nn.Module", model), self.strategy, self.workload, self.backend)
         return model
 
     def arguments(self, part: Part) -> dict[str, Any]:
@@ -103,7 +109,7 @@ class Tuned:
         (``"lightning"``), ``accelerate.Accelerator`` (``"accelerate"``), or one of torch's optimizers
         (``"optimizer"``). Warns of what a trainer cannot have.
 
-        Raises UsageError for another part, or where transformers is not installed.
+        Raises UsageError for another part.
         """
         from autotune import integrations
 

@@ -7,9 +7,9 @@ Of transformers, Lightning and Accelerate none is needed but the one that is ask
 from __future__ import annotations
 
 import contextlib
-import inspect
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -55,10 +55,52 @@ def prepare(model: nn.Module, strategy: Strategy, workload: Workload, backend: B
             compile_model(model, strategy)
 
 
+def prepare_trainer(
+    trainer: Any, strategy: Strategy, workload: Workload, backend: Backend, lengths: Sequence[int] | None
+) -> None:
+    """``prepare`` for the model of a transformers.Trainer, made with ``arguments``; its batches lose the padding that
+    no sample needs. By the samples' ``lengths`` in tokens, which by default are counted by their ``attention_mask``,
+    what is of one length is put together: into batches with ``buckets``, else into the parts of the Trainer's own.
+
+    Raises AutotuneError as ``prepare`` does.
+    """
+    prepare(trainer.model, strategy, workload, backend)
+    trainer.model_accepts_loss_kwargs &= getattr(trainer.model, "accepts_loss_kwargs", True)
+    if strategy.padding == "max" or workload.trim is None:
+        return
+    trainer.data_collator = trimmed(trainer.data_collator, strategy, workload, backend)
+    data, is_bucketed = trainer.train_dataset, strategy.padding == "buckets"
+    if not is_bucketed and strategy.accumulation == 1:
+        return
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        warnings.warn(f"padding={strategy.padding}: samples that come one by one are not grouped", stacklevel=3)
+        return
+    lengths = [_length(data[index]) for index in range(len(data))] if lengths is None else lengths
+    buckets = _Buckets(lengths, strategy, trainer.args.seed)
+    plain = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        base = plain()
+        order = buckets if is_bucketed else _Sorted(base.batch_sampler, lengths, strategy.accumulation)
+        copied = ("collate_fn", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "worker_init_fn")
+        options = {name: getattr(base, name) for name in copied}
+        return trainer.accelerator.prepare(DataLoader(base.dataset, batch_sampler=order, **options))
+
+    trainer.get_train_dataloader = get_train_dataloader
+
+
+def _length(sample: Mapping[str, Any]) -> int:
+    """Tokens up to the last that counts."""
+    mask = sample.get("attention_mask")
+    if mask is None:
+        return len(sample["input_ids"])
+    return int(np.flatnonzero(np.asarray(mask)).max(initial=0)) + 1
+
+
 def arguments(part: Part, strategy: Strategy, backend: Backend) -> dict[str, Any]:
     """What a trainer or an optimizer is to be told, as keyword arguments; warns of what it cannot have.
 
-    Raises UsageError for a part that there is not, or that is not installed.
+    Raises UsageError for a part that there is not.
     """
     makers: dict[str, Callable[[Strategy, Backend], dict[str, Any]]] = {
         "transformers": _transformers,
@@ -110,7 +152,7 @@ def loader(
     """
     if lengths is None and strategy.padding == "buckets":
         warnings.warn("padding=buckets needs the samples' lengths: give lengths=[...]", stacklevel=3)
-    order: dict[str, Any] = {"batch_sampler": _MicroBatches(lengths, strategy, seed)} if lengths is not None else {}
+    order: dict[str, Any] = {"batch_sampler": _Buckets(lengths, strategy, seed)} if lengths is not None else {}
     return DataLoader(
         dataset,
         **order or {"batch_size": strategy.micro_batch, "shuffle": True},
@@ -134,12 +176,17 @@ class _Trimmed:
         return self._workload.trim(self._collate(samples), self._rounding)
 
 
-class _MicroBatches(Sampler[list[int]]):
-    """Micro batches in the order in which ``autotune train`` would take them; every iteration is the next epoch."""
+class _Buckets(Sampler[list[int]]):
+    """Micro batches in the order in which ``autotune train`` would take them; every iteration is the next epoch, or the
+    one that a trainer has set."""
 
     def __init__(self, lengths: Sequence[int], strategy: Strategy, seed: int) -> None:
         self._lengths, self._strategy, self._seed = np.asarray(lengths, dtype=np.int64), strategy, seed
         self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration gives."""
+        self._epoch = epoch
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self._lengths), self._strategy.global_batch)
@@ -159,12 +206,30 @@ class _MicroBatches(Sampler[list[int]]):
             yield from (indices.tolist() for indices in batch.micro_batches)
 
 
+class _Sorted(Sampler[list[int]]):
+    """Another sampler's micro batches, sorted by length within each that are accumulated together."""
+
+    def __init__(self, batches: Any, lengths: Sequence[int], accumulation: int) -> None:
+        self._batches, self._lengths, self._accumulation = batches, lengths, accumulation
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the other's next iteration gives."""
+        candidates: tuple[Any, ...] = (self._batches, getattr(self._batches, "sampler", None))
+        for sampler in candidates:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = iter(self._batches)
+        while whole := list(itertools.islice(batches, self._accumulation)):
+            ordered = iter(sorted(itertools.chain(*whole), key=self._lengths.__getitem__))
+            yield from ([*itertools.islice(ordered, len(batch))] for batch in whole)
+
+
 def _transformers(strategy: Strategy, backend: Backend) -> dict[str, Any]:
-    try:
-        from transformers import TrainingArguments
-    except ImportError as exc:
-        raise UsageError(f"transformers cannot be imported ({exc}): pip install transformers accelerate") from exc
-    known = inspect.signature(TrainingArguments).parameters
     found = {
         "per_device_train_batch_size": strategy.micro_batch,
         "per_device_eval_batch_size": strategy.micro_batch,
@@ -177,9 +242,6 @@ def _transformers(strategy: Strategy, backend: Backend) -> dict[str, Any]:
     }
     if strategy.workers:
         found |= {"dataloader_prefetch_factor": strategy.prefetch, "dataloader_persistent_workers": True}
-    if strategy.padding == "buckets":  # transformers 5 has the first
-        is_named = "train_sampling_strategy" in known
-        found |= {"train_sampling_strategy": "group_by_length"} if is_named else {"group_by_length": True}
     if backend.device_type == "cpu":
         found["use_cpu"] = True
     return found

@@ -68,20 +68,34 @@ def test_a_trainer_counts_tokens_over_the_whole_batch_so_that_parts_train_the_sa
     assert workload("tokens").split_refusal is None
 
 
+@pytest.mark.parametrize("padding", ["max", "longest"])
 @pytest.mark.parametrize(
     ("name", "model", "data"),
     [("reviews", own_trainers.classifier, own_trainers.Reviews), ("tokens", own_trainers.decoder, own_trainers.Tokens)],
 )
-def test_transformers_trains_the_same_with_a_strategy(name: str, model: Any, data: Any) -> None:
+def test_transformers_trains_the_same_with_a_strategy(name: str, model: Any, data: Any, padding: str) -> None:
     plain = own_trainers.trainer_of(model(), data())
     plain.train()
-    ours = tuned(name, micro_batch=2, accumulation=4, checkpoint="every_block", padding="longest")
+    ours = tuned(name, micro_batch=2, accumulation=4, checkpoint="every_block", padding=padding)
     arguments = {**ours.arguments("transformers"), "optim": "sgd"}
-    other = own_trainers.trainer_of(ours.prepare(model()), data(), ours.trim(default_data_collator), **arguments)
+    other = ours.prepare(own_trainers.trainer_of(model(), data(), **arguments))
     other.train()
     assert other.model.config._attn_implementation == "sdpa"
     assert apart(plain.model, model()) > 1e-2  # it trained
     assert apart(plain.model, other.model) < 1e-4
+
+
+def test_transformers_batches_are_of_similar_length_in_buckets() -> None:
+    data = own_trainers.Reviews()
+    ours = tuned("reviews", micro_batch=4, accumulation=2, padding="buckets", workers=1)
+    arguments = ours.arguments("transformers")
+    trainer = ours.prepare(own_trainers.trainer_of(own_trainers.classifier(), data, num_train_epochs=2, **arguments))
+    loader = trainer.get_train_dataloader()
+    widths = [[batch["input_ids"].shape[1] for batch in loader] for _ in range(2)]
+    assert {8, 16} <= {*widths[0], *widths[1]} < {8, 16, 24}
+    assert widths[0] != widths[1]
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_without_us_transformers_trains_a_classifier_otherwise_when_it_accumulates() -> None:
@@ -174,7 +188,6 @@ def test_precision_in_the_words_of_each(precision: Any, arguments: Any, lightnin
 def test_transformers_takes_all_that_it_is_told() -> None:
     ours = tuned("reviews", micro_batch=2, accumulation=4, padding="buckets", workers=2, prefetch=4, optimizer="fused")
     found = TrainingArguments(output_dir="unused", **ours.arguments("transformers"))
-    assert found.train_sampling_strategy == "group_by_length"
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (2, 4)
     assert (found.dataloader_num_workers, found.dataloader_prefetch_factor) == (2, 4)
     assert found.optim == "adamw_torch_fused"

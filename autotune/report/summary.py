@@ -130,7 +130,7 @@ def _uses(name: str, loop: Loop, elsewhere: Path | None) -> tuple[str, ...]:
             "import autotune",
             f"tuned = {load}",
             'args = TrainingArguments(..., **tuned.arguments("transformers"))',
-            "Trainer(tuned.prepare(model), args, data_collator=tuned.trim(data_collator), ...).train()",
+            "tuned.prepare(Trainer(model, args, ...)).train()",
         )
     if loop == "lightning":
         return (

@@ -45,7 +45,7 @@ class Made(NamedTuple):
 
 def made_of(made: Any, label: str) -> Made:
     """The model and the batch in whatever a user's function gives. Raises UsageError where there are none."""
-    if _is_trainer(made):
+    if is_transformers(made):
         return _of_transformers(made)
     parts = list(made) if isinstance(made, Sequence) else [made]
     if parts and is_lightning(parts[0]):
@@ -78,6 +78,11 @@ def on_host() -> Iterator[None]:
             del os.environ["ACCELERATE_USE_CPU"]
         else:
             os.environ["ACCELERATE_USE_CPU"] = before
+
+
+def is_transformers(made: Any) -> bool:
+    """Whether it is a transformers.Trainer."""
+    return all(hasattr(made, name) for name in ("compute_loss", "get_train_dataloader", "create_optimizer"))
 
 
 def is_lightning(made: Any) -> bool:
@@ -182,10 +187,6 @@ def mend_accumulation(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             return
     if torch.equal(mean, counted):
         model.accepts_loss_kwargs = False  # type: ignore[assignment]
-
-
-def _is_trainer(made: Any) -> bool:
-    return all(hasattr(made, name) for name in ("compute_loss", "get_train_dataloader", "create_optimizer"))
 
 
 def _of_transformers(trainer: Any) -> Made:

@@ -149,6 +149,7 @@ def apply(
         own = optimizer(model.parameters())
     elif workload.optimizer_of is not None:
         own = workload.optimizer_of(model)
+        _check_optimizer(own, model)
     else:
         own = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         scheduler = schedule(own, recipe, total_steps or recipe.epochs * len(loader))
@@ -225,6 +226,15 @@ def set_model(
     if strategy.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return forward_context
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    known = set(map(id, model.parameters()))
+    if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
+        raise AutotuneError(
+            f"{type(optimizer).__name__} holds parameters that are not this model's: make it from those given, or "
+            "give apply this model's: apply(model, optimizer=...)"
+        )
 
 
 def _set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:

@@ -64,6 +64,22 @@ def prepare_trainer(
 
     Raises AutotuneError as ``prepare`` does.
     """
+    args = trainer.args
+    others = [
+        f"{name} is {value}, and {getattr(args, name)} with the Trainer"
+        for name, value in _transformers(strategy, backend).items()
+        if name not in ("optim", "per_device_eval_batch_size") and getattr(args, name) != value
+    ]
+    if args.n_gpu > 1 or args.world_size > 1:
+        others.append("it is of one device, and the Trainer has several")
+    if args.torch_compile:
+        others.append("it compiles where that pays, and so does the Trainer: leave torch_compile out")
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if getattr(args, name, None):
+            setattr(args, name, False)
+            others.append(f"it says what is recomputed: {name} is turned off")
+    if others:
+        warnings.warn(f"the strategy is not the Trainer's: {'; '.join(others)}", stacklevel=3)
     prepare(trainer.model, strategy, workload, backend)
     trainer.model_accepts_loss_kwargs &= getattr(trainer.model, "accepts_loss_kwargs", True)
     if strategy.padding == "max" or workload.trim is None:
@@ -76,7 +92,7 @@ def prepare_trainer(
         warnings.warn(f"padding={strategy.padding}: samples that come one by one are not grouped", stacklevel=3)
         return
     lengths = [_length(data[index]) for index in range(len(data))] if lengths is None else lengths
-    buckets = _Buckets(lengths, strategy, trainer.args.seed)
+    buckets = _Buckets(lengths, strategy, args.seed)
     plain = trainer.get_train_dataloader
 
     def get_train_dataloader() -> Any:

@@ -133,6 +133,26 @@ def sequences() -> TensorDataset:
     return TensorDataset(data.ids, data.ids[:, 0] % 2)
 
 
+class Data(lightning.LightningDataModule):  # type: ignore[misc]
+    """With a set-up of its own, and batches by name."""
+
+    def setup(self, stage: str) -> None:
+        self.data = Reviews()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.data, batch_size=8, shuffle=True)
+
+
+class WithOwnLoader(Module):
+    """Takes batches by name, which it loads itself."""
+
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        return {"loss": F.cross_entropy(self(batch["input_ids"]), batch["labels"])}
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Reviews(), batch_size=4)
+
+
 def module() -> tuple[Any, Any]:
     return Module(), DataLoader(sequences(), batch_size=8, shuffle=True)
 
@@ -163,6 +183,12 @@ def around_bert() -> tuple[nn.Module, Any]:
 def with_sgd() -> tuple[Any, ...]:
     ids, classes = next(iter(DataLoader(sequences(), batch_size=8)))
     return nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(8 * TOKENS, 2)), (ids, classes), None, _sgd
+
+
+def with_groups() -> tuple[Any, ...]:
+    """An optimizer that knows its model's parts by itself."""
+    model, batch, *_ = with_sgd()
+    return model, batch, None, lambda _: torch.optim.SGD([{"params": model[2].parameters(), "lr": 0.5}], lr=0.1)
 
 
 def with_rprop() -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import TrainingArguments, default_data_collator
 from autotune import backends
 from autotune.api import Tuned
 from autotune.apply import apply
-from autotune.errors import UsageError
+from autotune.errors import AutotuneError, UsageError
 from autotune.search.space import build_space
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
+from autotune.workloads.custom import workload_of
 from tests import factories, own_trainers
 from tests.commands import briefly
 
@@ -85,6 +87,24 @@ def test_transformers_trains_the_same_with_a_strategy(name: str, model: Any, dat
     assert apart(plain.model, other.model) < 1e-4
 
 
+def test_a_trainer_that_is_told_otherwise_is_warned_of() -> None:
+    ours = tuned("reviews", micro_batch=2, accumulation=4)
+    trainer = own_trainers.trainer_of(own_trainers.classifier(), own_trainers.Reviews(), gradient_checkpointing=True)
+    with pytest.warns(UserWarning, match="not the Trainer's") as caught:
+        ours.prepare(trainer)
+    words = str(caught[-1].message)
+    assert "per_device_train_batch_size is 2, and 8 with the Trainer" in words
+    assert "gradient_checkpointing is turned off" in words
+    assert not trainer.args.gradient_checkpointing
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.prepare(
+            own_trainers.trainer_of(
+                own_trainers.classifier(), own_trainers.Reviews(), **{**ours.arguments("transformers"), "optim": "sgd"}
+            )
+        )
+
+
 def test_transformers_batches_are_of_similar_length_in_buckets() -> None:
     data = own_trainers.Reviews()
     ours = tuned("reviews", micro_batch=4, accumulation=2, padding="buckets", workers=1)
@@ -124,6 +144,22 @@ def test_of_a_lightning_module_training_step_is_the_loss() -> None:
     expected = nn.functional.cross_entropy(own_trainers.Module()(ids), classes)
     batch = {"batch_0": ids, "batch_1": classes}
     assert torch.allclose(run.step(run.split(batch)), expected.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("made", "size"),
+    [
+        (lambda: (own_trainers.WithOwnLoader(), own_trainers.Data()), 8),
+        (own_trainers.WithOwnLoader, 4),
+    ],
+)
+def test_a_lightning_module_s_batches_come_from_a_data_module_or_from_itself(made: Any, size: int) -> None:
+    found = workload_of("mine", made)
+    assert found.recipe.global_batch == size
+    assert found.split_refusal is None
+    run = apply(Strategy(micro_batch=size, attention="sdpa"), found, backends.get("cpu"))
+    batch = default_data_collator([own_trainers.Reviews()[index] for index in range(size)])
+    assert 0 < float(run.step(run.split(batch))) < 2
 
 
 def test_lightning_trains_the_same_with_a_strategy() -> None:
@@ -272,6 +308,17 @@ def test_an_optimizer_of_ones_own_is_searched_with() -> None:
     assert space.left_out["optimizer=fused"] == "Rprop has no such choice"
 
 
+def test_an_optimizer_that_knows_its_model_is_made_for_each() -> None:
+    found, cpu = workload("with_groups"), backends.get("cpu")
+    run = apply(Strategy(micro_batch=8), found, cpu)
+    before = run.model[2].weight.detach().clone()  # type: ignore[index]
+    batch = own_trainers.with_sgd()[1]
+    run.step(run.split(batch))
+    assert not torch.equal(before, run.model[2].weight)  # type: ignore[index]
+    with pytest.raises(AutotuneError, match="SGD holds parameters that are not this model's"):
+        apply(Strategy(micro_batch=8), found, cpu, model=own_trainers.with_sgd()[0])
+
+
 @pytest.mark.parametrize(
     ("made", "words"),
     [
@@ -285,8 +332,6 @@ def test_an_optimizer_of_ones_own_is_searched_with() -> None:
     ],
 )
 def test_a_training_that_autotune_does_not_do_is_refused(made: Any, words: str) -> None:
-    from autotune.workloads.custom import workload_of
-
     with pytest.raises(UsageError, match=words):
         _ = workload_of("mine", made).own_optimizer
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from autotune.data.batching import Part
@@ -92,16 +93,24 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         raise
     except Exception as exc:
         raise UsageError(f"{label} failed: {words_of(exc)}") from exc
-    own_loss = OwnLoss(label, made.loss, made.model)
-    takes = Takes.of(made.model)
-    batch = Batch(made.batch, takes, label)
+    model, raw, loss, optimizer, trainer = made
+    own_loss = OwnLoss(label, loss, model)
+    takes = Takes.of(model)
+    batch = Batch(raw, takes, label)
 
     def build_model() -> nn.Module:
-        if made.adopt is not None:  # trainers come with their data, and weights: not made twice
-            return made.adopt(copy.deepcopy(made.model.get_submodule("model")))
+        if trainer is not None:  # comes with its data, and weights: not made twice
+            return trainer.adopt(copy.deepcopy(trainer.model))
         again = made_of(make(), label)
-        own_loss.keep(again.model, again.loss)
+        own_loss.keep(again.model, again.loss, again.optimizer)
         return again.model
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        if trainer is not None:
+            return trainer.optimizer(model.get_submodule("model"))
+        factory = own_loss.optimizer(model) or optimizer
+        assert factory is not None
+        return factory(model.parameters())
 
     recipe = Recipe(
         **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
@@ -112,10 +121,10 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         recipe=recipe,
         source=f"an example batch of {batch.size}, {EPOCH_BATCHES:,} times an epoch",
         build_model=build_model,
-        trainer=made.trainer,
-        adopt=made.adopt or (lambda model: model),
-        optimizer_of=made.optimizer,
-        loss=functools.partial(summed, made.loss),
+        trainer=None if trainer is None else trainer.library,
+        adopt=(lambda model: model) if trainer is None else trainer.adopt,
+        optimizer_of=None if trainer is None and optimizer is None else optimizer_of,
+        loss=functools.partial(summed, loss),
         loss_of=own_loss.of,
         num_correct=None,
         train=Repeated(batch, EPOCH_BATCHES * batch.size),

@@ -1,4 +1,4 @@
-"""The loss of a user's own workload: a mean made a sum, and the model that it belongs to."""
+"""The loss of a user's own workload, a mean made a sum, and the model that it and its optimizer belong to."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from autotune.errors import UsageError, kind_of
 
 MeanLoss = Callable[..., Tensor]
 """Takes the model's output and the targets, and gives the mean over a batch."""
-_LOSS = "_autotune_loss"
-"""What a model keeps the loss under that it was made with."""
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+"""Takes a model's parameters."""
+_KEPT = "_autotune_kept"
+"""What a model keeps under that it was made with."""
 
 
 class _Kept:
-    """A loss beside its model, and gone with it; a copy of the model on disk, or in another process, has none."""
+    """What was made with a model, and is gone with it; a copy of the model on disk, or in another process, has none."""
 
-    def __init__(self, label: str, loss: MeanLoss | None) -> None:
-        self.label, self.loss = label, loss
+    def __init__(self, label: str, loss: MeanLoss | None, optimizer: MakeOptimizer | None) -> None:
+        self.label, self.loss, self.optimizer = label, loss, optimizer
 
     def __deepcopy__(self, memo: object) -> None:
         return None
@@ -82,14 +84,19 @@ class OwnLoss:
         self._label = label
         self._reads_model = any(id(parameter) in own for parameter in read)
 
-    def keep(self, model: nn.Module, loss: MeanLoss | None) -> None:
-        """A model that the function made, and the loss that came with it."""
-        object.__setattr__(model, _LOSS, _Kept(self._label, loss))
+    def keep(self, model: nn.Module, loss: MeanLoss | None, optimizer: MakeOptimizer | None) -> None:
+        """A model that the function made, and the loss and what makes the optimizer that came with it."""
+        object.__setattr__(model, _KEPT, _Kept(self._label, loss, optimizer))
+
+    def optimizer(self, model: nn.Module) -> MakeOptimizer | None:
+        """What makes the optimizer of a model that the function made; None for one of the user's own."""
+        kept = getattr(model, _KEPT, None)
+        return kept.optimizer if kept is not None and kept.label == self._label else None
 
     def of(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The loss, summed, that a model was made with; None for one of the user's own. Raises UsageError where that
         needs one of its own."""
-        kept = getattr(model, _LOSS, None)
+        kept = getattr(model, _KEPT, None)
         if kept is not None and kept.label == self._label:
             return functools.partial(summed, kept.loss)
         if self._reads_model:

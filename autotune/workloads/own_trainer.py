@@ -20,14 +20,23 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autotune.errors import UsageError, kind_of
 from autotune.workloads.own_batch import Takes
+from autotune.workloads.own_loss import MakeOptimizer, MeanLoss
 from autotune.workloads.seen import evaluating, unchanged
 
 _PART = "batch_{}"
 """What a part of a Lightning module's batch is called that has no name of its own."""
 
 
-OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
-"""Makes the optimizer of a model."""
+class OwnTrainer(NamedTuple):
+    """What brings a training: a transformers.Trainer, or a LightningModule, which is the model as well."""
+
+    library: Literal["transformers", "lightning"]
+    model: nn.Module
+    """As it came."""
+    adopt: Callable[[nn.Module], nn.Module]
+    """Gives a model of that kind its trainer's loss for output."""
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    """Makes the optimizer of such a model, as it came."""
 
 
 class Made(NamedTuple):
@@ -35,12 +44,9 @@ class Made(NamedTuple):
 
     model: nn.Module
     batch: Any
-    loss: Callable[[Any, Tensor], Tensor] | None = None
-    optimizer: OptimizerOf | None = None
-    """None where the recipe's does."""
-    trainer: Literal["transformers", "lightning"] | None = None
-    adopt: Callable[[nn.Module], nn.Module] | None = None
-    """Gives a model of the trainer's kind its trainer's loss; None where there is no trainer."""
+    loss: MeanLoss | None = None
+    optimizer: MakeOptimizer | None = None
+    trainer: OwnTrainer | None = None
 
 
 def made_of(made: Any, label: str) -> Made:
@@ -61,8 +67,7 @@ def made_of(made: Any, label: str) -> Made:
             f"{label} gives {kind_of(optimizer)} for an optimizer; it should make one: "
             "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
         )
-    make = None if optimizer is None else lambda model: optimizer(model.parameters())
-    return Made(model, _first(batch), loss, make)
+    return Made(model, _first(batch), loss, optimizer)
 
 
 @contextlib.contextmanager
@@ -203,14 +208,14 @@ def _of_transformers(trainer: Any) -> Made:
     model = trainer.model.cpu()
 
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        trainer.model, trainer.optimizer = model.model, None
+        trainer.model, trainer.optimizer = model, None
         made: torch.optim.Optimizer = trainer.create_optimizer()
         return made
 
     def adopt(model: nn.Module) -> nn.Module:
         return _ByTransformers(model, trainer, batch)
 
-    return Made(adopt(model), batch, None, optimizer, "transformers", adopt)
+    return Made(adopt(model), batch, trainer=OwnTrainer("transformers", model, adopt, optimizer))
 
 
 def _of_lightning(module: Any, rest: Sequence[Any], label: str) -> Made:
@@ -235,7 +240,8 @@ def _of_lightning(module: Any, rest: Sequence[Any], label: str) -> Made:
     def adopt(model: nn.Module) -> nn.Module:
         return _ByLightning(model, kind)
 
-    return Made(adopt(module), named, None, lambda model: _configured(model.model, label), "lightning", adopt)
+    own = OwnTrainer("lightning", module, adopt, lambda model: _configured(model, label))
+    return Made(adopt(module), named, trainer=own)
 
 
 def _configured(module: Any, label: str) -> torch.optim.Optimizer:

@@ -300,3 +300,19 @@ def test_torchs_own_encoder_layers_are_seen_to_call_the_kernel() -> None:
         return model, (torch.randn(4, 4, 16), torch.arange(4) % 2)
 
     assert workload_of("encoder", make).attentions[0] == "sdpa"
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import torch\n"
+        "class Model(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        raise RuntimeError('no such luck')\n"
+        "def workload():\n"
+        "    return Model(4, 2), (torch.ones(8, 4), torch.zeros(8, dtype=torch.long))\n"
+    )
+    done = heard("train", "--model", f"{script}:workload", "--profile", "none", "--run", tmp_path / "runs" / "failing")
+    assert done.returncode == 1
+    assert "no such luck" in done.stderr
+    assert not (tmp_path / "runs" / "failing").exists()

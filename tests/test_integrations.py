@@ -336,6 +336,7 @@ def test_a_training_that_autotune_does_not_do_is_refused(made: Any, words: str) 
         _ = workload_of("mine", made).own_optimizer
 
 
+@pytest.mark.usefixtures("probed")
 def test_a_search_for_a_lightning_module(tmp_path: Path) -> None:
     found = briefly("search", "--model", "tests.own_trainers:module", "--trials", "2", "--profiles", tmp_path)
     assert found.returncode == 0, found.stderr

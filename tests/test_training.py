@@ -185,14 +185,20 @@ def test_a_knob_that_makes_no_sense_is_refused(change: str, message: str) -> Non
         changed_strategy(baseline(32), (change,))
 
 
-def test_a_knob_that_does_nothing_beside_the_others_is_refused() -> None:
-    for knob in ("prefetch=8", "compile_scope=blocks", "checkpoint=memory_budget", "window=32"):
+def test_a_knob_that_does_nothing_beside_the_others_is_refused(workload: Workload) -> None:
+    for knob in (
+        "memory_format=channels_last",
+        "prefetch=8",
+        "compile_scope=blocks",
+        "checkpoint=memory_budget",
+        "window=32",
+    ):
         with pytest.raises(UsageError, match=f"--knob {knob} does nothing here"):
-            refuse_idle(changed_strategy(baseline(32), (knob,)), (knob,))
+            refuse_idle(changed_strategy(baseline(32), (knob,)), (knob,), workload)
     does_something = ("prefetch=8", "workers=1", "compile=default", "compile_scope=blocks", "attention=window")
-    refuse_idle(changed_strategy(baseline(32), does_something), does_something)
+    refuse_idle(changed_strategy(baseline(32), does_something), does_something, workload)
     of_the_profile = msgspec.structs.replace(baseline(32), prefetch=8)
-    refuse_idle(changed_strategy(of_the_profile, ("workers=0",)), ("workers=0",))  # not the user's doing
+    refuse_idle(changed_strategy(of_the_profile, ("workers=0",)), ("workers=0",), workload)  # not the user's doing
 
 
 def test_a_knob_that_the_device_refuses_is_named(

@@ -54,10 +54,13 @@ def refuse_unknown(without: Collection[str]) -> None:
             _changed(Strategy(micro_batch=1), "without", {knob: value})
 
 
-def refuse_idle(strategy: Strategy, changes: Collection[str]) -> None:
-    """Raises UsageError where a change of a knob does nothing in the setting that came of it."""
+def refuse_idle(strategy: Strategy, changes: Collection[str], workload: Workload) -> None:
+    """Raises UsageError where a change of a knob does nothing in the setting that came of it, or to the model."""
+    idle = dict(strategy.idle)
+    if strategy.memory_format != "contiguous" and not workload.has_convolutions:
+        idle["memory_format"] = "the model has no convolutions"
     for change in changes:
-        if (reason := strategy.idle.get(change.partition("=")[0])) is not None:
+        if (reason := idle.get(change.partition("=")[0])) is not None:
             raise UsageError(f"--knob {change} does nothing here: {reason}")
 
 

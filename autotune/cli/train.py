@@ -151,7 +151,7 @@ def command(
     workload = workload.with_recipe(recipe)
     strategy = saved.strategy if saved is not None else _strategy(name, profile_name, profile, workload.baseline)
     strategy = changed_strategy(strategy, knobs)
-    refuse_idle(strategy, knobs)
+    refuse_idle(strategy, knobs, workload)
     if knobs:
         for words in trained_otherwise(strategy, workload):
             click.echo(words, err=True)
@@ -219,7 +219,7 @@ def command(
             save()
 
         told_of = _told_of(knobs, lambda: training.step or training.epochs)
-        with _as_the_user_s(workload), told_of, _stopped_by_ctrl_c(training, display.say):
+        with _swept(folder), _as_the_user_s(workload), told_of, _stopped_by_ctrl_c(training, display.say):
             training.train(num_epochs, on_step=on_step, on_evaluation=display.on_evaluation, on_epoch=on_epoch)
         if training.is_stopped:
             save()
@@ -326,6 +326,17 @@ def _as_the_user_s(workload: Workload) -> Iterator[None]:
         if workload.split is None:
             raise
         raise AutotuneError(f"{workload.name} fails in training: {words_of(exc)}") from exc
+
+
+@contextlib.contextmanager
+def _swept(folder: Path) -> Iterator[None]:
+    """A run that fails before anything is saved leaves no folder."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager

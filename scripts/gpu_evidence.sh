@@ -26,7 +26,7 @@ REHEARSE=${REHEARSE:-}
 SEARCH_S=${SEARCH_S:-300}
 EPOCHS=${EPOCHS:-5}
 REVIEWS=${REVIEWS:-}
-STEPS=${STEPS-versions probe compare search-imdb search-cifar10 search-lm search-lm@128 study grid}
+STEPS=${STEPS-versions probe compare search-imdb search-cifar10 search-lm search-lm@128 study grid trainers}
 BESIDE=${BESIDE-accuracy-none accuracy-best tests budget replay}
 LAST=${LAST-accuracy too-big}
 UNTIL=${UNTIL:-86400}
@@ -50,6 +50,7 @@ study_args=(--max-batch ${STUDY_STEPS:+--steps "$STUDY_STEPS"})
 train_args=(--epochs "$EPOCHS")
 grid_minutes=${GRID_MIN:-8}
 replay_args=(--seeds 100)
+trainers_args=(--budget 40s --rounds 3)
 test_args=(-p no:benchmark tests/gpu tests/backends) # the backends' contract has no mark of its own
 if [ -n "$REHEARSE" ]; then
     search_args=(--trials 2 --limit 256 --epochs 1)
@@ -57,6 +58,7 @@ if [ -n "$REHEARSE" ]; then
     train_args=(--epochs 1 --limit 64)
     grid_minutes=0.5
     replay_args=(--seeds 2 --methods autotune,random)
+    trainers_args=(--budget 20s --rounds 2)
     test_args=(tests/backends)
     STEPS=${STEPS/lm@128/lm@2} # whose plain baseline takes 28 GiB
 fi
@@ -91,6 +93,7 @@ step() {  # what one step runs; its output is its evidence
             cp benchmarks/grids/imdb-"$DEVICE"-* "$OUT"/
         ;;
     replay) limited "$PYTHON" -m benchmarks.replay "${replay_args[@]}" ;;
+    trainers) limited "$PYTHON" -m benchmarks.trainers "${trainers_args[@]}" ;;
     budget)  # real out-of-memory: the search goes on, and ends within its budget
         search --model imdb --profiles "$OUT/budget" --memory-budget 2GiB "${data_args[@]}"
         ;;

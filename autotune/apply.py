@@ -20,7 +20,7 @@ from autotune.errors import AutotuneError, UsageError
 from autotune.evaluation import Evaluation
 from autotune.graphs import check_recorded, make_capturable
 from autotune.models.aligned import align_linear
-from autotune.models.attention import set_attention
+from autotune.models.attention import hold, set_attention
 from autotune.models.blocks import set_checkpoint
 from autotune.models.fp8 import use_fp8
 from autotune.schedule import schedule
@@ -153,7 +153,7 @@ def apply(
     else:
         own = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         scheduler = schedule(own, recipe, total_steps or recipe.epochs * len(loader))
-    _set_optimizer(own, strategy)
+    set_optimizer(own, strategy)
     step = Step(
         model,
         own,
@@ -179,7 +179,8 @@ def apply(
 
 
 def set_process(strategy: Strategy, backend: Backend) -> None:
-    """Puts in effect, for good, what of a strategy lies in this process."""
+    """Puts in effect, for good, what of a strategy lies in this process; a kernel that was held is let go."""
+    hold(contextlib.nullcontext())
     backend.set_precision(strategy.precision)
     backend.set_allocator(strategy.allocator)
     if strategy.threads:
@@ -237,8 +238,9 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
         )
 
 
-def _set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
-    """Chooses the update's implementation, as the constructor's arguments ``foreach`` and ``fused`` would."""
+def set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
+    """Chooses the update's implementation, as the constructor's arguments ``foreach`` and ``fused`` would. Raises
+    AutotuneError where the optimizer has no such choice."""
     chosen = strategy.optimizer
     if strategy.graphs == "step":
         make_capturable(optimizer)

@@ -22,8 +22,11 @@ KEPT_SHARE = 0.5
 
 def compile_model(model: nn.Module, strategy: Strategy) -> None:
     """Has the whole model compiled, or each of its repeated blocks, when it first runs; nothing without ``compile``."""
+    blocks = find_blocks(model)
+    for module in (model, *blocks):
+        module._compiled_call_impl = None  # as of an earlier strategy
     if strategy.compile != "none":
-        for module in [model] if strategy.compile_scope == "model" else find_blocks(model):
+        for module in [model] if strategy.compile_scope == "model" else blocks:
             _compile(module, **_options(strategy))
 
 

@@ -1,12 +1,11 @@
 """A strategy in a training with a loop of its own: what lies in the model is put into it, what lies in the loop is told
 the trainer in its own words, and what it cannot have is said.
 
-Of transformers, Lightning and Accelerate none is needed but the one that is asked for.
+Of transformers, Lightning and Accelerate none is imported.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,107 +16,83 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from autotune.apply import set_model, set_process
+from autotune.apply import set_model, set_optimizer, set_process
 from autotune.backends.base import Backend
 from autotune.compiler import compile_model, compiled
 from autotune.data.batching import plan_epoch, rounding_of
 from autotune.errors import UsageError
+from autotune.models.attention import hold
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
-from autotune.workloads.own_trainer import is_lightning, mend_accumulation
-from autotune.workloads.seen import inputs_of, micro_of
+from autotune.workloads.own_batch import Trimmed
+from autotune.workloads.own_trainer import is_lightning
+from autotune.workloads.seen import evaluating, inputs_of, micro_of, unchanged
 
 Part = Literal["transformers", "lightning", "accelerate", "optimizer"]
 """Whose arguments: of ``transformers.TrainingArguments``, ``lightning.Trainer``, ``accelerate.Accelerator``, or of one
 of torch's optimizers."""
+Collate = Callable[[list[Any]], Any]
 _MIXED = {"fp8": "bf16", "bf16": "bf16", "fp16": "fp16"}
 """Autocast's type, by precision."""
-_pinned = contextlib.ExitStack()
-"""Holds the attention kernel that is pinned in this process."""
+_OWN_ONLY = (("graphs", "step"), ("padding", "packed"))
+"""What ``run.step`` alone does."""
 
 
 def prepare(model: nn.Module, strategy: Strategy, workload: Workload, backend: Backend) -> None:
-    """Puts attention, recomputation, compilation and memory format into the model, and threads, allocator, TF32 and the
-    pinned attention kernel into this process, for good. The model stays where it is.
+    """Puts attention, recomputation, compilation, memory format and the weights' type into the model, and threads,
+    allocator, TF32 and the pinned attention kernel into this process, until the next. The model stays where it is.
 
-    Raises AutotuneError where the model cannot take a knob.
+    Warns of what only ``run.step`` does. Raises AutotuneError where the model cannot take a knob.
     """
+    for knob, value in _OWN_ONLY:
+        if getattr(strategy, knob) == value:
+            _warn(f"{knob}={value} is for run.step only, and left out; --without {knob}={value} searches without it")
     set_process(strategy, backend)
-    if strategy.accumulation > 1 and workload.split is not None and not is_lightning(model):
-        mend_accumulation(model, inputs_of(model, micro_of(workload, np.arange(2))))
     taught = workload.adopt(model)
-    _pinned.close()
-    _pinned.enter_context(set_model(taught, strategy, workload, backend))
-    if taught is not model and strategy.compile != "none" and strategy.compile_scope == "model":
-        if is_lightning(model):
+    hold(set_model(taught, strategy, workload, backend))
+    if is_lightning(model):  # whose trainer calls training_step
+        vars(model).pop("training_step", None)
+        if strategy.compile != "none" and strategy.compile_scope == "model":
+            _hide_logging(model)
             model.training_step = compiled(model.training_step, strategy)  # type: ignore[assignment, arg-type]
-        else:
-            compile_model(model, strategy)
+    elif taught is not model:
+        compile_model(model, strategy)
 
 
 def prepare_trainer(
     trainer: Any, strategy: Strategy, workload: Workload, backend: Backend, lengths: Sequence[int] | None
 ) -> None:
-    """``prepare`` for the model of a transformers.Trainer, made with ``arguments``; its batches lose the padding that
-    no sample needs. By the samples' ``lengths`` in tokens, which by default are counted by their ``attention_mask``,
-    what is of one length is put together: into batches with ``buckets``, else into the parts of the Trainer's own.
+    """``prepare`` for the model of a transformers.Trainer that was made with ``arguments``; its optimizer updates
+    as the strategy says, its losses are divided where it accumulates, and its batches lose the padding that none needs.
 
-    Raises AutotuneError as ``prepare`` does.
+    By the samples' ``lengths`` in tokens, which by default are counted by their ``attention_mask``, what is of one
+    length is put together: into batches with ``buckets``, else into the parts of the Trainer's own. Warns of what the
+    Trainer does otherwise. Raises AutotuneError as ``prepare`` does, UsageError for lengths of other samples.
     """
-    args = trainer.args
-    others = [
-        f"{name} is {value}, and {getattr(args, name)} with the Trainer"
-        for name, value in _transformers(strategy, backend).items()
-        if name not in ("optim", "per_device_eval_batch_size") and getattr(args, name) != value
-    ]
-    if args.n_gpu > 1 or args.world_size > 1:
-        others.append("it is of one device, and the Trainer has several")
-    if args.torch_compile:
-        others.append("it compiles where that pays, and so does the Trainer: leave torch_compile out")
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        if getattr(args, name, None):
-            setattr(args, name, False)
-            others.append(f"it says what is recomputed: {name} is turned off")
-    if others:
-        warnings.warn(f"the strategy is not the Trainer's: {'; '.join(others)}", stacklevel=3)
+    _check_told(trainer.args, strategy, backend)
     prepare(trainer.model, strategy, workload, backend)
-    trainer.model_accepts_loss_kwargs &= getattr(trainer.model, "accepts_loss_kwargs", True)
-    if strategy.padding == "max" or workload.trim is None:
-        return
-    trainer.data_collator = trimmed(trainer.data_collator, strategy, workload, backend)
-    data, is_bucketed = trainer.train_dataset, strategy.padding == "buckets"
-    if not is_bucketed and strategy.accumulation == 1:
-        return
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        warnings.warn(f"padding={strategy.padding}: samples that come one by one are not grouped", stacklevel=3)
-        return
-    lengths = [_length(data[index]) for index in range(len(data))] if lengths is None else lengths
-    buckets = _Buckets(lengths, strategy, args.seed)
-    plain = trainer.get_train_dataloader
+    for changed in ("get_train_dataloader", "create_optimizer"):
+        vars(trainer).pop(changed, None)  # by an earlier strategy
+    create = trainer.create_optimizer
 
-    def get_train_dataloader() -> Any:
-        base = plain()
-        order = buckets if is_bucketed else _Sorted(base.batch_sampler, lengths, strategy.accumulation)
-        copied = ("collate_fn", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "worker_init_fn")
-        options = {name: getattr(base, name) for name in copied}
-        return trainer.accelerator.prepare(DataLoader(base.dataset, batch_sampler=order, **options))
+    def create_optimizer(*arguments: Any, **options: Any) -> Any:
+        made = create(*arguments, **options)
+        set_optimizer(trainer.optimizer, strategy)
+        return made
 
-    trainer.get_train_dataloader = get_train_dataloader
-
-
-def _length(sample: Mapping[str, Any]) -> int:
-    """Tokens up to the last that counts."""
-    mask = sample.get("attention_mask")
-    if mask is None:
-        return len(sample["input_ids"])
-    return int(np.flatnonzero(np.asarray(mask)).max(initial=0)) + 1
+    trainer.create_optimizer = create_optimizer
+    if strategy.accumulation > 1 and workload.loop != "autotune":
+        _divide_losses(trainer, inputs_of(trainer.model, micro_of(workload, np.arange(2))))
+    if isinstance(trainer.data_collator, Trimmed):
+        trainer.data_collator = trainer.data_collator.collate
+    if strategy.padding in ("longest", "buckets") and workload.trim is not None:
+        trainer.data_collator = trimmed(trainer.data_collator, strategy, workload, backend)
+        _group(trainer, strategy, lengths)
 
 
 def arguments(part: Part, strategy: Strategy, backend: Backend) -> dict[str, Any]:
-    """What a trainer or an optimizer is to be told, as keyword arguments; warns of what it cannot have.
-
-    Raises UsageError for a part that there is not.
-    """
+    """What a trainer or an optimizer is to be told, as keyword arguments. Raises UsageError for a part that there is
+    not."""
     makers: dict[str, Callable[[Strategy, Backend], dict[str, Any]]] = {
         "transformers": _transformers,
         "lightning": _lightning,
@@ -126,20 +101,10 @@ def arguments(part: Part, strategy: Strategy, backend: Backend) -> dict[str, Any
     }
     if part not in makers:
         raise UsageError(f"no arguments are known for {part!r}; there are those of {', '.join(makers)}")
-    if part != "optimizer":
-        for knob, value in (("graphs", "step"), ("padding", "packed")):
-            if getattr(strategy, knob) == value:
-                warnings.warn(
-                    f"{knob}={value} is for run.step only, and is left out here; search --without {knob}={value} for "
-                    "the best without",
-                    stacklevel=3,
-                )
     return makers[part](strategy, backend)
 
 
-def trimmed(
-    collate: Callable[[list[Any]], Any], strategy: Strategy, workload: Workload, backend: Backend
-) -> Callable[[list[Any]], Any]:
+def trimmed(collate: Collate, strategy: Strategy, workload: Workload, backend: Backend) -> Collate:
     """``collate``, whose batches lose the padding that no sample of them needs, unless the strategy pads to the limit.
 
     Raises UsageError where the workload makes its batches itself.
@@ -148,7 +113,7 @@ def trimmed(
         raise UsageError(f"{workload.name} makes its batches itself: for batch in run.loader: run.step(batch)")
     if strategy.padding == "max":
         return collate
-    return _Trimmed(collate, workload, rounding_of(strategy, is_host=backend.is_host_memory))
+    return workload.trim(collate, rounding_of(strategy, is_host=backend.is_host_memory))
 
 
 def loader(
@@ -158,21 +123,30 @@ def loader(
     backend: Backend,
     *,
     lengths: Sequence[int] | None,
-    collate_fn: Callable[[list[Any]], Any] | None,
+    collate_fn: Collate | None,
     seed: int,
 ) -> DataLoader[Any]:
     """A map-style dataset's micro batches, reshuffled each epoch, ``strategy.accumulation`` of them to a step.
 
-    ``lengths``, tokens in each sample, are what samples are grouped by; without them ``buckets`` is left out, with a
-    warning. Raises UsageError where the workload makes its batches itself.
+    With accumulation an epoch's last samples that are no whole batch are left out: trainers would divide their loss by
+    all that is accumulated. ``lengths``, tokens in each sample, are what samples are grouped by; without them
+    ``buckets`` is left out, with a warning. Raises UsageError for lengths of other samples, or where the workload makes
+    its batches itself.
     """
+    drops = strategy.accumulation > 1 and len(dataset) >= strategy.global_batch
     if lengths is None and strategy.padding == "buckets":
-        warnings.warn("padding=buckets needs the samples' lengths: give lengths=[...]", stacklevel=3)
-    order: dict[str, Any] = {"batch_sampler": _Buckets(lengths, strategy, seed)} if lengths is not None else {}
+        _warn("padding=buckets needs the samples' lengths: give lengths=[...]")
+    if lengths is None:
+        num_samples = len(dataset) // strategy.global_batch * strategy.global_batch if drops else len(dataset)
+        shuffled = torch.utils.data.RandomSampler(
+            dataset, num_samples=num_samples, generator=torch.Generator().manual_seed(seed)
+        )
+        order: dict[str, Any] = {"batch_size": strategy.micro_batch, "sampler": shuffled}
+    else:
+        order = {"batch_sampler": _Buckets(_checked(lengths, dataset), strategy, seed, drops)}
     return DataLoader(
         dataset,
-        **order or {"batch_size": strategy.micro_batch, "shuffle": True},
-        generator=torch.Generator().manual_seed(seed),
+        **order,
         collate_fn=trimmed(collate_fn or default_collate, strategy, workload, backend),
         num_workers=strategy.workers,
         prefetch_factor=strategy.prefetch if strategy.workers else None,
@@ -181,23 +155,13 @@ def loader(
     )
 
 
-class _Trimmed:
-    """A collate function that loader processes can be given."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], workload: Workload, rounding: Any) -> None:
-        self._collate, self._workload, self._rounding = collate, workload, rounding
-
-    def __call__(self, samples: list[Any]) -> Any:
-        assert self._workload.trim is not None
-        return self._workload.trim(self._collate(samples), self._rounding)
-
-
 class _Buckets(Sampler[list[int]]):
-    """Micro batches in the order in which ``autotune train`` would take them; every iteration is the next epoch, or the
-    one that a trainer has set."""
+    """Micro batches of whole batches as ``autotune train`` would put them together, one that is short last; every
+    iteration is the next epoch, or the one that a trainer has set."""
 
-    def __init__(self, lengths: Sequence[int], strategy: Strategy, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], strategy: Strategy, seed: int, drops_last: bool) -> None:
         self._lengths, self._strategy, self._seed = np.asarray(lengths, dtype=np.int64), strategy, seed
+        self._drops_last = drops_last
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -206,7 +170,8 @@ class _Buckets(Sampler[list[int]]):
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self._lengths), self._strategy.global_batch)
-        return whole * self._strategy.accumulation + -(-rest // self._strategy.micro_batch)
+        short = 0 if self._drops_last else -(-rest // self._strategy.micro_batch)
+        return whole * self._strategy.accumulation + short
 
     def __iter__(self) -> Iterator[list[int]]:
         plan = plan_epoch(
@@ -218,8 +183,13 @@ class _Buckets(Sampler[list[int]]):
             seed=self._seed + 1000 * self._epoch,
         )
         self._epoch += 1
+        by_size: dict[int, list[list[int]]] = {}
         for batch in plan:
-            yield from (indices.tolist() for indices in batch.micro_batches)
+            micro_batches = [indices.tolist() for indices in batch.micro_batches]
+            by_size.setdefault(sum(map(len, micro_batches)), []).extend(micro_batches)
+        yield from by_size.pop(self._strategy.global_batch, [])
+        if not self._drops_last:
+            yield from itertools.chain(*by_size.values())
 
 
 class _Sorted(Sampler[list[int]]):
@@ -245,6 +215,101 @@ class _Sorted(Sampler[list[int]]):
             yield from ([*itertools.islice(ordered, len(batch))] for batch in whole)
 
 
+def _check_told(args: Any, strategy: Strategy, backend: Backend) -> None:
+    """Warns of TrainingArguments that are not the strategy's; recomputation, which is the model's, is turned off."""
+    others = [
+        f"{name} is {value}, and {getattr(args, name)} with the Trainer"
+        for name, value in _transformers(strategy, backend).items()
+        if name != "per_device_eval_batch_size" and getattr(args, name) != value
+    ]
+    if args.n_gpu > 1 or args.world_size > 1:
+        others.append("it is of one device, and the Trainer has several")
+    if args.torch_compile:
+        others.append("it compiles where that pays, and so does the Trainer: leave torch_compile out")
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if getattr(args, name, None):
+            setattr(args, name, False)
+            others.append(f"it says what is recomputed: {name} is turned off")
+    if others:
+        _warn(f"the strategy is not the Trainer's: {'; '.join(others)}")
+
+
+def _divide_losses(trainer: Any, inputs: Mapping[str, Any]) -> None:
+    """Has a Trainer divide the losses of what it accumulates, where the model does not.
+
+    It leaves that to every model whose forward takes keyword arguments, and gives it ``num_items_in_batch``; some pass
+    that by (transformers#47688), as a ``compute_loss`` of one's own may, and would train with gradients as many times
+    too large as there are micro batches. ``inputs`` are a few samples with their ``labels``: without these it divides.
+    """
+    if "labels" not in inputs or getattr(trainer, "loss_is_scaled_for_ga", None) is not None:
+        return
+    model, items = trainer.model, torch.tensor(1e3, device=inputs["labels"].device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model), unchanged(model):
+        mean = trainer.compute_loss(model, dict(inputs))
+        counted = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
+    if torch.equal(mean, counted):
+        trainer.model_accepts_loss_kwargs = False
+        if hasattr(trainer, "loss_is_scaled_for_ga"):
+            trainer.loss_is_scaled_for_ga = False
+        elif trainer.compute_loss_func is not None:
+            _warn("compute_loss_func does not divide by num_items_in_batch, and this transformers does not either")
+
+
+def _group(trainer: Any, strategy: Strategy, lengths: Sequence[int] | None) -> None:
+    """Has a Trainer's batches put together by length."""
+    data, is_bucketed = trainer.train_dataset, strategy.padding == "buckets"
+    if not is_bucketed and strategy.accumulation == 1:
+        return
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        _warn(f"padding={strategy.padding}: samples that come one by one are not put together by length")
+        return
+    if lengths is None:
+        found = [_length(data[index]) for index in range(len(data))]
+        if any(length is None for length in found):
+            _warn(f"padding={strategy.padding} needs the samples' lengths: give prepare(trainer, lengths=[...])")
+            return
+        lengths = [length for length in found if length is not None]
+    buckets = _Buckets(_checked(lengths, data), strategy, trainer.args.seed, trainer.args.dataloader_drop_last)
+    known = lengths
+    plain = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        base = plain()
+        order = buckets if is_bucketed else _Sorted(base.batch_sampler, known, strategy.accumulation)
+        copied = ("collate_fn", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "worker_init_fn")
+        options = {name: getattr(base, name) for name in (*copied, "multiprocessing_context")}
+        return trainer.accelerator.prepare(DataLoader(base.dataset, batch_sampler=order, **options))
+
+    trainer.get_train_dataloader = get_train_dataloader
+
+
+def _length(sample: Any) -> int | None:
+    """Tokens up to the last that counts; None where the sample does not say."""
+    if not isinstance(sample, Mapping):
+        return None
+    if (mask := sample.get("attention_mask")) is not None:
+        return int(np.flatnonzero(np.asarray(mask)).max(initial=0)) + 1
+    return len(sample["input_ids"]) if "input_ids" in sample else None
+
+
+def _checked(lengths: Sequence[int], dataset: Any) -> Sequence[int]:
+    if len(lengths) != len(dataset):
+        raise UsageError(f"there are {len(lengths):,} lengths for {len(dataset):,} samples")
+    return lengths
+
+
+def _hide_logging(module: nn.Module) -> None:
+    """The compiler leaves a module's ``log`` alone, in which it fails (torch 2.12 and 2.13): as Lightning itself has it
+    since pytorch-lightning#21837."""
+    for kind in type(module).__mro__:
+        if "log" in vars(kind) and kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            kind.log = torch.compiler.disable(kind.log)  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _warn(words: str) -> None:
+    warnings.warn(words, stacklevel=4)
+
+
 def _transformers(strategy: Strategy, backend: Backend) -> dict[str, Any]:
     found = {
         "per_device_train_batch_size": strategy.micro_batch,
@@ -252,7 +317,6 @@ def _transformers(strategy: Strategy, backend: Backend) -> dict[str, Any]:
         "gradient_accumulation_steps": strategy.accumulation,
         "bf16": _MIXED.get(strategy.precision) == "bf16",
         "fp16": _MIXED.get(strategy.precision) == "fp16",
-        "optim": "adamw_torch_fused" if strategy.optimizer == "fused" else "adamw_torch",
         "dataloader_num_workers": strategy.workers,
         "dataloader_pin_memory": backend.pins_memory,
     }

@@ -92,8 +92,7 @@ def _own_loop(example: Any, tuned: Any, clock: Clock) -> None:
         clock.mark()
         batch: list[Any] = []
         for raw in micro_batches:
-            named = raw if isinstance(raw, dict) else {f"batch_{index}": part for index, part in enumerate(raw)}
-            batch += run.split(named)
+            batch += run.split(raw)
             if len(batch) == tuned.strategy.accumulation:
                 run.step(batch)
                 batch = []

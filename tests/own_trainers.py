@@ -1,14 +1,15 @@
-"""Trainings as users of transformers and Lightning have them, which know nothing of autotune."""
+"""Trainings as users of transformers and Lightning have them, and strategies for them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,6 +19,11 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+
+from autotune import backends
+from autotune.api import Tuned
+from autotune.strategy import Strategy
+from autotune.workloads.base import Workload
 
 TOKENS = 24
 
@@ -40,6 +46,12 @@ class Reviews(Dataset[dict[str, Tensor]]):
 
 class Tokens(Reviews):
     """The same, every token's next to be told but padding's."""
+
+    def __init__(self, same_length: bool = False) -> None:
+        super().__init__()
+        if same_length:
+            self.mask = torch.ones_like(self.mask)
+            self.ids = self.ids.clamp(min=2)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         labels = torch.where(self.mask[index] > 0, self.ids[index], -100)
@@ -64,15 +76,49 @@ def decoder() -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def trainer_of(model: nn.Module, data: Any, collate: Any = default_data_collator, **options: Any) -> Trainer:
+class Stream(IterableDataset[dict[str, Tensor]]):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter([Reviews()[index] for index in range(64)])
+
+
+class WithOwnLoss(Trainer):  # type: ignore[misc]
+    """Takes a mean, however many batches are accumulated."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return mean_loss(outputs, inputs["labels"])
+
+
+def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def trainer_of_sgd() -> Trainer:
+    model = classifier()
+    return trainer_of(model, Reviews(), trainer_options={"optimizers": (torch.optim.SGD(model.parameters()), None)})
+
+
+def trainer_of(
+    model: nn.Module,
+    data: Any,
+    collate: Any = default_data_collator,
+    *,
+    kind: type[Trainer] = Trainer,
+    trainer_options: Any = None,
+    **options: Any,
+) -> Trainer:
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "output_dir": "unused", "max_steps": 4}
     plain = {"per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9}
     arguments = TrainingArguments(**{**quiet, **plain, "use_cpu": True, **options})
-    return Trainer(model, arguments, train_dataset=data, data_collator=collate)
+    return kind(model, arguments, train_dataset=data, data_collator=collate, **(trainer_options or {}))
+
+
+def reviewing(**options: Any) -> Trainer:
+    return trainer_of(classifier(), Reviews(), **options)
 
 
 def reviews() -> Trainer:
-    return trainer_of(classifier(), Reviews(), per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    return reviewing(per_device_train_batch_size=4, gradient_accumulation_steps=2)
 
 
 def tokens() -> Trainer:
@@ -197,3 +243,23 @@ def with_rprop() -> tuple[Any, ...]:
 
 def _sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
+
+
+def tuned(name: str, **knobs: Any) -> Tuned:
+    return Tuned(
+        name=f"tests.own_trainers:{name}",
+        strategy=Strategy(**{"micro_batch": 8, "attention": "sdpa", **knobs}),
+        profile=None,
+        path=None,
+        backend=backends.get("cpu"),
+    )
+
+
+def workload(name: str) -> Workload:
+    return tuned(name).workload
+
+
+def apart(first: nn.Module, second: nn.Module) -> float:
+    """The largest distance of two models' parameters."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)

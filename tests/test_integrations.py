@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -11,63 +11,21 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
-from transformers import TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from autotune import backends
 from autotune.api import Tuned
 from autotune.apply import apply
-from autotune.errors import AutotuneError, UsageError
-from autotune.search.space import build_space
+from autotune.errors import UsageError
 from autotune.strategy import Strategy
-from autotune.workloads.base import Workload
-from autotune.workloads.custom import workload_of
-from tests import factories, own_trainers
-from tests.commands import briefly
+from tests import own_trainers
+from tests.own_trainers import apart, tuned, workload
 
 # what the trainers and their parts say of each other and of this machine
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
-
-
-def tuned(name: str, **knobs: Any) -> Tuned:
-    return Tuned(
-        name=f"tests.own_trainers:{name}",
-        strategy=Strategy(**{"micro_batch": 8, "attention": "sdpa", **knobs}),
-        profile=None,
-        path=None,
-        backend=backends.get("cpu"),
-    )
-
-
-def workload(name: str) -> Workload:
-    return tuned(name).workload
-
-
-def apart(first: nn.Module, second: nn.Module) -> float:
-    """The largest distance of two models' parameters."""
-    pairs = zip(first.parameters(), second.parameters(), strict=True)
-    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
-
-
-def test_of_a_trainer_the_batch_the_loss_and_the_optimizer_are_taken() -> None:
-    found = workload("reviews")
-    assert found.loop == "transformers"
-    assert found.recipe.global_batch == 8  # four, two times
-    run = apply(Strategy(micro_batch=2, accumulation=4), found, backends.get("cpu"))
-    assert isinstance(run.optimizer, torch.optim.SGD)
-    assert run.scheduler is None
-    plain = apply(Strategy(micro_batch=8), found, backends.get("cpu"))
-    batch = default_data_collator([own_trainers.Reviews()[index] for index in range(8)])
-    assert torch.allclose(run.step(run.split(batch)), plain.step(plain.split(batch)), atol=1e-5)
-    assert apart(run.model, plain.model) < 1e-5
-    assert set(run.model.state_dict()) == set(own_trainers.classifier().state_dict())
-
-
-def test_a_trainer_counts_tokens_over_the_whole_batch_so_that_parts_train_the_same() -> None:
-    assert "not the mean" in (workload("tokens_without_trainer").split_refusal or "")
-    assert workload("tokens").split_refusal is None
 
 
 @pytest.mark.parametrize("padding", ["max", "longest"])
@@ -89,7 +47,7 @@ def test_transformers_trains_the_same_with_a_strategy(name: str, model: Any, dat
 
 def test_a_trainer_that_is_told_otherwise_is_warned_of() -> None:
     ours = tuned("reviews", micro_batch=2, accumulation=4)
-    trainer = own_trainers.trainer_of(own_trainers.classifier(), own_trainers.Reviews(), gradient_checkpointing=True)
+    trainer = own_trainers.reviewing(gradient_checkpointing=True)
     with pytest.warns(UserWarning, match="not the Trainer's") as caught:
         ours.prepare(trainer)
     words = str(caught[-1].message)
@@ -98,11 +56,7 @@ def test_a_trainer_that_is_told_otherwise_is_warned_of() -> None:
     assert not trainer.args.gradient_checkpointing
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours.prepare(
-            own_trainers.trainer_of(
-                own_trainers.classifier(), own_trainers.Reviews(), **{**ours.arguments("transformers"), "optim": "sgd"}
-            )
-        )
+        ours.prepare(own_trainers.reviewing(**{**ours.arguments("transformers"), "optim": "sgd"}))
 
 
 def test_transformers_batches_are_of_similar_length_in_buckets() -> None:
@@ -111,16 +65,71 @@ def test_transformers_batches_are_of_similar_length_in_buckets() -> None:
     arguments = ours.arguments("transformers")
     trainer = ours.prepare(own_trainers.trainer_of(own_trainers.classifier(), data, num_train_epochs=2, **arguments))
     loader = trainer.get_train_dataloader()
-    widths = [[batch["input_ids"].shape[1] for batch in loader] for _ in range(2)]
-    assert {8, 16} <= {*widths[0], *widths[1]} < {8, 16, 24}
-    assert widths[0] != widths[1]
+    epochs = [[batch["input_ids"].numel() for batch in loader] for _ in range(2)]
+    other = tuned("reviews", micro_batch=4, padding="longest")
+    plain = other.prepare(own_trainers.trainer_of(own_trainers.classifier(), data, **other.arguments("transformers")))
+    assert max(map(sum, epochs)) < sum(batch["input_ids"].numel() for batch in plain.get_train_dataloader())
+    assert epochs[0] != epochs[1]
     trainer.train()
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.parametrize("own", [{}, {"compute_loss_func": own_trainers.mean_loss}])
+def test_a_loss_of_ones_own_is_divided_where_it_is_a_mean(own: Any) -> None:
+    def trained(prepare: bool, **options: Any) -> nn.Module:
+        kind = Trainer if own else own_trainers.WithOwnLoss
+        data, model = own_trainers.Tokens(same_length=True), own_trainers.decoder()
+        trainer = own_trainers.trainer_of(model, data, kind=kind, trainer_options=own, **options)
+        if prepare:
+            ours.prepare(trainer)
+        trainer.train()
+        return trainer.model  # type: ignore[no-any-return]
+
+    ours = tuned("tokens", micro_batch=2, accumulation=4)
+    plain, told = trained(False), ours.arguments("transformers")
+    assert apart(plain, trained(False, **told)) > 1e-2  # four times the gradient
+    assert apart(plain, trained(True, **told)) < 1e-4
+
+
+def test_an_optimizer_of_the_trainer_s_choice_stays_and_updates_as_the_strategy_s() -> None:
+    ours = tuned("reviews", optimizer="foreach")
+    trainer = own_trainers.reviewing(**ours.arguments("transformers"))
+    ours.prepare(trainer).train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+    assert {group["foreach"] for group in trainer.optimizer.optimizer.param_groups} == {True}
+
+
+def test_a_second_strategy_takes_the_place_of_the_first() -> None:
+    trainer = own_trainers.reviewing()
+    plain = trainer.get_train_dataloader
+    first = tuned("reviews", padding="buckets", compile="default", attention="sdpa_math")
+    first.prepare(trainer)
+    assert trainer.get_train_dataloader != plain
+    tuned("reviews").prepare(trainer)
+    assert trainer.get_train_dataloader == plain
+    assert trainer.data_collator is default_data_collator
+    assert trainer.model._compiled_call_impl is None
+    first.prepare(own_trainers.AroundBert())
+    apply(Strategy(micro_batch=8), workload("reviews"), backends.get("cpu"))
+    assert torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    module = tuned("module", compile="default").prepare(own_trainers.Module())
+    assert "training_step" in vars(module)
+    tuned("module").prepare(module)
+    assert "training_step" not in vars(module)
+
+
+def test_a_decoder_is_computed_again_in_a_loop_of_ones_own() -> None:
+    model, batch = own_trainers.decoder(), default_data_collator([own_trainers.Tokens()[index] for index in range(8)])
+    plain = own_trainers.decoder()
+    plain(**batch).loss.backward()
+    tuned("tokens", checkpoint="every_block").prepare(model)(**batch).loss.backward()
+    pairs = zip(plain.parameters(), model.parameters(), strict=True)
+    assert max(float((a.grad - b.grad).abs().max()) for a, b in pairs) < 1e-5
+
+
 def test_without_us_transformers_trains_a_classifier_otherwise_when_it_accumulates() -> None:
     """Should this fail, its models divide their losses themselves, and ``mend_accumulation`` can go."""
-    plain = own_trainers.trainer_of(own_trainers.classifier(), own_trainers.Reviews())
+    plain = own_trainers.reviewing()
     plain.train()
     parts = own_trainers.trainer_of(
         own_trainers.classifier(),
@@ -130,36 +139,6 @@ def test_without_us_transformers_trains_a_classifier_otherwise_when_it_accumulat
     )
     parts.train()
     assert apart(plain.model, parts.model) > 1e-2
-
-
-def test_of_a_lightning_module_training_step_is_the_loss() -> None:
-    found = workload("module")
-    assert found.loop == "lightning"
-    assert found.recipe.global_batch == 8
-    assert found.split_refusal is None
-    run = apply(Strategy(micro_batch=4, accumulation=2, attention="sdpa"), found, backends.get("cpu"))
-    assert isinstance(run.optimizer, torch.optim.SGD)
-    assert run.optimizer.defaults["momentum"] == 0.9
-    ids, classes = next(iter(DataLoader(own_trainers.sequences(), batch_size=8)))
-    expected = nn.functional.cross_entropy(own_trainers.Module()(ids), classes)
-    batch = {"batch_0": ids, "batch_1": classes}
-    assert torch.allclose(run.step(run.split(batch)), expected.detach(), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("made", "size"),
-    [
-        (lambda: (own_trainers.WithOwnLoader(), own_trainers.Data()), 8),
-        (own_trainers.WithOwnLoader, 4),
-    ],
-)
-def test_a_lightning_module_s_batches_come_from_a_data_module_or_from_itself(made: Any, size: int) -> None:
-    found = workload_of("mine", made)
-    assert found.recipe.global_batch == size
-    assert found.split_refusal is None
-    run = apply(Strategy(micro_batch=size, attention="sdpa"), found, backends.get("cpu"))
-    batch = default_data_collator([own_trainers.Reviews()[index] for index in range(size)])
-    assert 0 < float(run.step(run.split(batch))) < 2
 
 
 def test_lightning_trains_the_same_with_a_strategy() -> None:
@@ -226,7 +205,6 @@ def test_transformers_takes_all_that_it_is_told() -> None:
     found = TrainingArguments(output_dir="unused", **ours.arguments("transformers"))
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (2, 4)
     assert (found.dataloader_num_workers, found.dataloader_prefetch_factor) == (2, 4)
-    assert found.optim == "adamw_torch_fused"
     assert found.device.type == "cpu"
 
 
@@ -239,7 +217,7 @@ def test_an_optimizer_is_told_how_to_update() -> None:
 @pytest.mark.parametrize(("knob", "value"), [("graphs", "step"), ("padding", "packed")])
 def test_what_a_trainer_cannot_have_is_said(knob: str, value: str) -> None:
     with pytest.warns(UserWarning, match=f"{knob}={value} is for run.step only.*--without {knob}={value}"):
-        tuned("reviews", **{knob: value}).arguments("transformers")
+        tuned("module", **{knob: value}).prepare(own_trainers.Module())
 
 
 def test_others_arguments_are_not_known() -> None:
@@ -263,12 +241,80 @@ def test_a_loader_gives_micro_batches_of_similar_length(workers: int) -> None:
     first, second = ([batch["input_ids"] for batch in loader] for _ in range(2))
     assert len(loader) == len(first) == 16
     assert {len(ids) for ids in first} == {4}
-    widths = {ids.shape[1] for ids in first}
-    assert widths <= {8, 16, 24}
-    assert len(widths) > 1
+    mixed = tuned("reviews", micro_batch=4, padding="longest").loader(data, collate_fn=default_data_collator)
+    assert sum(ids.numel() for ids in first) < sum(batch["input_ids"].numel() for batch in mixed)
     assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a.shape == b.shape)
     seen = sorted(row.tolist()[:4] for ids in first for row in ids)
     assert seen == sorted(ids[:4].tolist() for ids in data.ids)
+
+
+def test_an_epoch_s_rest_is_left_out_where_it_would_weigh_less() -> None:
+    data = torch.utils.data.TensorDataset(*(part[:43] for part in own_trainers.sequences().tensors))
+    parts = tuned("module", micro_batch=2, accumulation=4)
+    assert [len(ids) for ids, _ in parts.loader(data)] == [2] * 20
+    assert [len(ids) for ids, _ in parts.loader(data, lengths=[24] * 43)] == [2] * 20
+    assert sorted(len(ids) for ids, _ in tuned("module").loader(data)) == [3, 8, 8, 8, 8, 8]
+    few = torch.utils.data.Subset(data, range(3))
+    assert [len(ids) for ids, _ in parts.loader(few, lengths=[24] * 3)] == [2, 1]
+
+
+def test_a_short_batch_is_an_epoch_s_last() -> None:
+    data = own_trainers.Reviews(43)
+    ours = tuned("reviews", micro_batch=2, accumulation=4, padding="buckets")
+    arguments = ours.arguments("transformers")
+    trainer = own_trainers.trainer_of(own_trainers.classifier(), data, **arguments)
+    loader = ours.prepare(trainer, lengths=data.lengths.tolist()).get_train_dataloader()
+    for _ in range(3):
+        assert [len(batch["labels"]) for batch in loader] == [2] * 21 + [1]
+    trainer = own_trainers.trainer_of(own_trainers.classifier(), data, dataloader_drop_last=True, **arguments)
+    assert [len(batch["labels"]) for batch in ours.prepare(trainer).get_train_dataloader()] == [2] * 20
+    with pytest.raises(UsageError, match="there are 10 lengths for 43 samples"):
+        ours.prepare(trainer, lengths=[5] * 10)
+    with pytest.raises(UsageError, match="there are 10 lengths for 43 samples"):
+        ours.loader(data, lengths=[5] * 10)
+
+
+def test_samples_that_do_not_say_how_long_they_are_stay_as_they_come() -> None:
+    class Texts(torch.utils.data.Dataset[str]):
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, index: int) -> str:
+            return "a" * index
+
+    def collate(texts: list[str]) -> dict[str, torch.Tensor]:
+        return default_data_collator([own_trainers.Reviews()[len(text)] for text in texts])  # type: ignore[no-any-return]
+
+    ours = tuned("reviews", padding="buckets")
+    options = {"remove_unused_columns": False, **ours.arguments("transformers")}
+    trainer = own_trainers.trainer_of(own_trainers.classifier(), Texts(), collate, **options)
+    with pytest.warns(UserWarning, match="padding=buckets needs the samples' lengths"):
+        ours.prepare(trainer)
+    trainer.train()
+    trainer = own_trainers.trainer_of(
+        own_trainers.classifier(), own_trainers.Stream(), **ours.arguments("transformers")
+    )
+    with pytest.warns(UserWarning, match="come one by one"):
+        ours.prepare(trainer)
+    trainer.train()
+
+
+def test_a_loader_s_batches_are_as_they_were_but_for_their_padding() -> None:
+    class Own(dict[str, Any]):
+        note = "kept"
+
+    def collate(samples: list[Any]) -> Own:
+        return Own(default_data_collator(samples))
+
+    trim = pickle.loads(pickle.dumps(tuned("reviews", padding="longest").trim(default_data_collator)))
+    samples = [own_trainers.Reviews()[index] for index in range(4)]
+    assert trim(samples)["input_ids"].shape[1] < own_trainers.TOKENS
+    found = tuned("reviews", padding="longest").trim(collate)(samples)
+    assert isinstance(found, Own)
+    assert found["input_ids"].shape[1] < own_trainers.TOKENS
+    ids, classes = tuned("module", padding="longest").trim(default_collate)([(torch.ones(24), 1), (torch.ones(24), 0)])
+    assert ids.shape == (2, 24)
+    assert classes.tolist() == [1, 0]
 
 
 def test_without_lengths_nothing_can_be_grouped() -> None:
@@ -293,55 +339,3 @@ def test_attention_is_switched_in_a_model_of_hugging_faces_inside_another() -> N
     assert model.bert.config._attn_implementation == "eager"
     tuned("around_bert", attention="sdpa").prepare(model)
     assert model.bert.config._attn_implementation == "sdpa"
-
-
-def test_an_optimizer_of_ones_own_is_searched_with() -> None:
-    found, cpu = workload("with_sgd"), backends.get("cpu")
-    run = apply(Strategy(micro_batch=4, accumulation=2, optimizer="foreach"), found, cpu)
-    assert isinstance(run.optimizer, torch.optim.SGD)
-    assert run.optimizer.param_groups[0]["foreach"]
-    with pytest.raises(UsageError, match="brings its own optimizer: set learning_rate there"):
-        found.with_recipe(type(found.recipe)(**{**_fields(found.recipe), "learning_rate": 1.0}))
-    hardware = factories.hardware()
-    space = build_space(hardware, cpu, workload("with_rprop"))
-    assert "fused" not in space.values["optimizer"]
-    assert space.left_out["optimizer=fused"] == "Rprop has no such choice"
-
-
-def test_an_optimizer_that_knows_its_model_is_made_for_each() -> None:
-    found, cpu = workload("with_groups"), backends.get("cpu")
-    run = apply(Strategy(micro_batch=8), found, cpu)
-    before = run.model[2].weight.detach().clone()  # type: ignore[index]
-    batch = own_trainers.with_sgd()[1]
-    run.step(run.split(batch))
-    assert not torch.equal(before, run.model[2].weight)  # type: ignore[index]
-    with pytest.raises(AutotuneError, match="SGD holds parameters that are not this model's"):
-        apply(Strategy(micro_batch=8), found, cpu, model=own_trainers.with_sgd()[0])
-
-
-@pytest.mark.parametrize(
-    ("made", "words"),
-    [
-        (
-            lambda: (own_trainers.TwoOptimizers(), own_trainers.module()[1]),
-            "2 optimizers; autotune with one",
-        ),
-        (lambda: (own_trainers.ByHand(), own_trainers.module()[1]), "an optimization of its own"),
-        (lambda: (own_trainers.AsksItsTrainer(), own_trainers.module()[1]), "fails without a Trainer"),
-        (lambda: (*own_trainers.with_sgd()[:3], torch.optim.SGD([torch.ones(1)])), "it should make one: lambda"),
-    ],
-)
-def test_a_training_that_autotune_does_not_do_is_refused(made: Any, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        _ = workload_of("mine", made).own_optimizer
-
-
-@pytest.mark.usefixtures("probed")
-def test_a_search_for_a_lightning_module(tmp_path: Path) -> None:
-    found = briefly("search", "--model", "tests.own_trainers:module", "--trials", "2", "--profiles", tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert 'trainer = lightning.Trainer(..., **tuned.arguments("lightning"))' in found.stdout
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__struct_fields__}

@@ -150,7 +150,8 @@ def set_attention(
     """Switches the model's attention as far as the model goes; gives the context that its forward passes need for the
     rest: the pinned kernel, where the model does not pin it itself.
 
-    Attention will be computed in ``dtype``. Raises RuntimeError where no flash-attn package runs and one is asked for.
+    Attention will be computed in ``dtype``. Raises RuntimeError where no flash-attn package runs and one is asked for,
+    or the model stays as it is.
     """
     assert backend in get_args(Attention)
     kind, kernel, package = _switches(model), None, ""
@@ -163,9 +164,11 @@ def set_attention(
             module.backend, module.kernel, module.window = backend, kernel, window
         elif kind == "timm" and hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", backend != "eager")  # noqa: B010 - torch declares no such attribute
-    if kind == "transformers":
-        for part in _of_transformers(model):
-            part.set_attn_implementation(_transformers_name(backend, package))
+    for part in _of_transformers(model) if kind == "transformers" else ():
+        name = _transformers_name(backend, package)
+        part.set_attn_implementation(name)
+        if part.config._attn_implementation != name:  # which versions before 5 only log
+            raise RuntimeError(f"{type(part).__name__} cannot be switched to {name} attention once it is built")
     is_pinned = kind != "autotune" and backend in SDPA_KERNELS
     return _Pinned(SDPA_KERNELS[backend]) if is_pinned else contextlib.nullcontext()
 
@@ -215,6 +218,16 @@ class KernelsSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # q, k, v come first; a mask or a bias of the scores is the next tensor, by place or by name
             self.have_mask |= any(isinstance(value, Tensor) for value in (*args[3:], *kwargs.values()))
         return function(*args, **kwargs)
+
+
+_held = contextlib.ExitStack()
+
+
+def hold(context: contextlib.AbstractContextManager[None]) -> None:
+    """Enters what ``set_attention`` gave for all that this process runs until the next call: forward passes, and what
+    somebody else's loop computes again in its backward pass."""
+    _held.close()
+    _held.enter_context(context)
 
 
 class _Pinned(contextlib.AbstractContextManager[None]):

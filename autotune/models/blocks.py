@@ -75,7 +75,13 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def set_checkpoint(model: nn.Module, granularity: Checkpoint) -> int:
-    """Has the blocks that the granularity names recomputed, and no others; returns how many there are."""
+    """Has the blocks that the granularity names recomputed, and no others; returns how many there are. What a model of
+    Hugging Face's keeps for decoding is turned off for it."""
+    if granularity in _EVERY:
+        configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+        for config in configs:
+            if getattr(config, "use_cache", False):  # of Hugging Face's decoders: would be filled twice
+                config.use_cache = False
     num_recomputed = 0
     for index, block in enumerate(find_blocks(model)):
         kind = plain_class(type(block))

@@ -97,8 +97,8 @@ class Workload:
     source: str
     build_model: Callable[[], nn.Module]
     """A fresh model on the CPU, initialised from torch's current seed."""
-    trainer: Literal["transformers", "lightning"] | None = None
-    """Whose training it is, where a trainer brings it."""
+    loop: Loop = "autotune"
+    """Whose loop trains it: autotune's, the user's own, or a trainer's."""
     adopt: Callable[[nn.Module], nn.Module] = lambda model: model
     """Makes a model of the user's what is trained here: one that gives its trainer's loss, where there is a trainer."""
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer] | None = None
@@ -126,8 +126,8 @@ class Workload:
     """The same without padding, all samples' tokens in one row; None where the model does not take that."""
     split: Callable[[Any, Strategy, Rounding], list[MicroBatch]] | None = None
     """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
-    trim: Callable[[Any, Rounding], Any] | None = None
-    """The same batch without the padding that no sample of it needs; None as above."""
+    trim: Callable[[Callable[[list[Any]], Any], Rounding], Callable[[list[Any]], Any]] | None = None
+    """A collate function, whose batches lose the padding that none of their samples needs; None as above."""
     of_dataset: Callable[[Any, Strategy, Rounding], Any] = lambda dataset, strategy, rounding: dataset
     """What stands for ``train`` where the user brings a dataset."""
     is_masked: bool | None = True
@@ -209,11 +209,6 @@ class Workload:
                 "this model, or set padding to longest in the profile"
             )
         return self.pack
-
-    @property
-    def loop(self) -> Loop:
-        """Whose loop trains it: autotune's, the user's own, or a trainer's."""
-        return self.trainer or ("autotune" if self.split is None else "own")
 
     @property
     def baseline(self) -> Strategy:

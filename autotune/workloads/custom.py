@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from autotune.data.batching import Part
-from autotune.errors import UsageError, words_of
+from autotune.errors import UsageError, kind_of, words_of
 from autotune.strategy import Attention
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
-from autotune.workloads.own_batch import Batch, Mapped, Repeated, Takes
-from autotune.workloads.own_loss import OwnLoss, summed
-from autotune.workloads.own_trainer import made_of, on_host
+from autotune.workloads.own_batch import Batch, Mapped, Repeated, Takes, Trimmed
+from autotune.workloads.own_loss import MeanLoss, OwnLoss, OwnTraining, summed
+from autotune.workloads.own_trainer import first_batch, on_host, trainer_s
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many."""
@@ -88,30 +88,13 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
             given = make()
             if isinstance(given, Workload):
                 return given
-            made = made_of(given, label)
+            own = trainer_s(given, label) or _model_s(given, label, make)
     except UsageError:
         raise
     except Exception as exc:
         raise UsageError(f"{label} failed: {words_of(exc)}") from exc
-    model, raw, loss, optimizer, trainer = made
-    own_loss = OwnLoss(label, loss, model)
-    takes = Takes.of(model)
-    batch = Batch(raw, takes, label)
-
-    def build_model() -> nn.Module:
-        if trainer is not None:  # comes with its data, and weights: not made twice
-            return trainer.adopt(copy.deepcopy(trainer.model))
-        again = made_of(make(), label)
-        own_loss.keep(again.model, again.loss, again.optimizer)
-        return again.model
-
-    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-        if trainer is not None:
-            return trainer.optimizer(model.get_submodule("model"))
-        factory = own_loss.optimizer(model) or optimizer
-        assert factory is not None
-        return factory(model.parameters())
-
+    takes = own.takes
+    batch = Batch(own.batch, takes, label)
     recipe = Recipe(
         **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
         global_batch=batch.size,
@@ -120,24 +103,65 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         name=label,
         recipe=recipe,
         source=f"an example batch of {batch.size}, {EPOCH_BATCHES:,} times an epoch",
-        build_model=build_model,
-        trainer=None if trainer is None else trainer.library,
-        adopt=(lambda model: model) if trainer is None else trainer.adopt,
-        optimizer_of=None if trainer is None and optimizer is None else optimizer_of,
-        loss=functools.partial(summed, loss),
-        loss_of=own_loss.of,
+        build_model=own.build,
+        loop=own.loop,
+        adopt=own.adopt,
+        optimizer_of=own.optimizer_of,
+        loss=functools.partial(summed, own.loss),
+        loss_of=own.loss_of,
         num_correct=None,
         train=Repeated(batch, EPOCH_BATCHES * batch.size),
         test=Repeated(batch, TEST_BATCHES * batch.size),
         max_tokens=batch.width,
         collate=lambda data, indices, width: data.collate(indices, width),
         split=lambda raw, strategy, rounding: Batch(raw, takes, label).split(strategy, rounding),
-        trim=lambda raw, rounding: Batch(raw, takes, label).trimmed(rounding),
+        trim=lambda collate, rounding: Trimmed(collate, takes, label, rounding),
         is_masked=None,
         of_dataset=lambda dataset, strategy, rounding: Mapped(
             dataset, takes, label, batch.width, rounding if strategy.padding != "max" else None
         ),
     )
+
+
+def _model_s(given: Any, label: str, make: Callable[[], Any]) -> OwnTraining:
+    """The training of a model and a batch, and a loss and what makes an optimizer where there are such."""
+    model, batches, loss, optimizer = _parts(given, label)
+    if isinstance(optimizer, torch.optim.Optimizer) or not (optimizer is None or callable(optimizer)):
+        raise UsageError(
+            f"{label} gives {kind_of(optimizer)} for an optimizer; it should make one: "
+            "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+    own_loss = OwnLoss(label, loss, model)
+
+    def build() -> nn.Module:
+        built, _, *others = _parts(make(), label)
+        own_loss.keep(built, *others)
+        return built
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = (own_loss.optimizer(model) or optimizer)(model.parameters())
+        return made
+
+    return OwnTraining(
+        batch=first_batch(batches),
+        takes=Takes.of(model),
+        build=build,
+        optimizer_of=None if optimizer is None else optimizer_of,
+        loss=loss,
+        loss_of=own_loss.of,
+    )
+
+
+def _parts(given: Any, label: str) -> tuple[nn.Module, Any, MeanLoss | None, Any]:
+    """Model, batch or loader, loss, optimizer; None for what there is not of the last two."""
+    parts = list(given) if isinstance(given, Sequence) else [given]
+    if not (2 <= len(parts) <= 4 and isinstance(parts[0], nn.Module)):
+        raise UsageError(
+            f"{label} gives {kind_of(given)}; it should give a Workload, or (model, batch), (model, batch, loss), "
+            "(model, batch, loss, optimizer), a transformers.Trainer, or (LightningModule, loader)"
+        )
+    model, batches, loss, optimizer = (*parts, None, None)[:4]
+    return model, batches, loss, optimizer
 
 
 def _limited(data: Any, limit: int) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +30,8 @@ class Takes(NamedTuple):
     """Its arguments."""
     anything: bool
     """Whether it takes others by name."""
+    has_targets: bool = True
+    """Whether the last part of a batch, or the only one that has another name, is not for the model but the loss."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Takes:
@@ -36,8 +40,6 @@ class Takes(NamedTuple):
             raise UsageError("a DataParallel model is for several devices; give its module")
         if hasattr(model, "_orig_mod"):
             raise UsageError("the model is compiled already; give it as it was, torch.compile is one of the knobs")
-        if isinstance(takes := getattr(model, "takes", None), cls):
-            return takes
         try:
             found = inspect.signature(model.forward).parameters.values()
         except ValueError as exc:
@@ -65,7 +67,7 @@ class Batch:
                 named[TARGETS] = named.pop(unknown[0])
         else:
             parts = list(raw) if isinstance(raw, Sequence) else [raw]
-            *parts, targets = parts if len(parts) > 1 else [*parts, None]
+            *parts, targets = parts if len(parts) > 1 and takes.has_targets else [*parts, None]
             if len(parts) > len(takes.names):
                 raise UsageError(
                     f"a batch of {label} has {len(parts)} inputs, the model's forward names {len(takes.names)} "
@@ -134,10 +136,16 @@ class Batch:
 
     def trimmed(self, rounding: Rounding) -> Any:
         """The whole as it was given, cut to its longest sample, rounded up."""
-        width = min(self.width, rounded(int(self.lengths.max()), rounding.width))
-        if isinstance(self._raw, Mapping):
-            return {name: self._cut(value, width) for name, value in self._raw.items()}
-        return tree_map(lambda value: self._cut(value, width), self._raw)
+        cut = functools.partial(self._cut, width=self.longest(rounding))
+        if not isinstance(self._raw, MutableMapping):
+            return tree_map(cut, self._raw)
+        whole = copy.copy(self._raw)  # a tokenizer's batch is more than its parts
+        whole.update({name: cut(value) for name, value in whole.items()})
+        return whole
+
+    def longest(self, rounding: Rounding) -> int:
+        """Tokens of the longest sample, rounded up, but never more than there are."""
+        return min(self.width, rounded(int(self.lengths.max()), rounding.width))
 
     def _cut(self, value: Any, width: int) -> Any:
         if not isinstance(value, Tensor) or self.width == 1 or value.dim() == 1 or value.shape[1] != self.width:
@@ -196,7 +204,16 @@ class Mapped:
     def collate(self, indices: Indices, _: int) -> MicroBatch:
         """A micro batch of them, as wide as they are."""
         batch = Batch(default_collate([self._dataset[int(index)] for index in indices]), self._takes, self._label)
-        width = batch.width
-        if self._rounding is not None:
-            width = min(width, rounded(int(batch.lengths.max()), self._rounding.width))
+        width = batch.width if self._rounding is None else batch.longest(self._rounding)
         return batch.micro(np.arange(batch.size), width)
+
+
+class Trimmed:
+    """A collate function, whose batches lose the padding that no sample of them needs; loader processes can be given
+    it."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], takes: Takes, label: str, rounding: Rounding) -> None:
+        self.collate, self._takes, self._label, self._rounding = collate, takes, label, rounding
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return Batch(self.collate(samples), self._takes, self._label).trimmed(self._rounding)

@@ -6,13 +6,17 @@ Neither library is imported here: what they are is known by what they have.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
-import types
+import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -20,69 +24,22 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autotune.errors import UsageError, kind_of
 from autotune.workloads.own_batch import Takes
-from autotune.workloads.own_loss import MakeOptimizer, MeanLoss
-from autotune.workloads.seen import evaluating, unchanged
+from autotune.workloads.own_loss import MakeOptimizer, OwnTraining
 
 _PART = "batch_{}"
 """What a part of a Lightning module's batch is called that has no name of its own."""
 
 
-class OwnTrainer(NamedTuple):
-    """What brings a training: a transformers.Trainer, or a LightningModule, which is the model as well."""
-
-    library: Literal["transformers", "lightning"]
-    model: nn.Module
-    """As it came."""
-    adopt: Callable[[nn.Module], nn.Module]
-    """Gives a model of that kind its trainer's loss for output."""
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    """Makes the optimizer of such a model, as it came."""
-
-
-class Made(NamedTuple):
-    """What a user's function gives."""
-
-    model: nn.Module
-    batch: Any
-    loss: MeanLoss | None = None
-    optimizer: MakeOptimizer | None = None
-    trainer: OwnTrainer | None = None
-
-
-def made_of(made: Any, label: str) -> Made:
-    """The model and the batch in whatever a user's function gives. Raises UsageError where there are none."""
+def trainer_s(made: Any, label: str) -> OwnTraining | None:
+    """The training that a trainer brings; None where what a function gives is none. Raises UsageError for a training
+    that autotune does not do."""
     if is_transformers(made):
-        return _of_transformers(made)
+        return _of_transformers(made, label)
     parts = list(made) if isinstance(made, Sequence) else [made]
-    if parts and is_lightning(parts[0]):
-        return _of_lightning(parts[0], parts[1:], label)
-    if not (2 <= len(parts) <= 4 and isinstance(parts[0], nn.Module)):
-        raise UsageError(
-            f"{label} gives {kind_of(made)}; it should give a Workload, or (model, batch), (model, batch, loss), "
-            "(model, batch, loss, optimizer), a transformers.Trainer, or (LightningModule, loader)"
-        )
-    model, batch, loss, optimizer = (*parts, None, None)[:4]
-    if isinstance(optimizer, torch.optim.Optimizer) or not (optimizer is None or callable(optimizer)):
-        raise UsageError(
-            f"{label} gives {kind_of(optimizer)} for an optimizer; it should make one: "
-            "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
-        )
-    return Made(model, _first(batch), loss, optimizer)
-
-
-@contextlib.contextmanager
-def on_host() -> Iterator[None]:
-    """What is made in here is not moved to an accelerator, of which this process is to know nothing: Accelerate reads
-    this variable, and transformers' Trainer with it."""
-    before = os.environ.get("ACCELERATE_USE_CPU")
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["ACCELERATE_USE_CPU"]
-        else:
-            os.environ["ACCELERATE_USE_CPU"] = before
+    if not (parts and is_lightning(parts[0])) or (len(parts) > 2 and parts[2] is not None):
+        return None  # with a loss of its own it is a model as any other
+    source, optimizer = parts[1] if len(parts) > 1 else parts[0], parts[3] if len(parts) > 3 else None
+    return _of_lightning(parts[0], source, optimizer, label)
 
 
 def is_transformers(made: Any) -> bool:
@@ -95,6 +52,58 @@ def is_lightning(made: Any) -> bool:
     return isinstance(made, nn.Module) and hasattr(made, "training_step") and hasattr(made, "configure_optimizers")
 
 
+def first_batch(batches: Any) -> Any:
+    """A loader's first batch, on the CPU; a batch as it is."""
+    if isinstance(batches, Tensor | Mapping | list | tuple) or not hasattr(batches, "__iter__"):
+        return batches
+    torch.manual_seed(0)  # so that every process sees the same
+    batch = next(iter(batches))
+    if isinstance(batch, Mapping):
+        return {name: _on_host(part) for name, part in batch.items()}
+    return tree_map(_on_host, batch)
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """What is made in here is not moved to an accelerator, of which this process is to know nothing, since trials are
+    forked from it; nor does it change random numbers, or what Accelerate knows of the device."""
+    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    known = {state: dict(state._shared_state) for state in _accelerate_s()}
+    environment = mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
+    try:
+        with environment, _arguments_of_cpu():
+            yield
+    finally:
+        for state in _accelerate_s():
+            state._shared_state.clear()
+            state._shared_state.update(known.get(state, {}))
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
+        torch.set_rng_state(numbers[2])
+
+
+def _accelerate_s() -> list[Any]:
+    """The classes whose instances share what they know."""
+    module = sys.modules.get("accelerate.state")
+    return [] if module is None else [module.PartialState, module.AcceleratorState, module.GradientState]
+
+
+def _arguments_of_cpu() -> contextlib.AbstractContextManager[Any]:
+    """TrainingArguments are made for the CPU, and without what is a knob: precision and compilation."""
+    library: Any = sys.modules.get("transformers")
+    if library is None:
+        return contextlib.nullcontext()
+    plain = library.TrainingArguments.__post_init__
+    changes = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "torch_compile": False}
+    changes |= {"torch_compile_mode": None, "torch_compile_backend": None}
+
+    def post_init(arguments: Any) -> None:
+        vars(arguments).update(changes)
+        plain(arguments)
+
+    return mock.patch.object(library.TrainingArguments, "__post_init__", post_init)
+
+
 class Taught(nn.Module):
     """A model with its trainer's loss for output; ``forward`` takes a batch's parts by name. Its state is the model's,
     and so is whatever else is asked of it."""
@@ -104,11 +113,6 @@ class Taught(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-
-    @property
-    def takes(self) -> Takes:
-        """What a batch may hold."""
-        return Takes((), True)
 
     def _get_name(self) -> str:
         return self.model._get_name()  # type: ignore[no-any-return]
@@ -130,37 +134,29 @@ class Taught(nn.Module):
 
 class _ByTransformers(Taught):
     """The loss is ``Trainer.compute_loss``'s: a mean over the tokens of the whole global batch, where the Trainer takes
-    it so, which here is their number in a sample of the example batch times the samples."""
+    it so. Of these a sample of the example batch has ``items_per_sample``."""
 
-    def __init__(self, model: nn.Module, trainer: Any, batch: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, trainer: Any, items_per_sample: float | None) -> None:
         super().__init__(model)
-        count = getattr(trainer, "_get_num_items_in_batch", lambda *_: None)
-        num_items = count([batch], torch.device("cpu"))
-        self._per_sample = None if num_items is None else float(num_items) / _num_samples(batch)
+        self._per_sample = items_per_sample
         # a function, of which a copied model has no copy
         self._loss: Callable[..., Tensor] = lambda model, batch, options: trainer.compute_loss(model, batch, **options)
 
-    @property
-    def takes(self) -> Takes:
-        """What the model takes, and all else that it is given."""
-        return Takes(Takes.of(self.model).names, True)
-
     def forward(self, **batch: Any) -> Tensor:
         """The batch's mean loss."""
-        options = {} if self._per_sample is None else {"num_items_in_batch": self._per_sample * _num_samples(batch)}
+        options = {}
+        if self._per_sample is not None:
+            options["num_items_in_batch"] = torch.tensor(self._per_sample * _num_samples(batch))
         return self._loss(self.model, dict(batch), options)
 
 
 class _ByLightning(Taught):
-    """The loss is ``training_step``'s; what that logs goes nowhere."""
+    """The loss is ``training_step``'s, on a batch of the kind that the loader gives; what it logs goes nowhere."""
 
     def __init__(self, module: Any, kind: type) -> None:
         super().__init__(module)
         self._kind: Any = kind
         self._takes_index = len(inspect.signature(module.training_step).parameters) > 1
-        for name in ("log", "log_dict"):  # the compiler fails in them (lightning 2.6, torch 2.13)
-            plain = types.MethodType(getattr(type(module), name), module)
-            setattr(module, name, torch.compiler.disable(plain))  # type: ignore[no-untyped-call]
         warnings.filterwarnings("ignore", message=r"You are trying to `self.log\(\)`")
 
     def forward(self, **parts: Any) -> Any:
@@ -176,72 +172,89 @@ class _ByLightning(Taught):
         return self.model.training_step(batch, 0) if self._takes_index else self.model.training_step(batch)
 
 
-def mend_accumulation(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Has transformers' Trainer divide the losses of accumulated batches where the model does not.
-
-    The Trainer leaves that to each model that takes keyword arguments, and gives it ``num_items_in_batch``; some pass
-    that by (classifiers of BERT and DistilBERT, transformers 5.23), and would train with gradients as many times too
-    large as there are micro batches. ``inputs`` are a few samples with their ``labels``; without these nothing is done.
-    """
-    if "labels" not in inputs or hasattr(type(model), "accepts_loss_kwargs"):
-        return
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model), unchanged(model):
-        try:
-            mean, counted = (model(**inputs, **extra)["loss"] for extra in ({}, {"num_items_in_batch": 1e3}))
-        except Exception:  # noqa: BLE001 - what the model does not take; the Trainer then sees that for itself
-            return
-    if torch.equal(mean, counted):
-        model.accepts_loss_kwargs = False  # type: ignore[assignment]
-
-
-def _of_transformers(trainer: Any) -> Made:
+def _of_transformers(trainer: Any, label: str) -> OwnTraining:
     """A global batch is what the Trainer takes a step on: its batch, times its accumulation."""
+    args = trainer.args
+    if args.device.type != "cpu":
+        raise UsageError(f"{label} makes its Trainer on {args.device}: import transformers at the top of its file")
+    if trainer.optimizer is not None:
+        raise UsageError(
+            f"{label} gives its Trainer an optimizer that is made; give optimizer_cls_and_kwargs=(torch.optim.SGD, "
+            '{"lr": 0.1}), or have a subclass make it in create_optimizer'
+        )
     loader = trainer.get_train_dataloader()
-    batch = _first(
+    batch = first_batch(
         DataLoader(
             loader.dataset,
-            batch_size=trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
+            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
             shuffle=not isinstance(loader.dataset, IterableDataset),
             collate_fn=loader.collate_fn,
         )
     )
-    model = trainer.model.cpu()
-
-    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        trainer.model, trainer.optimizer = model, None
-        made: torch.optim.Optimizer = trainer.create_optimizer()
-        return made
+    count = getattr(trainer, "_get_num_items_in_batch", lambda *_: None)
+    num_items = count([batch], torch.device("cpu")) if isinstance(batch, Mapping) else None
+    items_per_sample = None if num_items is None else float(num_items) / _num_samples(batch)
+    state = object.__new__(type(trainer.accelerator.state))  # of its own: another Trainer resets the one that is shared
+    state.__dict__ = dict(trainer.accelerator.state.__dict__)
+    trainer.accelerator.state = state
+    pristine = trainer.model
 
     def adopt(model: nn.Module) -> nn.Module:
-        return _ByTransformers(model, trainer, batch)
+        return _ByTransformers(model, trainer, items_per_sample)
 
-    return Made(adopt(model), batch, trainer=OwnTrainer("transformers", model, adopt, optimizer))
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        trainer.model = model.get_submodule("model")
+        try:
+            trainer.create_optimizer()
+            made: torch.optim.Optimizer = trainer.optimizer
+        finally:
+            trainer.model, trainer.optimizer = pristine, None
+        return made
+
+    return OwnTraining(
+        batch=batch,
+        takes=Takes(Takes.of(pristine).names, anything=True),
+        build=lambda: adopt(copy.deepcopy(pristine)),  # it comes with its data and weights: not made twice
+        adopt=adopt,
+        optimizer_of=optimizer_of,
+        loop="transformers",
+    )
 
 
-def _of_lightning(module: Any, rest: Sequence[Any], label: str) -> Made:
-    """The batch is what follows the module, a loader's or a data module's first, or of the module's own loader."""
+def _of_lightning(module: Any, source: Any, optimizer: MakeOptimizer | None, label: str) -> OwnTraining:
+    """The batch is a loader's or a data module's first, or of the module's own loader."""
     if not getattr(module, "automatic_optimization", True):
         raise UsageError(
             f"{label} trains by an optimization of its own (automatic_optimization is off); give a step's model and "
             "loss: (model, batch, loss)"
         )
-    source = rest[0] if rest else module
-    if hasattr(source, "train_dataloader"):
-        for hook in ("prepare_data", "setup"):
-            if hasattr(source, hook) and source is not module:
-                getattr(source, hook)(*(["fit"] if hook == "setup" else []))
-        source = source.train_dataloader()
-    batch = _first(source)
-    kind = type(batch)
-    if isinstance(batch, Tensor):
-        batch = [batch]
-    named = batch if isinstance(batch, Mapping) else {_PART.format(i): part for i, part in enumerate(batch)}
+    owners = [source, module] if source is not module else [module]
+    for owner in owners:
+        for hook, arguments in (("prepare_data", ()), ("setup", ("fit",))):
+            if hasattr(owner, hook) and hasattr(owner, "train_dataloader"):
+                getattr(owner, hook)(*arguments)
+    batch = first_batch(source.train_dataloader() if hasattr(source, "train_dataloader") else source)
+    if isinstance(batch, Mapping):
+        takes = Takes((), anything=True, has_targets=False)
+    else:
+        num_parts = 1 if isinstance(batch, Tensor) else len(batch)
+        takes = Takes(tuple(map(_PART.format, range(num_parts))), anything=False, has_targets=False)
 
     def adopt(model: nn.Module) -> nn.Module:
-        return _ByLightning(model, kind)
+        return _ByLightning(model, type(batch))
 
-    own = OwnTrainer("lightning", module, adopt, lambda model: _configured(model, label))
-    return Made(adopt(module), named, trainer=own)
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        own = model.get_submodule("model")
+        return _configured(own, label) if optimizer is None else optimizer(own.parameters())
+
+    return OwnTraining(
+        batch=batch,
+        takes=takes,
+        build=lambda: adopt(copy.deepcopy(module)),
+        adopt=adopt,
+        optimizer_of=optimizer_of,
+        loop="lightning",
+    )
 
 
 def _configured(module: Any, label: str) -> torch.optim.Optimizer:
@@ -264,18 +277,6 @@ def _configured(module: Any, label: str) -> torch.optim.Optimizer:
     if not isinstance(found, torch.optim.Optimizer):
         raise UsageError(f"configure_optimizers of {label} gives {kind_of(found)}, no optimizer")
     return found
-
-
-def _first(batches: Any) -> Any:
-    """A loader's first batch, on the CPU, whatever random numbers there were; a batch as it is."""
-    if isinstance(batches, Tensor | Mapping | list | tuple) or not hasattr(batches, "__iter__"):
-        return batches
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        batch = next(iter(batches))
-    if isinstance(batch, Mapping):
-        return {name: _on_host(part) for name, part in batch.items()}
-    return tree_map(_on_host, batch)
 
 
 def _on_host(part: Any) -> Any:

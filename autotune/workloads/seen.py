@@ -140,10 +140,10 @@ def check_runs(workload: Workload, model: nn.Module) -> None:
             loss = loss_of(outputs, micro.targets)
             doing = "the backward pass"
             found = gradients_of(loss, model)
-        if any(gradient.is_sparse for gradient in found.values()):
+        if workload.optimizer_of is None and any(gradient.is_sparse for gradient in found.values()):
             raise UsageError(
-                f"{workload.name} has sparse gradients, which the recipe's AdamW does not take: leave sparse=True out "
-                "for the search; in a loop of your own apply(optimizer=...) takes any optimizer"
+                f"{workload.name} has sparse gradients, which the recipe's AdamW does not take: leave sparse=True out, "
+                "or give what makes an optimizer that does: (model, batch, loss, optimizer)"
             )
 
     with contextlib.suppress(Exception), evaluating(model):

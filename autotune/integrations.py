@@ -14,19 +14,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, RandomSampler, Sampler, default_collate
 
 from autotune.apply import set_model, set_optimizer, set_process
 from autotune.backends.base import Backend
 from autotune.compiler import compile_model, compiled
 from autotune.data.batching import plan_epoch, rounding_of
-from autotune.errors import UsageError
+from autotune.errors import UsageError, kind_of
 from autotune.models.attention import hold
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
-from autotune.workloads.own_batch import Trimmed
+from autotune.workloads.own_batch import Trimmed, refuse_wrapped
 from autotune.workloads.own_trainer import is_lightning
-from autotune.workloads.seen import evaluating, inputs_of, micro_of, unchanged
+from autotune.workloads.seen import evaluating, inputs_of, micro_of, unchanged, without_dropout
 
 Part = Literal["transformers", "lightning", "accelerate", "optimizer"]
 """Whose arguments: of ``transformers.TrainingArguments``, ``lightning.Trainer``, ``accelerate.Accelerator``, or of one
@@ -42,8 +42,12 @@ def prepare(model: nn.Module, strategy: Strategy, workload: Workload, backend: B
     """Puts attention, recomputation, compilation, memory format and the weights' type into the model, and threads,
     allocator, TF32 and the pinned attention kernel into this process, until the next. The model stays where it is.
 
-    Warns of what only ``run.step`` does. Raises AutotuneError where the model cannot take a knob.
+    Warns of what only ``run.step`` does. Raises AutotuneError where the model cannot take a knob, UsageError for what
+    is no model, or compiled already.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{kind_of(model)} is no model to prepare, nor a LightningModule or transformers.Trainer")
+    refuse_wrapped(model)
     for knob, value in _OWN_ONLY:
         if getattr(strategy, knob) == value:
             _warn(f"{knob}={value} is for run.step only, and left out; --without {knob}={value} searches without it")
@@ -69,6 +73,8 @@ def prepare_trainer(
     length is put together: into batches with ``buckets``, else into the parts of the Trainer's own. Warns of what the
     Trainer does otherwise. Raises AutotuneError as ``prepare`` does, UsageError for lengths of other samples.
     """
+    if getattr(trainer, "model_init", None) is not None:
+        raise UsageError("a Trainer with model_init makes another model when it trains; give it the model")
     _check_told(trainer.args, strategy, backend)
     prepare(trainer.model, strategy, workload, backend)
     for changed in ("get_train_dataloader", "create_optimizer"):
@@ -133,14 +139,14 @@ def loader(
     ``buckets`` is left out, with a warning. Raises UsageError for lengths of other samples, or where the workload makes
     its batches itself.
     """
+    if isinstance(dataset, DataLoader) or not hasattr(dataset, "__len__"):
+        raise UsageError(f"{kind_of(dataset)} is no dataset with a length; tuned.trim(collate_fn) is for other loaders")
     drops = strategy.accumulation > 1 and len(dataset) >= strategy.global_batch
     if lengths is None and strategy.padding == "buckets":
         _warn("padding=buckets needs the samples' lengths: give lengths=[...]")
     if lengths is None:
         num_samples = len(dataset) // strategy.global_batch * strategy.global_batch if drops else len(dataset)
-        shuffled = torch.utils.data.RandomSampler(
-            dataset, num_samples=num_samples, generator=torch.Generator().manual_seed(seed)
-        )
+        shuffled = RandomSampler(dataset, num_samples=num_samples, generator=torch.Generator().manual_seed(seed))
         order: dict[str, Any] = {"batch_size": strategy.micro_batch, "sampler": shuffled}
     else:
         order = {"batch_sampler": _Buckets(_checked(lengths, dataset), strategy, seed, drops)}
@@ -195,8 +201,9 @@ class _Buckets(Sampler[list[int]]):
 class _Sorted(Sampler[list[int]]):
     """Another sampler's micro batches, sorted by length within each that are accumulated together."""
 
-    def __init__(self, batches: Any, lengths: Sequence[int], accumulation: int) -> None:
+    def __init__(self, batches: Any, lengths: Sequence[int], accumulation: int, drops_last: bool) -> None:
         self._batches, self._lengths, self._accumulation = batches, lengths, accumulation
+        self._drops_last = drops_last
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the other's next iteration gives."""
@@ -206,11 +213,13 @@ class _Sorted(Sampler[list[int]]):
                 sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._batches) - (len(self._batches) % self._accumulation if self._drops_last else 0)
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = iter(self._batches)
         while whole := list(itertools.islice(batches, self._accumulation)):
+            if self._drops_last and len(whole) < self._accumulation:
+                return
             ordered = iter(sorted(itertools.chain(*whole), key=self._lengths.__getitem__))
             yield from ([*itertools.islice(ordered, len(batch))] for batch in whole)
 
@@ -244,10 +253,14 @@ def _divide_losses(trainer: Any, inputs: Mapping[str, Any]) -> None:
     if "labels" not in inputs or getattr(trainer, "loss_is_scaled_for_ga", None) is not None:
         return
     model, items = trainer.model, torch.tensor(1e3, device=inputs["labels"].device)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model), unchanged(model):
-        mean = trainer.compute_loss(model, dict(inputs))
-        counted = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
-    if torch.equal(mean, counted):
+    found = []
+    with torch.no_grad(), evaluating(model), without_dropout(model), unchanged(model):
+        model.train()  # some have a loss then only
+        for options in ({}, {"num_items_in_batch": items}):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                found.append(trainer.compute_loss(model, dict(inputs), **options))
+    if torch.equal(*found):
         trainer.model_accepts_loss_kwargs = False
         if hasattr(trainer, "loss_is_scaled_for_ga"):
             trainer.loss_is_scaled_for_ga = False
@@ -269,18 +282,27 @@ def _group(trainer: Any, strategy: Strategy, lengths: Sequence[int] | None) -> N
             _warn(f"padding={strategy.padding} needs the samples' lengths: give prepare(trainer, lengths=[...])")
             return
         lengths = [length for length in found if length is not None]
-    buckets = _Buckets(_checked(lengths, data), strategy, trainer.args.seed, trainer.args.dataloader_drop_last)
-    known = lengths
-    plain = trainer.get_train_dataloader
+    args, known, plain = trainer.args, _checked(lengths, data), trainer.get_train_dataloader
+    buckets = _Buckets(known, strategy, args.seed, args.dataloader_drop_last)
+    if is_bucketed and not _is_shuffled(plain()):
+        _warn("padding=buckets: the Trainer's own sampler chooses the samples, which are not put together by length")
 
     def get_train_dataloader() -> Any:
         base = plain()
-        order = buckets if is_bucketed else _Sorted(base.batch_sampler, known, strategy.accumulation)
+        order: Sampler[list[int]] = buckets
+        if not (is_bucketed and _is_shuffled(base)):
+            order = _Sorted(base.batch_sampler, known, strategy.accumulation, args.dataloader_drop_last)
         copied = ("collate_fn", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "worker_init_fn")
         options = {name: getattr(base, name) for name in (*copied, "multiprocessing_context")}
         return trainer.accelerator.prepare(DataLoader(base.dataset, batch_sampler=order, **options))
 
     trainer.get_train_dataloader = get_train_dataloader
+
+
+def _is_shuffled(loader: DataLoader[Any]) -> bool:
+    """Whether a Trainer takes every sample once, in any order, and not as a sampler of the user's says."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    return isinstance(sampler, RandomSampler) or type(sampler).__name__ == "LengthGroupedSampler"
 
 
 def _length(sample: Any) -> int | None:

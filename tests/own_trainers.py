@@ -9,7 +9,8 @@ import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+from torchmetrics.classification import MulticlassAccuracy
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -81,6 +82,13 @@ class Stream(IterableDataset[dict[str, Tensor]]):
         return iter([Reviews()[index] for index in range(64)])
 
 
+class Weighted(Trainer):  # type: ignore[misc]
+    """Chooses its samples itself."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return WeightedRandomSampler([1.0] * 4 + [0.0] * 60, num_samples=8)
+
+
 class WithOwnLoss(Trainer):  # type: ignore[misc]
     """Takes a mean, however many batches are accumulated."""
 
@@ -99,7 +107,7 @@ def trainer_of_sgd() -> Trainer:
 
 
 def trainer_of(
-    model: nn.Module,
+    model: nn.Module | None,
     data: Any,
     collate: Any = default_data_collator,
     *,
@@ -156,6 +164,17 @@ class Module(lightning.LightningModule):  # type: ignore[misc]
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+
+
+class Counting(Module):
+    """Keeps a metric, and makes its layers when it is told to."""
+
+    def configure_model(self) -> None:
+        self.accuracy = MulticlassAccuracy(num_classes=2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.accuracy(self(batch[0]), batch[1])
+        return super().training_step(batch, batch_idx)
 
 
 class TwoOptimizers(Module):

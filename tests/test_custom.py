@@ -302,6 +302,19 @@ def test_torchs_own_encoder_layers_are_seen_to_call_the_kernel() -> None:
     assert workload_of("encoder", make).attentions[0] == "sdpa"
 
 
+def test_a_script_that_reads_arguments_or_ends_when_it_is_imported_is_told_apart(tmp_path: Path) -> None:
+    reads = (
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--lr', {})\nparser.parse_args()\n"
+    )
+    rest = SCRIPT.replace("import beside", "class beside: CLASSES = 3")
+    (tmp_path / "reads.py").write_text(reads.format("default=1.0") + rest)
+    assert workloads.get(f"{tmp_path / 'reads.py'}:workload").RECIPE.global_batch == 8
+    (tmp_path / "wants.py").write_text(reads.format("required=True") + rest)
+    done = heard("search", "--model", f"{tmp_path / 'wants.py'}:workload")
+    assert done.returncode == 2
+    assert 'under if __name__ == "__main__"' in done.stderr.splitlines()[-1]
+
+
 def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text(

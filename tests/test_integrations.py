@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import accelerate
+import lightning
 import pytest
 import torch
 from torch import nn
@@ -116,6 +117,36 @@ def test_a_second_strategy_takes_the_place_of_the_first() -> None:
     assert "training_step" in vars(module)
     tuned("module").prepare(module)
     assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("padding", ["buckets", "longest"])
+def test_samples_that_a_trainer_chooses_itself_stay_chosen(padding: str) -> None:
+    ours = tuned("reviews", micro_batch=2, accumulation=2, padding=padding)
+    options = {**ours.arguments("transformers"), "dataloader_drop_last": True}
+    data = own_trainers.Reviews()
+    trainer = own_trainers.trainer_of(own_trainers.classifier(), data, kind=own_trainers.Weighted, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours.prepare(trainer)
+    assert ("own sampler" in "".join(str(one.message) for one in caught)) == (padding == "buckets")
+    seen = [row[0] for batch in trainer.get_train_dataloader() for row in batch["input_ids"].tolist()]
+    assert len(seen) == 8
+    assert set(seen) <= {int(ids[0]) for ids in data.ids[:4]}
+
+
+def test_what_cannot_be_prepared_is_told() -> None:
+    ours = tuned("reviews")
+    with pytest.raises(UsageError, match="compiled already"):
+        ours.prepare(torch.compile(own_trainers.classifier()))
+    with pytest.raises(UsageError, match="is no model to prepare"):
+        ours.prepare(lightning.Trainer(accelerator="cpu", logger=False))
+    trainer = own_trainers.trainer_of(
+        None, own_trainers.Reviews(), trainer_options={"model_init": own_trainers.classifier}
+    )
+    with pytest.raises(UsageError, match="model_init makes another model"):
+        ours.prepare(trainer)
+    with pytest.raises(UsageError, match="no dataset with a length"):
+        ours.loader(DataLoader(own_trainers.Reviews()))
 
 
 def test_a_decoder_is_computed_again_in_a_loop_of_ones_own() -> None:

@@ -107,6 +107,10 @@ def test_a_lightning_module_s_batches_come_from_a_data_module_or_from_itself(mad
     assert 0 < float(run.step(run.split(batch))) < 2
 
 
+def test_what_a_metric_counts_is_no_part_of_the_training() -> None:
+    assert workload_of("mine", lambda: (own_trainers.Counting(), own_trainers.module()[1])).split_refusal is None
+
+
 def test_a_lightning_module_may_be_given_another_optimizer_or_loss() -> None:
     cpu, loader = backends.get("cpu"), own_trainers.module()[1]
     rates = lambda parameters: torch.optim.Adagrad(parameters, lr=0.01)  # noqa: E731
@@ -151,6 +155,12 @@ def test_an_optimizer_that_knows_its_model_is_made_for_each() -> None:
         ),
         (lambda: (own_trainers.ByHand(), own_trainers.module()[1]), "an optimization of its own"),
         (lambda: (own_trainers.AsksItsTrainer(), own_trainers.module()[1]), "fails without a Trainer"),
+        (
+            lambda: (own_trainers.Module(), own_trainers.sequences()),
+            "is a dataset; give a DataLoader of it",
+        ),
+        (lambda: torch.compile(own_trainers.Module()), "compiled already"),
+        (lambda: (*own_trainers.with_sgd()[:2], torch.optim.SGD([torch.ones(1)])), "for a loss; it should be called"),
         (lambda: own_trainers.trainer_of_sgd(), "an optimizer that is made; give optimizer_cls_and_kwargs"),
         (lambda: (*own_trainers.with_sgd()[:3], torch.optim.SGD([torch.ones(1)])), "it should make one: lambda"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
+from unittest import mock
 
 from autotune.errors import UsageError, nearest, words_of
 from autotune.store import Wanted
@@ -68,6 +69,11 @@ def get(name: str) -> WorkloadModule:
         own = [known for known, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         names = [known for known in own if not known.startswith("_")]
         raise UsageError(f"{place} has no {attribute!r}{nearest(attribute, names)}") from exc
+    except SystemExit as exc:
+        raise UsageError(
+            f"{place} ends this process when it is imported: put what reads its arguments, and what trains, under "
+            'if __name__ == "__main__"'
+        ) from exc
     except Exception as exc:
         raise UsageError(f"no workload can be imported as {name!r}: {words_of(exc)}") from exc
     if hasattr(found, "open_workload"):
@@ -127,7 +133,8 @@ def _module_of(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     sys.modules[path.stem] = module
     try:
-        spec.loader.exec_module(module)
+        with mock.patch.object(sys, "argv", [str(path)]):  # ours are not its
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[path.stem]
         raise

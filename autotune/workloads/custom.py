@@ -131,6 +131,8 @@ def _model_s(given: Any, label: str, make: Callable[[], Any]) -> OwnTraining:
             f"{label} gives {kind_of(optimizer)} for an optimizer; it should make one: "
             "lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
         )
+    if not (loss is None or callable(loss)):
+        raise UsageError(f"{label} gives {kind_of(loss)} for a loss; it should be called as loss(output, targets)")
     own_loss = OwnLoss(label, loss, model)
 
     def build() -> nn.Module:

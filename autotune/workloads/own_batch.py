@@ -36,10 +36,7 @@ class Takes(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> Takes:
         """By the forward's signature."""
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise UsageError("a DataParallel model is for several devices; give its module")
-        if hasattr(model, "_orig_mod"):
-            raise UsageError("the model is compiled already; give it as it was, torch.compile is one of the knobs")
+        refuse_wrapped(model)
         try:
             found = inspect.signature(model.forward).parameters.values()
         except ValueError as exc:
@@ -48,6 +45,14 @@ class Takes(NamedTuple):
             ) from exc
         names = tuple(one.name for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD))
         return cls(names, any(one.kind == one.VAR_KEYWORD for one in found))
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises UsageError for a model that is compiled already, or wrapped for several devices."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UsageError("a DataParallel model is for several devices; give its module")
+    if hasattr(model, "_orig_mod"):
+        raise UsageError("the model is compiled already; give it as it was, torch.compile is one of the knobs")
 
 
 class Batch:

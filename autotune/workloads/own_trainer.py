@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from autotune.errors import UsageError, kind_of
-from autotune.workloads.own_batch import Takes
+from autotune.workloads.own_batch import Takes, refuse_wrapped
 from autotune.workloads.own_loss import MakeOptimizer, OwnTraining
 
 _PART = "batch_{}"
@@ -53,7 +53,9 @@ def is_lightning(made: Any) -> bool:
 
 
 def first_batch(batches: Any) -> Any:
-    """A loader's first batch, on the CPU; a batch as it is."""
+    """A loader's first batch, on the CPU; a batch as it is. Raises UsageError for a dataset."""
+    if isinstance(batches, Dataset):
+        raise UsageError(f"{type(batches).__name__} is a dataset; give a DataLoader of it, or a batch")
     if isinstance(batches, Tensor | Mapping | list | tuple) or not hasattr(batches, "__iter__"):
         return batches
     torch.manual_seed(0)  # so that every process sees the same
@@ -223,6 +225,7 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
 
 def _of_lightning(module: Any, source: Any, optimizer: MakeOptimizer | None, label: str) -> OwnTraining:
     """The batch is a loader's or a data module's first, or of the module's own loader."""
+    refuse_wrapped(module)
     if not getattr(module, "automatic_optimization", True):
         raise UsageError(
             f"{label} trains by an optimization of its own (automatic_optimization is off); give a step's model and "
@@ -230,7 +233,7 @@ def _of_lightning(module: Any, source: Any, optimizer: MakeOptimizer | None, lab
         )
     owners = [source, module] if source is not module else [module]
     for owner in owners:
-        for hook, arguments in (("prepare_data", ()), ("setup", ("fit",))):
+        for hook, arguments in (("prepare_data", ()), ("setup", ("fit",)), ("configure_model", ())):
             if hasattr(owner, hook) and hasattr(owner, "train_dataloader"):
                 getattr(owner, hook)(*arguments)
     batch = first_batch(source.train_dataloader() if hasattr(source, "train_dataloader") else source)

@@ -74,10 +74,11 @@ def unchanged(model: nn.Module, *, parameters: bool = False) -> Iterator[dict[st
 
 
 def numbers(model: nn.Module) -> dict[tuple[nn.Module, str], int | float]:
-    """What modules keep as plain attributes: counters, temperatures."""
+    """What modules keep as plain attributes: counters, temperatures. What metrics count trains nothing."""
     return {
         (module, name): value
         for module in model.modules()
+        if not any(kind.__module__.startswith("torchmetrics.") for kind in type(module).__mro__)
         for name, value in vars(module).items()
         if isinstance(value, int | float) and name != "training"
     }

@@ -92,8 +92,8 @@ class Tuned:
         Precision, batches and the optimizer are the trainer's: ``arguments``, ``loader``.
 
         Or a transformers.Trainer that was made with ``arguments``: its model, and its batches as well, put together by
-        ``lengths``, the tokens in each sample, found from the data if not given. Raises AutotuneError where the model
-        cannot take a knob.
+        ``lengths``, the tokens in each sample; without them every sample is asked once. Raises AutotuneError where the
+        model cannot take a knob.
         """
         from autotune import integrations
         from autotune.workloads.own_trainer import is_transformers

@@ -324,8 +324,11 @@ def _hide_logging(module: nn.Module) -> None:
     """The compiler leaves a module's ``log`` alone, in which it fails (torch 2.12 and 2.13): as Lightning itself has it
     since pytorch-lightning#21837."""
     for kind in type(module).__mro__:
-        if "log" in vars(kind) and kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
-            kind.log = torch.compiler.disable(kind.log)  # type: ignore[attr-defined, no-untyped-call]
+        own = vars(kind).get("log")
+        if own is None or hasattr(own, "_torchdynamo_disable"):
+            continue
+        if kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            kind.log = torch.compiler.disable(own)  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _warn(words: str) -> None:

@@ -23,8 +23,8 @@ from autotune.errors import UsageError, kind_of, words_of
 from autotune.strategy import Attention
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 from autotune.workloads.own_batch import Batch, Mapped, Repeated, Takes, Trimmed
-from autotune.workloads.own_loss import MeanLoss, OwnLoss, OwnTraining, summed
-from autotune.workloads.own_trainer import first_batch, on_host, trainer_s
+from autotune.workloads.own_loss import MeanLoss, OwnLoss, summed
+from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, trainer_s
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many."""

@@ -7,15 +7,13 @@ import functools
 import itertools
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune.errors import UsageError, kind_of
-from autotune.workloads.own_batch import Takes
 
 MeanLoss = Callable[..., Tensor]
 """Takes the model's output and the targets, and gives the mean over a batch."""
@@ -23,25 +21,6 @@ MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 """Takes a model's parameters."""
 _KEPT = "_autotune_kept"
 """What a model keeps under that it was made with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnTraining:
-    """What a user's function gives, as a workload needs it."""
-
-    batch: Any
-    takes: Takes
-    build: Callable[[], nn.Module]
-    """A model as the function makes it, with its trainer's loss for output where there is a trainer."""
-    adopt: Callable[[nn.Module], nn.Module] = lambda model: model
-    """Makes another model of the user's such a one."""
-    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer] | None = None
-    """Makes such a model's optimizer; None where the recipe does."""
-    loss: MeanLoss | None = None
-    loss_of: Callable[[nn.Module], Callable[[Any, Tensor], Tensor] | None] = lambda model: None
-    """The loss that such a model was made with, summed; None where that is all models' own."""
-    loop: Literal["own", "transformers", "lightning"] = "own"
-    """Whose it is."""
 
 
 class _Kept:

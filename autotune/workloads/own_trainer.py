@@ -1,4 +1,4 @@
-"""A user's own training as the trainers have it: a transformers.Trainer, or a LightningModule with its loader.
+"""A user's own training, and what it is where a transformers.Trainer brings it, or a LightningModule with its loader.
 
 Neither library is imported here: what they are is known by what they have.
 """
@@ -13,7 +13,8 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -24,10 +25,29 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from autotune.errors import UsageError, kind_of
 from autotune.workloads.own_batch import Takes, refuse_wrapped
-from autotune.workloads.own_loss import MakeOptimizer, OwnTraining
+from autotune.workloads.own_loss import MakeOptimizer, MeanLoss
 
 _PART = "batch_{}"
 """What a part of a Lightning module's batch is called that has no name of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTraining:
+    """What a user's function gives, as a workload needs it."""
+
+    batch: Any
+    takes: Takes
+    build: Callable[[], nn.Module]
+    """A model as the function makes it, with its trainer's loss for output where there is a trainer."""
+    adopt: Callable[[nn.Module], nn.Module] = lambda model: model
+    """Makes another model of the user's such a one."""
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer] | None = None
+    """Makes such a model's optimizer; None where the recipe does."""
+    loss: MeanLoss | None = None
+    loss_of: Callable[[nn.Module], Callable[[Any, Tensor], Tensor] | None] = lambda model: None
+    """The loss that such a model was made with, summed; None where that is all models' own."""
+    loop: Literal["own", "transformers", "lightning"] = "own"
+    """Whose it is."""
 
 
 def trainer_s(made: Any, label: str) -> OwnTraining | None:

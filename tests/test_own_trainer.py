@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments, default_data_collator
 
-from autotune import backends
+from autotune import backends, workloads
 from autotune.apply import apply
 from autotune.errors import AutotuneError, UsageError
 from autotune.search.space import build_space
@@ -105,6 +105,18 @@ def test_a_lightning_module_s_batches_come_from_a_data_module_or_from_itself(mad
     run = apply(Strategy(micro_batch=size, attention="sdpa"), found, backends.get("cpu"))
     batch = default_data_collator([own_trainers.Reviews()[index] for index in range(size)])
     assert 0 < float(run.step(run.split(batch))) < 2
+
+
+@pytest.mark.parametrize(
+    ("example", "loop"),
+    [("transformers_trainer", "transformers"), ("lightning_module", "lightning"), ("my_train", "own")],
+)
+def test_the_examples_are_workloads(example: str, loop: str) -> None:
+    file = Path(__file__).parents[1] / "examples" / f"{example}.py"
+    module = workloads.get(f"{file}:workload")
+    found = module.open_workload(module.prepare(None, limit=64, on_progress=lambda _: None))
+    assert found.loop == loop
+    assert found.recipe.global_batch == 32
 
 
 def test_what_a_metric_counts_is_no_part_of_the_training() -> None:

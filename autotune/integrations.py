@@ -7,6 +7,7 @@ Of transformers, Lightning and Accelerate none is imported.
 from __future__ import annotations
 
 import itertools
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from autotune.errors import UsageError, kind_of
 from autotune.models.attention import hold
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
-from autotune.workloads.own_batch import Trimmed, refuse_wrapped
+from autotune.workloads.own_batch import refuse_wrapped
 from autotune.workloads.own_trainer import is_lightning
 from autotune.workloads.seen import evaluating, inputs_of, micro_of, unchanged, without_dropout
 
@@ -36,6 +37,8 @@ _MIXED = {"fp8": "bf16", "bf16": "bf16", "fp16": "fp16"}
 """Autocast's type, by precision."""
 _OWN_ONLY = (("graphs", "step"), ("padding", "packed"))
 """What ``run.step`` alone does."""
+_TRIED = 8
+"""Samples that a Trainer's loss is tried on."""
 
 
 def prepare(model: nn.Module, strategy: Strategy, workload: Workload, backend: Backend) -> None:
@@ -52,13 +55,17 @@ def prepare(model: nn.Module, strategy: Strategy, workload: Workload, backend: B
         if getattr(strategy, knob) == value:
             _warn(f"{knob}={value} is for run.step only, and left out; --without {knob}={value} searches without it")
     set_process(strategy, backend)
+    module: Any = model
+    if is_lightning(model) and hasattr(model, "configure_model"):
+        module.configure_model()  # as its trainer does, again; layers may be made there
     taught = workload.adopt(model)
     hold(set_model(taught, strategy, workload, backend))
     if is_lightning(model):  # whose trainer calls training_step
-        vars(model).pop("training_step", None)
+        vars(module).pop("training_step", None)
         if strategy.compile != "none" and strategy.compile_scope == "model":
             _hide_logging(model)
-            model.training_step = compiled(model.training_step, strategy)  # type: ignore[assignment, arg-type]
+            # of the class, so that a copy of the module has its own
+            module.training_step = types.MethodType(compiled(type(module).training_step, strategy), module)
     elif taught is not model:
         compile_model(model, strategy)
 
@@ -88,12 +95,9 @@ def prepare_trainer(
 
     trainer.create_optimizer = create_optimizer
     if strategy.accumulation > 1 and workload.loop != "autotune":
-        _divide_losses(trainer, inputs_of(trainer.model, micro_of(workload, np.arange(2))))
-    if isinstance(trainer.data_collator, Trimmed):
-        trainer.data_collator = trainer.data_collator.collate
+        _divide_losses(trainer, inputs_of(trainer.model, micro_of(workload, np.arange(_TRIED))))
     if strategy.padding in ("longest", "buckets") and workload.trim is not None:
-        trainer.data_collator = trimmed(trainer.data_collator, strategy, workload, backend)
-        _group(trainer, strategy, lengths)
+        _set_batches(trainer, strategy, workload, backend, _lengths(trainer, strategy, lengths))
 
 
 def arguments(part: Part, strategy: Strategy, backend: Backend) -> dict[str, Any]:
@@ -260,6 +264,8 @@ def _divide_losses(trainer: Any, inputs: Mapping[str, Any]) -> None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 found.append(trainer.compute_loss(model, dict(inputs), **options))
+    if not all(map(torch.isfinite, found)):
+        _warn("whether the Trainer's loss has to be divided cannot be told: it is no number on the example's samples")
     if torch.equal(*found):
         trainer.model_accepts_loss_kwargs = False
         if hasattr(trainer, "loss_is_scaled_for_ga"):
@@ -268,30 +274,48 @@ def _divide_losses(trainer: Any, inputs: Mapping[str, Any]) -> None:
             _warn("compute_loss_func does not divide by num_items_in_batch, and this transformers does not either")
 
 
-def _group(trainer: Any, strategy: Strategy, lengths: Sequence[int] | None) -> None:
-    """Has a Trainer's batches put together by length."""
-    data, is_bucketed = trainer.train_dataset, strategy.padding == "buckets"
-    if not is_bucketed and strategy.accumulation == 1:
-        return
+def _lengths(trainer: Any, strategy: Strategy, lengths: Sequence[int] | None) -> Sequence[int] | None:
+    """Tokens in each of a Trainer's samples; None where they are not needed, or not known, of which it warns."""
+    data = trainer.train_dataset
+    if strategy.padding != "buckets" and strategy.accumulation == 1:
+        return None
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         _warn(f"padding={strategy.padding}: samples that come one by one are not put together by length")
-        return
-    if lengths is None:
-        found = [_length(data[index]) for index in range(len(data))]
-        if any(length is None for length in found):
-            _warn(f"padding={strategy.padding} needs the samples' lengths: give prepare(trainer, lengths=[...])")
-            return
-        lengths = [length for length in found if length is not None]
-    args, known, plain = trainer.args, _checked(lengths, data), trainer.get_train_dataloader
-    buckets = _Buckets(known, strategy, args.seed, args.dataloader_drop_last)
-    if is_bucketed and not _is_shuffled(plain()):
+        return None
+    if lengths is not None:
+        return _checked(lengths, data)
+    found = [_length(data[index]) for index in range(len(data))]
+    known = [length for length in found if length is not None]
+    if len(known) < len(found):
+        _warn(f"padding={strategy.padding} needs the samples' lengths: give prepare(trainer, lengths=[...])")
+        return None
+    return known
+
+
+def _set_batches(
+    trainer: Any, strategy: Strategy, workload: Workload, backend: Backend, lengths: Sequence[int] | None
+) -> None:
+    """Has a Trainer's training batches trimmed, and put together by length where lengths are known. What it evaluates
+    and predicts stays as it is."""
+    args, plain = trainer.args, trainer.get_train_dataloader
+    chooses = lengths is not None and strategy.padding == "buckets" and not _is_shuffled(plain())
+    if chooses:
         _warn("padding=buckets: the Trainer's own sampler chooses the samples, which are not put together by length")
 
     def get_train_dataloader() -> Any:
-        base = plain()
-        order: Sampler[list[int]] = buckets
-        if not (is_bucketed and _is_shuffled(base)):
-            order = _Sorted(base.batch_sampler, known, strategy.accumulation, args.dataloader_drop_last)
+        collate = trainer.data_collator
+        trainer.data_collator = trimmed(collate, strategy, workload, backend)
+        try:
+            base = plain()
+        finally:
+            trainer.data_collator = collate
+        if lengths is None:
+            return base
+        order: Sampler[list[int]]
+        if strategy.padding == "buckets" and not chooses:
+            order = _Buckets(lengths, strategy, args.seed, args.dataloader_drop_last)
+        else:
+            order = _Sorted(base.batch_sampler, lengths, strategy.accumulation, args.dataloader_drop_last)
         copied = ("collate_fn", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "worker_init_fn")
         options = {name: getattr(base, name) for name in (*copied, "multiprocessing_context")}
         return trainer.accelerator.prepare(DataLoader(base.dataset, batch_sampler=order, **options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from typing import Any
@@ -73,6 +74,8 @@ def test_transformers_batches_are_of_similar_length_in_buckets() -> None:
     assert epochs[0] != epochs[1]
     trainer.train()
     assert trainer.state.global_step == 4
+    assert trainer.predict(data).predictions.shape == (64, 2)
+    assert next(iter(trainer.get_eval_dataloader(data)))["input_ids"].shape[1] == own_trainers.TOKENS
 
 
 @pytest.mark.parametrize("own", [{}, {"compute_loss_func": own_trainers.mean_loss}])
@@ -109,6 +112,9 @@ def test_a_second_strategy_takes_the_place_of_the_first() -> None:
     tuned("reviews").prepare(trainer)
     assert trainer.get_train_dataloader == plain
     assert trainer.data_collator is default_data_collator
+    copied = copy.deepcopy(tuned("module", compile="default").prepare(own_trainers.Module()))
+    assert getattr(copied.training_step, "__self__", None) is copied
+    pickle.loads(pickle.dumps(copied))
     assert trainer.model._compiled_call_impl is None
     first.prepare(own_trainers.AroundBert())
     apply(Strategy(micro_batch=8), workload("reviews"), backends.get("cpu"))

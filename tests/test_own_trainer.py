@@ -48,7 +48,11 @@ def test_of_a_trainer_the_batch_the_loss_and_the_optimizer_are_taken() -> None:
 
 def test_a_trainer_counts_tokens_over_the_whole_batch_so_that_parts_train_the_same() -> None:
     assert "not the mean" in (workload("tokens_without_trainer").split_refusal or "")
-    assert workload("tokens").split_refusal is None
+    found = workload("tokens")
+    assert found.split_refusal is None
+    run = apply(Strategy(micro_batch=8), found, backends.get("cpu"))
+    with pytest.raises(UsageError, match=r"train with it, tuned.prepare\(trainer\)"):
+        run.split(default_data_collator([own_trainers.Tokens()[0]] * 8))
 
 
 def test_what_is_searched_knows_nothing_of_the_device_and_leaves_nothing() -> None:

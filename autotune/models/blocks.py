@@ -80,7 +80,8 @@ def set_checkpoint(model: nn.Module, granularity: Checkpoint) -> int:
     if granularity in _EVERY:
         configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
         for config in configs:
-            if getattr(config, "use_cache", False):  # of Hugging Face's decoders: would be filled twice
+            # of Hugging Face's decoders: would be filled twice
+            if hasattr(config, "to_dict") and getattr(config, "use_cache", False):
                 config.use_cache = False
     num_recomputed = 0
     for index, block in enumerate(find_blocks(model)):

@@ -99,6 +99,12 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
         global_batch=batch.size,
     )
+
+    def checked(raw: Any) -> Batch:
+        if (reason := own.refusal(raw)) is not None:
+            raise UsageError(reason)
+        return Batch(raw, takes, label)
+
     return Workload(
         name=label,
         recipe=recipe,
@@ -114,11 +120,11 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         test=Repeated(batch, TEST_BATCHES * batch.size),
         max_tokens=batch.width,
         collate=lambda data, indices, width: data.collate(indices, width),
-        split=lambda raw, strategy, rounding: Batch(raw, takes, label).split(strategy, rounding),
+        split=lambda raw, strategy, rounding: checked(raw).split(strategy, rounding),
         trim=lambda collate, rounding: Trimmed(collate, takes, label, rounding),
         is_masked=None,
         of_dataset=lambda dataset, strategy, rounding: Mapped(
-            dataset, takes, label, batch.width, rounding if strategy.padding != "max" else None
+            dataset, checked, batch.width, rounding if strategy.padding != "max" else None
         ),
     )
 

@@ -202,13 +202,13 @@ class Mapped:
     before they are read: they all count as ``width`` tokens, and those of a micro batch are padded to the longest of
     them, rounded up, where there is a ``rounding``."""
 
-    def __init__(self, dataset: Any, takes: Takes, label: str, width: int, rounding: Rounding | None) -> None:
-        self._dataset, self._takes, self._label, self._rounding = dataset, takes, label, rounding
+    def __init__(self, dataset: Any, batch_of: Callable[[Any], Batch], width: int, rounding: Rounding | None) -> None:
+        self._dataset, self._batch_of, self._rounding = dataset, batch_of, rounding
         self.lengths: Indices = np.full(len(dataset), width, dtype=np.int64)
 
     def collate(self, indices: Indices, _: int) -> MicroBatch:
         """A micro batch of them, as wide as they are."""
-        batch = Batch(default_collate([self._dataset[int(index)] for index in indices]), self._takes, self._label)
+        batch = self._batch_of(default_collate([self._dataset[int(index)] for index in indices]))
         width = batch.width if self._rounding is None else batch.longest(self._rounding)
         return batch.micro(np.arange(batch.size), width)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from autotune.errors import UsageError, kind_of
+from autotune.errors import UsageError, kind_of, words_of
 from autotune.workloads.own_batch import Takes, refuse_wrapped
 from autotune.workloads.own_loss import MakeOptimizer, MeanLoss
 
@@ -48,6 +48,8 @@ class OwnTraining:
     """The loss that such a model was made with, summed; None where that is all models' own."""
     loop: Literal["own", "transformers", "lightning"] = "own"
     """Whose it is."""
+    refusal: Callable[[Any], str | None] = lambda raw: None
+    """Why a batch would train otherwise in another loop; None where it would not, or that is not asked."""
 
 
 def trainer_s(made: Any, label: str) -> OwnTraining | None:
@@ -221,6 +223,14 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
     trainer.accelerator.state = state
     pristine = trainer.model
 
+    def refusal(raw: Any) -> str | None:
+        if items_per_sample is None or float(count([raw], torch.device("cpu"))) == items_per_sample * _num_samples(raw):
+            return None
+        return (
+            f"the Trainer of {label} takes a mean over the tokens that count, of which this batch has others than the "
+            "example: train with it, tuned.prepare(trainer)"
+        )
+
     def adopt(model: nn.Module) -> nn.Module:
         return _ByTransformers(model, trainer, items_per_sample)
 
@@ -236,10 +246,11 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
     return OwnTraining(
         batch=batch,
         takes=Takes(Takes.of(pristine).names, anything=True),
-        build=lambda: adopt(copy.deepcopy(pristine)),  # it comes with its data and weights: not made twice
+        build=lambda: adopt(_copy_of(pristine, label)),  # it comes with its data and weights: not made twice
         adopt=adopt,
         optimizer_of=optimizer_of,
         loop="transformers",
+        refusal=refusal,
     )
 
 
@@ -273,11 +284,19 @@ def _of_lightning(module: Any, source: Any, optimizer: MakeOptimizer | None, lab
     return OwnTraining(
         batch=batch,
         takes=takes,
-        build=lambda: adopt(copy.deepcopy(module)),
+        build=lambda: adopt(_copy_of(module, label)),
         adopt=adopt,
         optimizer_of=optimizer_of,
         loop="lightning",
     )
+
+
+def _copy_of(model: nn.Module, label: str) -> nn.Module:
+    """Raises UsageError for a model that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as exc:
+        raise UsageError(f"the model of {label} cannot be copied: {words_of(exc)}") from exc
 
 
 def _configured(module: Any, label: str) -> torch.optim.Optimizer:

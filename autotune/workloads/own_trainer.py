@@ -215,7 +215,7 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
             collate_fn=loader.collate_fn,
         )
     )
-    count = getattr(trainer, "_get_num_items_in_batch", lambda *_: None)
+    count: Callable[..., Any] = getattr(trainer, "_get_num_items_in_batch", lambda *_: None)
     num_items = count([batch], torch.device("cpu")) if isinstance(batch, Mapping) else None
     items_per_sample = None if num_items is None else float(num_items) / _num_samples(batch)
     state = object.__new__(type(trainer.accelerator.state))  # of its own: another Trainer resets the one that is shared

@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -61,6 +62,7 @@ def test_what_is_searched_knows_nothing_of_the_device_and_leaves_nothing() -> No
     found = workload_of("mine", lambda: own_trainers.reviewing(bf16=True))
     assert torch.equal(before, torch.get_rng_state())
     assert trainer.accelerator.mixed_precision == "bf16"
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # as in a process that has no other
     assert "ACCELERATE_USE_CPU" not in os.environ
     run = apply(Strategy(micro_batch=8), found, backends.get("cpu"))
     batch = default_data_collator([own_trainers.Reviews()[index] for index in range(8)])

@@ -218,9 +218,9 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
     count: Callable[..., Any] = getattr(trainer, "_get_num_items_in_batch", lambda *_: None)
     num_items = count([batch], torch.device("cpu")) if isinstance(batch, Mapping) else None
     items_per_sample = None if num_items is None else float(num_items) / _num_samples(batch)
-    state = object.__new__(type(trainer.accelerator.state))  # of its own: another Trainer resets the one that is shared
-    state.__dict__ = dict(trainer.accelerator.state.__dict__)
-    trainer.accelerator.state = state
+    # of its own: another Trainer resets those that are shared
+    trainer.accelerator.state = _detached(trainer.accelerator.state)
+    args.distributed_state = _detached(args.distributed_state)
     pristine = trainer.model
 
     def refusal(raw: Any) -> str | None:
@@ -289,6 +289,13 @@ def _of_lightning(module: Any, source: Any, optimizer: MakeOptimizer | None, lab
         optimizer_of=optimizer_of,
         loop="lightning",
     )
+
+
+def _detached(state: Any) -> Any:
+    """What Accelerate knows, as it is now."""
+    own = object.__new__(type(state))
+    own.__dict__ = dict(vars(state))
+    return own
 
 
 def _copy_of(model: nn.Module, label: str) -> nn.Module:

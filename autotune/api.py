@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from autotune.apply import OptimizerFactory, Run
-    from autotune.integrations import Part
+    from autotune.integrations.arguments import Part
     from autotune.workloads.base import Workload
 
 M = TypeVar("M")
@@ -95,13 +95,14 @@ class Tuned:
         ``lengths``, the tokens in each sample; without them every sample is asked once. Raises AutotuneError where the
         model cannot take a knob.
         """
-        from autotune import integrations
+        from autotune.integrations.model import prepare
+        from autotune.integrations.trainer import prepare_trainer
         from autotune.workloads.own_trainer import is_transformers
 
         if is_transformers(model):
-            integrations.prepare_trainer(model, self.strategy, self.workload, self.backend, lengths)
+            prepare_trainer(model, self.strategy, self.workload, self.backend, lengths)
         else:
-            integrations.prepare(cast("nn.Module", model), self.strategy, self.workload, self.backend)
+            prepare(cast("nn.Module", model), self.strategy, self.workload, self.backend)
         return model
 
     def arguments(self, part: Part) -> dict[str, Any]:
@@ -111,9 +112,9 @@ class Tuned:
 
         Raises UsageError for another part.
         """
-        from autotune import integrations
+        from autotune.integrations.arguments import arguments
 
-        return integrations.arguments(part, self.strategy, self.backend)
+        return arguments(part, self.strategy, self.backend)
 
     def loader(
         self,
@@ -128,18 +129,18 @@ class Tuned:
         ``lengths`` are the tokens in each sample: needed where the strategy's padding is ``buckets``.
         Raises UsageError for a built-in workload, which has a loader of its own.
         """
-        from autotune import integrations
+        from autotune.integrations.batches import loader
 
-        return integrations.loader(
+        return loader(
             dataset, self.strategy, self.workload, self.backend, lengths=lengths, collate_fn=collate_fn, seed=seed
         )
 
     def trim(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         """``collate_fn``, for a loader of your own, without the padding (by ``attention_mask``) that no sample of a
         batch needs; itself where the strategy's padding is ``max``. Raises UsageError as ``loader`` does."""
-        from autotune import integrations
+        from autotune.integrations.batches import trimmed
 
-        return integrations.trimmed(collate_fn, self.strategy, self.workload, self.backend)
+        return trimmed(collate_fn, self.strategy, self.workload, self.backend)
 
 
 def load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def get(name: str) -> WorkloadModule:
     """
     library, _, model_name = name.partition(":")
     if library in LIBRARIES:
-        return Custom(name, name, functools.partial(LIBRARIES[library], model_name))
+        return _of_library(library, model_name)
     place, colon, attribute = name.rpartition(":")
     if not colon:
         if resized := _resized(name):
@@ -78,7 +79,19 @@ def get(name: str) -> WorkloadModule:
         raise UsageError(f"no workload can be imported as {name!r}: {words_of(exc)}") from exc
     if hasattr(found, "open_workload"):
         return cast("WorkloadModule", found)
-    return Custom(f"{Path(place).resolve()}:{attribute}" if is_file else name, label(name), found)
+    spec = f"{Path(place).resolve()}:{attribute}" if is_file else name
+    return _of_function(spec, label(name), found) if inspect.isfunction(found) else Custom(spec, label(name), found)
+
+
+@functools.cache  # a process asks for a workload more than once, and what makes it may take long
+def _of_function(spec: str, name: str, function: Callable[[], Any]) -> WorkloadModule:
+    return Custom(spec, name, function)
+
+
+@functools.cache
+def _of_library(library: str, model_name: str) -> WorkloadModule:
+    name = f"{library}:{model_name}"
+    return Custom(name, name, functools.partial(LIBRARIES[library], model_name))
 
 
 def _resized(name: str) -> WorkloadModule | None:

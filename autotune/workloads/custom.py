@@ -24,7 +24,7 @@ from autotune.strategy import Attention
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 from autotune.workloads.own_batch import Batch, Mapped, Repeated, Takes, Trimmed
 from autotune.workloads.own_loss import MeanLoss, OwnLoss, summed
-from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, trainer_s
+from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, training_of_trainer
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many."""
@@ -88,7 +88,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
             given = make()
             if isinstance(given, Workload):
                 return given
-            own = trainer_s(given, label) or _model_s(given, label, make)
+            own = training_of_trainer(given, label) or _training_of_model(given, label, make)
     except UsageError:
         raise
     except Exception as exc:
@@ -129,7 +129,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
     )
 
 
-def _model_s(given: Any, label: str, make: Callable[[], Any]) -> OwnTraining:
+def _training_of_model(given: Any, label: str, make: Callable[[], Any]) -> OwnTraining:
     """The training of a model and a batch, and a loss and what makes an optimizer where there are such."""
     model, batches, loss, optimizer = _parts(given, label)
     if isinstance(optimizer, torch.optim.Optimizer) or not (optimizer is None or callable(optimizer)):

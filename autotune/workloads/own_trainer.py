@@ -52,7 +52,7 @@ class OwnTraining:
     """Why a batch would train otherwise in another loop; None where it would not, or that is not asked."""
 
 
-def trainer_s(made: Any, label: str) -> OwnTraining | None:
+def training_of_trainer(made: Any, label: str) -> OwnTraining | None:
     """The training that a trainer brings; None where what a function gives is none. Raises UsageError for a training
     that autotune does not do."""
     if is_transformers(made):
@@ -92,13 +92,13 @@ def on_host() -> Iterator[None]:
     """What is made in here is not moved to an accelerator, of which this process is to know nothing, since trials are
     forked from it; nor does it change random numbers, or what Accelerate knows of the device."""
     numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    known = {state: dict(state._shared_state) for state in _accelerate_s()}
+    known = {state: dict(state._shared_state) for state in _accelerate_states()}
     environment = mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
     try:
         with environment, _arguments_of_cpu():
             yield
     finally:
-        for state in _accelerate_s():
+        for state in _accelerate_states():
             state._shared_state.clear()
             state._shared_state.update(known.get(state, {}))
         random.setstate(numbers[0])
@@ -106,7 +106,7 @@ def on_host() -> Iterator[None]:
         torch.set_rng_state(numbers[2])
 
 
-def _accelerate_s() -> list[Any]:
+def _accelerate_states() -> list[Any]:
     """The classes whose instances share what they know."""
     module = sys.modules.get("accelerate.state")
     return [] if module is None else [module.PartialState, module.AcceleratorState, module.GradientState]

@@ -58,6 +58,7 @@ class Tuned:
         *,
         optimizer: OptimizerFactory | None = None,
         dataset: Any = None,
+        lengths: Sequence[int] | None = None,
         loss: Callable[[Any, Tensor], Tensor] | None = None,
         clip_norm: float | None = None,
         total_steps: int | None = None,
@@ -65,6 +66,8 @@ class Tuned:
     ) -> Run:
         """Model, optimizer, loader and ``step()`` ready to train; what is not given is the workload's own.
 
+        ``dataset`` is map-style; ``lengths`` are the tokens in each of its samples, without which every sample is read
+        once where the strategy's padding is ``buckets``.
         ``optimizer`` makes one from parameters: ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``; its
         schedule is then yours. ``loss`` gives a batch's mean from your model's output and the targets, in place of the
         workload's: needed where that reads its model. ``clip_norm`` is the global L2 norm that gradients are clipped
@@ -80,6 +83,7 @@ class Tuned:
             model=model,
             optimizer=optimizer,
             dataset=dataset,
+            lengths=lengths,
             loss=loss,
             clip_norm=clip_norm,
             total_steps=total_steps,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autotune.backends.base import Backend, torch_device
 from autotune.compiler import compile_model, loss_compiler, prepare_compiler
 from autotune.data.batching import MicroBatch, PlannedBatch, Rounding, plan_evaluation, rounding_of
-from autotune.data.loader import Loader
+from autotune.data.loader import Loader, with_lengths
 from autotune.errors import AutotuneError, UsageError
 from autotune.evaluation import Evaluation
 from autotune.graphs import check_recorded, make_capturable
@@ -58,11 +58,7 @@ class Run:
 
         Raises AutotuneError where the workload's batches come from its own loader only.
         """
-        if self.workload.split is None:
-            raise AutotuneError(
-                f"{self.workload.name} has a loader of its own: for batch in run.loader: run.step(batch)"
-            )
-        return self.workload.split(batch, self.strategy, self.rounding)
+        return _split(self.workload, self.strategy, self.rounding, batch)
 
     @property
     def rounding(self) -> Rounding:
@@ -89,6 +85,7 @@ class Run:
             is_pinned=self.backend.pins_memory,
             rounding=self.rounding,
             collate=self.workload.collate_for(self.strategy.padding),
+            split=self.split,
             is_training=False,
         ).over(plan)
 
@@ -106,6 +103,7 @@ def apply(
     model: nn.Module | None = None,
     optimizer: OptimizerFactory | None = None,
     dataset: Any = None,
+    lengths: Sequence[int] | None = None,
     loss: Callable[[Any, Tensor], Tensor] | None = None,
     clip_norm: float | None = None,
     total_steps: int | None = None,
@@ -113,7 +111,8 @@ def apply(
 ) -> Run:
     """A run with every knob of the strategy in effect; what is not given comes from the workload's recipe.
 
-    ``loss`` gives a batch's mean from output and targets, in place of the workload's.
+    ``loss`` gives a batch's mean from output and targets, in place of the workload's. ``lengths`` are the tokens in
+    each of the dataset's samples: without them ``buckets`` reads all once.
     ``total_steps`` is the length of the learning rate schedule, the recipe's epochs by default. With an ``optimizer``
     of your own the schedule is yours too. Raises AutotuneError where the model cannot take a knob, TypeError where the
     optimizer is made already, UsageError for a ``clip_norm`` that is none.
@@ -135,14 +134,16 @@ def apply(
     model.to(device)
     set_training(model)
     rounding = rounding_of(strategy, is_host=backend.is_host_memory)
+    data = workload.train if dataset is None else workload.of_dataset(dataset, lengths)
     loader = Loader(
-        workload.train if dataset is None else workload.of_dataset(dataset, strategy, rounding),
+        with_lengths(data, strategy),
         strategy,
         max_tokens=workload.max_tokens,
         seed=seed,
         is_pinned=backend.pins_memory,
         rounding=rounding,
         collate=workload.collate_for(strategy.padding),
+        split=functools.partial(_split, workload, strategy, rounding),
     )
     scheduler = None
     if optimizer is not None:
@@ -176,6 +177,12 @@ def apply(
         backend=backend,
         workload=workload,
     )
+
+
+def _split(workload: Workload, strategy: Strategy, rounding: Rounding, batch: Any) -> list[MicroBatch]:
+    if workload.split is None:
+        raise AutotuneError(f"{workload.name} has a loader of its own: for batch in run.loader: run.step(batch)")
+    return workload.split(batch, strategy, rounding)
 
 
 def set_process(strategy: Strategy, backend: Backend) -> None:

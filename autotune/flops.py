@@ -35,7 +35,7 @@ def flops_of(workload: Workload) -> Flops:
 
     Attention is quadratic in the length: counted at the shortest, the median and the longest, and carried to all.
     """
-    lengths = np.asarray(workload.train.lengths)
+    lengths = np.asarray(workload.looked_at.lengths)
     order = np.argsort(lengths, kind="stable")
     chosen = {int(lengths[index]): int(index) for index in (order[0], order[len(order) // 2], order[-1])}
     try:
@@ -46,7 +46,7 @@ def flops_of(workload: Workload) -> Flops:
     per_square, per_token = fit[:2].tolist() if len(fit) == 3 else (0.0, 1.0)
     is_known = per_token > 0 and per_square >= 0
     cost = Cost(0.0, 1.0, per_square / per_token) if is_known else BY_TOKENS
-    return Flops(float(np.polyval(fit, lengths).mean()), cost=cost)
+    return Flops(float(np.polyval(fit, np.asarray(workload.train.lengths)).mean()), cost=cost)
 
 
 def matmul_capability(precision: Precision) -> str:
@@ -55,7 +55,7 @@ def matmul_capability(precision: Precision) -> str:
 
 
 def _counted(workload: Workload, index: int, length: int) -> float:
-    micro = workload.collate(workload.train, np.array([index]), length)
+    micro = workload.collate(workload.looked_at, np.array([index]), length)
     with torch.device("meta"):
         model = workload.build_model()
     inputs = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in micro.inputs.items()}

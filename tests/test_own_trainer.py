@@ -51,9 +51,6 @@ def test_a_trainer_counts_tokens_over_the_whole_batch_so_that_parts_train_the_sa
     assert "not the mean" in (workload("tokens_without_trainer").split_refusal or "")
     found = workload("tokens")
     assert found.split_refusal is None
-    run = apply(Strategy(micro_batch=8), found, backends.get("cpu"))
-    with pytest.raises(UsageError, match=r"train with it, tuned.prepare\(trainer\)"):
-        run.split(default_data_collator([own_trainers.Tokens()[0]] * 8))
 
 
 def test_what_is_searched_knows_nothing_of_the_device_and_leaves_nothing() -> None:
@@ -136,7 +133,7 @@ def test_a_lightning_module_may_be_given_another_optimizer_or_loss() -> None:
     assert found.loop == "lightning"
     assert isinstance(apply(Strategy(micro_batch=8, attention="sdpa"), found, cpu).optimizer, torch.optim.Adagrad)
     found = workload_of("mine", lambda: (own_trainers.ByHand(), loader, nn.functional.cross_entropy))
-    assert found.loop == "own"
+    assert found.loop == "loader"
     assert isinstance(apply(Strategy(micro_batch=8, attention="sdpa"), found, cpu).optimizer, torch.optim.AdamW)
 
 

@@ -77,6 +77,27 @@ def test_the_tokens_that_a_setting_computes_are_known_without_a_trial(prepared: 
     assert prior.work(halved) == 2 * prior.work(task.baseline), "the probe found one thread half as fast as all"
 
 
+@pytest.mark.parametrize(
+    ("busy", "expected"),
+    [
+        (1.0, {(0, 0): 10, (0, 1): 14, (2, 0): 10, (1, 1): 8, (2, 1): 14}),  # one thread computes half as fast
+        (0.0, {(0, 0): 10, (1, 0): 6, (2, 0): 4, (4, 0): 4}),
+    ],
+)
+def test_loader_processes_are_expected_to_read_beside_the_step(
+    prepared: Prepared, busy: float, expected: dict[tuple[int, int], float]
+) -> None:
+    """Of ten seconds the baseline waits six for data, on two cores, which reading takes or leaves."""
+    ref, workload = prepared
+    workload = dataclasses.replace(workload, reading_busy=busy)
+    task = Task(ref=ref, workload=workload, hardware=factories.hardware(), backend=CPU, settings=Settings())
+    waiting = factories.trial(measurement=factories.measurement(loader_wait=0.6), strategy=task.baseline)
+    work = task.prior(FASTEST, waiting).work
+    for (workers, threads), seconds in expected.items():
+        found = 10 * work(msgspec.structs.replace(task.baseline, workers=workers, threads=threads))
+        assert found == pytest.approx(seconds), (workers, threads)
+
+
 def test_attention_kernels_are_expected_to_be_as_fast_as_the_probe_found_them(prepared: Prepared) -> None:
     ref, workload = prepared
     plain = factories.hardware()

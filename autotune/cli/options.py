@@ -137,14 +137,19 @@ def probed(backend: Backend, *, refresh: bool = False) -> Hardware:
         )
 
 
-def prepare(name: str, data: Path | None, limit: int | None) -> tuple[WorkloadRef, Workload]:
-    """The workload with its data ready, with progress and the data's notice on stderr."""
+def prepare(
+    name: str, data: Path | None, limit: int | None, *, is_measured: bool = False
+) -> tuple[WorkloadRef, Workload]:
+    """The workload with its data ready, for trials where it ``is_measured``; with progress and the data's notice on
+    stderr."""
     from autotune import workloads
     from autotune.report.live import StageDisplay
 
     module = workloads.get(name)
     with StageDisplay() as display:
         ref = module.prepare(data, limit=limit, on_progress=display.stage)
+        if is_measured:
+            ref = workloads.look(ref, display.stage)
     if ref.notice:
         display.console.print(ref.notice, style="yellow", markup=False)
     return ref, module.open_workload(ref)

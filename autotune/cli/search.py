@@ -131,7 +131,7 @@ def command(
     path = store.profile_path(device, label, profiles)
     store.check_writable(path)
     with store.device_lock(device):
-        ref, workload = prepare(name, data, limit)
+        ref, workload = prepare(name, data, limit, is_measured=True)
         hardware = probed(backend, refresh=refresh)
         if busy := busy_words(hardware):
             click.echo(busy, err=True)

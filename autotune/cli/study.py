@@ -87,7 +87,7 @@ def command(
     if csv_path is not None:
         store.check_writable(csv_path, "--csv")
     with store.device_lock(device):
-        ref, workload = prepare(definition.model, data, limit)
+        ref, workload = prepare(definition.model, data, limit, is_measured=True)
         hardware = probed(backend)
         task = StudyTask(
             definition=definition, ref=ref, workload=workload, hardware=hardware, backend=backend, seed=seed

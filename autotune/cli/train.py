@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import signal
@@ -116,7 +117,8 @@ def command(
 
     from autotune import checkpoint, store, workloads
     from autotune.apply import apply
-    from autotune.report.live import TrainDisplay
+    from autotune.data.loader import with_lengths
+    from autotune.report.live import StageDisplay, TrainDisplay
     from autotune.report.tensorboard import tensorboard_log
     from autotune.report.terminal import count_words, describe, epoch_table, stdout
     from autotune.strategy import Strategy
@@ -172,7 +174,10 @@ def command(
         raise UsageError(f"the run cannot be gone on with: {reason}; start a new one, or name what it had")
     told = checkpoint.Told(data=str(data.resolve()) if data else None, limit=limit, profile=profile_words)
     projected_s = _projected_s(profile, strategy, workload.num_train, workload.num_test, num_epochs)
-    steps_per_epoch = -(-workload.num_train // recipe.global_batch)
+    steps_per_epoch = workload.steps_per_epoch
+    with StageDisplay() as stages:
+        train, test = (with_lengths(part, strategy, stages.stage) for part in (workload.train, workload.test))
+    workload = dataclasses.replace(workload, train=train, test=test)
     backend.start_memory_window()
     with _told_of(knobs):
         run = apply(strategy, workload, backend, total_steps=num_epochs * steps_per_epoch, seed=seed)

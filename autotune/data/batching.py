@@ -166,6 +166,12 @@ def plan_batch(
     )
 
 
+def num_steps(data: Any, global_batch: int) -> int:
+    """Optimizer steps in an epoch of some data, of which the last may be short, or left out if there are others."""
+    whole, rest = divmod(len(data.lengths), global_batch)
+    return whole if whole and getattr(data, "drops_last", False) else whole + (rest > 0)
+
+
 def full_batches(plan: Sequence[PlannedBatch]) -> list[PlannedBatch]:
     """Without the last batch where that is short: once in an epoch it has a shape of its own."""
     full = max(batch.num_samples for batch in plan)

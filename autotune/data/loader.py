@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from autotune.data.batching import Indices, MicroBatch, PlannedBatch, Rounding, plan_batch, plan_epoch
+from autotune.data.batching import (
+    Indices,
+    MicroBatch,
+    PlannedBatch,
+    Rounding,
+    full_batches,
+    num_steps,
+    plan_batch,
+    plan_epoch,
+)
 from autotune.strategy import Strategy
 
 
@@ -26,10 +35,14 @@ class Loader:
         is_pinned: bool,
         rounding: Rounding,
         collate: Callable[[Any, Indices, int], MicroBatch],
+        split: Callable[[Any], list[MicroBatch]] | None = None,
         is_training: bool = True,
     ) -> None:
+        """``split`` cuts up the whole batches of data that ``fetch`` them; of others ``collate`` makes micro
+        batches."""
         self._data = data
         self._collate = collate
+        self._split = split if hasattr(data, "fetch") else None
         self._is_training = is_training
         self._strategy = strategy
         self._max_tokens = max_tokens
@@ -41,7 +54,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch."""
-        return math.ceil(len(self._data.lengths) / self._strategy.global_batch)
+        return num_steps(self._data, self._strategy.global_batch)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """The next epoch's batches."""
@@ -51,7 +64,7 @@ class Loader:
 
     def plan(self, epoch: int) -> list[PlannedBatch]:
         """What an epoch will give, without giving it."""
-        return plan_epoch(
+        planned = plan_epoch(
             self._data.lengths,
             global_batch=self._strategy.global_batch,
             micro_batch=self._strategy.micro_batch,
@@ -60,6 +73,7 @@ class Loader:
             seed=self._epoch_seed(epoch),
             rounding=self._rounding,
         )
+        return planned if len(planned) == len(self) else full_batches(planned)
 
     def plan_of(self, batches: Iterable[Indices]) -> list[PlannedBatch]:
         """A step on each of the given sets of samples, cut up and padded as an epoch's batches are."""
@@ -90,7 +104,7 @@ class Loader:
         is_varied = self._is_training and hasattr(self._data, "augmented")
         data = self._data.augmented(self._epoch_seed(epoch)) if is_varied else self._data
         loader: DataLoader[list[MicroBatch]] = DataLoader(
-            _GlobalBatches(data, batches, self._collate),
+            _GlobalBatches(data, batches, self._collate, self._split),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self._strategy.prefetch if workers else None,
@@ -100,19 +114,34 @@ class Loader:
         return iter(loader)
 
 
+def with_lengths(data: Any, strategy: Strategy, on_progress: Callable[[str], None] = lambda _: None) -> Any:
+    """The data, with its samples' lengths where these say which are put together: what does not know them yet reads
+    every sample once."""
+    if strategy.padding != "buckets" or not hasattr(data, "measured"):
+        return data
+    return data.measured(strategy.global_batch, strategy.workers, on_progress)
+
+
 class _GlobalBatches(Dataset[list[MicroBatch]]):
     def __init__(
-        self, data: Any, batches: Sequence[PlannedBatch], collate: Callable[[Any, Indices, int], MicroBatch]
+        self,
+        data: Any,
+        batches: Sequence[PlannedBatch],
+        collate: Callable[[Any, Indices, int], MicroBatch],
+        split: Callable[[Any], list[MicroBatch]] | None,
     ) -> None:
         self._data = data
         self._batches = batches
         self._collate = collate
+        self._split = split
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> list[MicroBatch]:
         batch = self._batches[index]
+        if self._split is not None:
+            return self._split(self._data.fetch(np.concatenate(batch.micro_batches)))
         return [
             self._collate(self._data, indices, width)
             for indices, width in zip(batch.micro_batches, batch.widths, strict=True)

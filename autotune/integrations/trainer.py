@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from autotune.apply import set_optimizer
 from autotune.backends.base import Backend
@@ -17,6 +17,8 @@ from autotune.integrations.batches import Buckets, Sorted, checked, trimmed
 from autotune.integrations.model import prepare
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
+from autotune.workloads.own_data import is_shuffled
+from autotune.workloads.own_trainer import ITEMS
 from autotune.workloads.seen import evaluating, inputs_of, micro_of, unchanged, without_dropout
 
 _TRIED = 8
@@ -48,7 +50,9 @@ def prepare_trainer(
 
     trainer.create_optimizer = create_optimizer
     if strategy.accumulation > 1 and workload.loop != "autotune":
-        _divide_losses(trainer, inputs_of(trainer.model, micro_of(workload, np.arange(_TRIED))))
+        inputs = inputs_of(trainer.model, micro_of(workload, np.arange(_TRIED)))
+        inputs.pop(ITEMS, None)
+        _divide_losses(trainer, inputs)
     if strategy.padding in ("longest", "buckets") and workload.trim is not None:
         _set_batches(trainer, strategy, workload, backend, _lengths(trainer, strategy, lengths))
 
@@ -123,7 +127,7 @@ def _set_batches(
     """Has a Trainer's training batches trimmed, and put together by length where lengths are known. What it evaluates
     and predicts stays as it is."""
     args, plain = trainer.args, trainer.get_train_dataloader
-    chooses = lengths is not None and strategy.padding == "buckets" and not _is_shuffled(plain())
+    chooses = lengths is not None and strategy.padding == "buckets" and not is_shuffled(plain())
     if chooses:
         warn("padding=buckets: the Trainer's own sampler chooses the samples, which are not put together by length")
 
@@ -146,12 +150,6 @@ def _set_batches(
         return trainer.accelerator.prepare(DataLoader(base.dataset, batch_sampler=order, **options))
 
     trainer.get_train_dataloader = get_train_dataloader
-
-
-def _is_shuffled(loader: DataLoader[Any]) -> bool:
-    """Whether a Trainer takes every sample once, in any order, and not as a sampler of the user's says."""
-    sampler = getattr(loader.batch_sampler, "sampler", None)
-    return isinstance(sampler, RandomSampler) or type(sampler).__name__ == "LengthGroupedSampler"
 
 
 def _length(sample: Any) -> int | None:

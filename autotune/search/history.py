@@ -20,8 +20,8 @@ from autotune.search import memory
 from autotune.search.explain import Share, estimated
 from autotune.search.objective import FASTEST, Aim, held_to_speed, loss_of
 from autotune.search.proof import Proof
-from autotune.search.surrogate import PRIOR_OF_MEMORY, Known, Surrogate
-from autotune.search.task import Task
+from autotune.search.surrogate import PRIOR_OF_MEMORY, Known, Prior, Surrogate
+from autotune.search.task import NO_WAIT, Task
 from autotune.strategy import Strategy
 
 NUM_FINALISTS = 3
@@ -37,8 +37,6 @@ NOISE_WITHIN, NOISE_LAP = 0.03, 0.05
 """At best where the device's speed is known all along, and of a single lap then (docs/LOG.md 2026-11-23)."""
 TOO_DOUBTFUL = 0.1
 """The best is measured again where the device's drift since makes its figure so uncertain."""
-NO_WAIT = 0.01
-"""A loader that takes less than this share of the step's time is fast enough."""
 FAILED: tuple[Outcome, ...] = ("crashed", "invalid", "diverged", "timeout", "oom")
 ENOUGH_FAILURES = 2
 """A knob's value that alone can be to blame for so many failed trials is not tried again."""
@@ -70,7 +68,7 @@ class History:
         known = self.known(FASTEST)
         if len(known) < 2 or self._task.aims[0] != FASTEST:
             return ()
-        surrogate = Surrogate(self._task.space.values, known, self._task.prior(FASTEST))
+        surrogate = Surrogate(self._task.space.values, known, self.prior(FASTEST))
         return estimated(surrogate, best, self._task.baseline, self._task.space)
 
     def likely_peaks_bytes(self, strategies: Sequence[Strategy]) -> list[int]:
@@ -108,7 +106,7 @@ class History:
         contenders = [trial for trial in usable if self.rate(trial) >= bar] or usable
         if not contenders:
             return []
-        surrogate = Surrogate(self._task.space.values, self.known(aim), self._task.prior(aim))
+        surrogate = Surrogate(self._task.space.values, self.known(aim), self.prior(aim))
         expected, _ = surrogate.predict([trial.strategy for trial in contenders])
         ranked = sorted(zip(expected.tolist(), contenders, strict=True), key=lambda pair: pair[0])
         return [(math.exp(log), trial) for log, trial in ranked]
@@ -222,6 +220,12 @@ class History:
                 doubts |= {pair: doubts.get(pair, 0.0) + 1 / len(suspects) for pair in suspects}
                 alone.update(suspects if len(suspects) == 1 else ())
         return doubts | {pair: math.inf for pair, count in alone.items() if count >= ENOUGH_FAILURES}
+
+    def prior(self, aim: Aim) -> Prior:
+        """What is expected of settings, by what their work is, and by how the fastest without loader processes waits
+        for data."""
+        alone = [trial for trial in self.all if trial.outcome == "ok" and not trial.strategy.workers]
+        return self._task.prior(aim, max(alone, key=lambda trial: trial.samples_per_s or 0.0, default=None))
 
     def loader_keeps_up(self) -> bool:
         """Whether nothing that was measured waited for data: loader processes could only take cores away."""

@@ -138,8 +138,8 @@ class Sampler:
             for _ in range(_NUM_RANDOM)
         ]
         found = dict.fromkeys([*near, *further, *(one for one in drawn if not self._space.refusal(one))])
-        reach = {knob: self._reach(knob, known) for knob in ORDERED}
-        near_known = [one for one in found if all(getattr(one, knob) in reach[knob] for knob in ORDERED)]
+        reach = {knob: self._reach(knob, known) for knob in ORDERED if knob != "workers"}  # of which waiting tells
+        near_known = [one for one in found if all(getattr(one, knob) in values for knob, values in reach.items())]
         return self._likely(near_known)
 
     def _reach(self, knob: str, known: Sequence[Known]) -> set[Any]:

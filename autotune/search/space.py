@@ -39,8 +39,10 @@ PREFETCHES = (PREFETCH, 8)
 """Batches that each loader process has ready."""
 OTHER_DEVICE = "not for this kind of device"
 CHANGES = "changes what is trained: --allow-approximate"
-WORKERS = (0, 1, 2, 4, 8)
-"""Loader processes; fewer where there are fewer cores."""
+WORKERS = (0, 1, 2, 4, 8, 16)
+"""Loader processes; fewer where there are fewer cores for them."""
+LEAST_BUSY = 1 / 8
+"""Loader processes wait for disks and networks as well, but never count as less of a core than this."""
 
 # Autocast and the kernels see 16-bit tensors; tf32 is fp32 storage, so its kernels are fp32's.
 ATTENTION_DTYPE: dict[Precision, str] = {
@@ -152,13 +154,13 @@ class Space(msgspec.Struct, frozen=True, kw_only=True):
         return sum(len(pairs) * num_allowed(*pairs[0]) for pairs in kinds.values()) * math.prod(map(len, free))
 
     def neighbours(self, strategy: Strategy) -> list[Strategy]:
-        """The allowed strategies that differ in one knob, by at most one place in micro batch and workers; those of
+        """The allowed strategies that differ in one knob, by at most one place in micro batch and threads; those of
         the knobs that pay most often first."""
         near = []
         for knob, values in self.values.items():
             here = values.index(getattr(strategy, knob))
             for index, value in enumerate(values):
-                is_far = knob in ("micro_batch", "workers", "threads") and abs(index - here) > 1
+                is_far = knob in ("micro_batch", "threads") and abs(index - here) > 1
                 if index != here and not is_far:
                     near.append(self.strategy({**self.params(strategy), knob: value}))
         return [candidate for candidate in near if self.refusal(candidate) is None]
@@ -231,6 +233,8 @@ def build_space(
     def no_graphs(graphs: Graphs) -> str | None:
         if graphs not in backend.graphs:
             return OTHER_DEVICE
+        if workload.is_padded_by_batch:
+            return "every width that the loader pads to would be recorded anew"
         if (own := workload.own_optimizer) is not None:
             return refused(f"graphs.{graphs}") or unrecorded_optimizer(own)
         return refused(f"graphs.{graphs}") or unrecorded_schedule(workload.recipe.schedule)
@@ -256,9 +260,15 @@ def build_space(
     def no_padding(padding: Padding) -> str | None:
         if padding == "packed" and workload.pack is None:
             return "the model does not take sequences in one row"
+        if padding == "max":
+            return "the loader pads to the longest of a batch"
         if len(set(map(int, workload.train.lengths))) == 1:
             return "all samples are of one length"
         return None if padding == "packed" else workload.trim_refusal
+
+    def no_workers(count: int) -> str | None:
+        is_too_many = count * max(workload.reading_busy, LEAST_BUSY) > num_cores
+        return f"there are {num_cores} cores" if is_too_many else None
 
     num_cores, global_batch = hardware.device.num_cores, workload.recipe.global_batch
     divisors = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
@@ -278,7 +288,7 @@ def build_space(
         _first(backend.compile_modes, get_args(Compile)),
         lambda mode: refused(f"compile.{mode}") if mode in backend.compile_modes else OTHER_DEVICE,
     )
-    workers = choose("workers", WORKERS, lambda n: f"there are {num_cores} cores" if n > num_cores else None)
+    workers = choose("workers", WORKERS, no_workers)
     values: dict[str, Sequence[Any]] = {
         "micro_batch": choose("micro_batch", divisors, lambda _: workload.split_refusal),
         "attention": [a for a in backend.attention if any((a, p) in pairs for p in precisions)],

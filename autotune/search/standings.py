@@ -67,7 +67,7 @@ class Standings:
             entered = _finals(race)
             if math.isfinite(error := log_error(entered)):
                 known += [Known(one.trial.strategy, self._loss(one, FASTEST), error, race=number) for one in entered]
-        surrogate = Surrogate(self._task.space.values, known, self._task.prior(FASTEST))
+        surrogate = Surrogate(self._task.space.values, known, self._history.prior(FASTEST))
         expected, _ = surrogate.predict([final.trial.strategy for final in rivals])
         losses = dict(zip((final.trial.number for final in rivals), np.exp(expected).tolist(), strict=True))
         return ranked(rivals, lambda final: losses[final.trial.number])

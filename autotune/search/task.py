@@ -14,14 +14,14 @@ from autotune import __version__
 from autotune.backends.base import Backend
 from autotune.checks.compute import THREADS_SPEED
 from autotune.flops import Flops, flops_of, matmul_capability
-from autotune.measurement import Measurement
+from autotune.measurement import Measurement, Trial
 from autotune.probe import Hardware
 from autotune.search.guess import attention_ms
 from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
 from autotune.search.settings import Settings
 from autotune.search.space import Space, build_space
 from autotune.search.surrogate import Prior, prior_of
-from autotune.search.work import tokens_of, work_of
+from autotune.search.work import loaded, tokens_of, work_of
 from autotune.strategy import SPARSE, Attention, Padding, Precision, Strategy
 from autotune.trial import pulse
 from autotune.trial.worker import Job
@@ -30,6 +30,8 @@ from autotune.workloads.base import Workload, WorkloadRef
 LONG_RUN_SHARE = 0.9
 """Host memory is held to this share of the user's budget: in an epoch the C library's heap peaks up to a tenth higher
 than in the minute of a trial and a soak (docs/LOG.md 2026-11-22)."""
+NO_WAIT = 0.01
+"""Share of a step that counts as none of it: loader processes could only take cores away."""
 CONTEXT_BYTES = 600 * 2**20
 """An accelerator's context, which no allocator counts: some 500 MB on CUDA."""
 FREE_MEMORY_SHARE = 0.9
@@ -136,10 +138,11 @@ class Task:
 
         return slowdown
 
-    def prior(self, aim: Aim) -> Prior:
-        """What is expected of settings before any is tried: that their time, or energy, goes by their work."""
+    def prior(self, aim: Aim, loaded_alone: Trial | None = None) -> Prior:
+        """What is expected of settings before any is tried: that their time, or energy, goes by their work; and by how
+        long they wait for data, where a trial without loader processes tells."""
 
-        def work(strategy: Strategy) -> float:
+        def computed(strategy: Strategy) -> float:
             measured = self.hardware.capability(f"threads.{strategy.threads}").measured
             return work_of(
                 strategy,
@@ -148,6 +151,21 @@ class Task:
                 attention_slowdown=self.attention_slowdown(strategy.attention, strategy.precision),
             )
 
+        known = loaded_alone.measurement if loaded_alone is not None else None
+        if loaded_alone is None or known is None or known.loader_wait < NO_WAIT:
+            return self._prior(aim, computed)
+        wait, scale = known.loader_wait, (1 - known.loader_wait) / computed(loaded_alone.strategy)
+        num_cores = self.hardware.device.num_cores
+
+        def work(strategy: Strategy) -> float:
+            num_busy = strategy.workers * self.workload.reading_busy + (strategy.threads or num_cores)
+            is_crowded = self.backend.is_host_memory and num_busy > num_cores
+            busy = self.workload.reading_busy if is_crowded else 0.0
+            return loaded(scale * computed(strategy), wait, strategy.workers, busy)
+
+        return self._prior(aim, work)
+
+    def _prior(self, aim: Aim, work: Callable[[Strategy], float]) -> Prior:
         return prior_of(aim.memory, work)._replace(same_kernel=self.backend.same_kernel)
 
     @property

@@ -95,7 +95,7 @@ class Trials:
             self._doubts = history.doubtful()
             self._fit = Fit(self._memory, task.space.values, history.all, task.memory_limit_bytes)
             aim = self._aim
-            known, cost_s, prior = history.known(aim), history.cost(aim), task.prior(aim)
+            known, cost_s, prior = history.known(aim), history.cost(aim), history.prior(aim)
             proposal = self._sampler.propose(known, cost_s, prior)
             if proposal is None:
                 break

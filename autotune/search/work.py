@@ -46,6 +46,12 @@ def tokens_of(lengths: Indices, global_batch: int, max_tokens: int) -> Callable[
     return tokens
 
 
+def loaded(computed: float, read: float, num_workers: int, busy: float) -> float:
+    """What a step takes that computes and reads for so long, as long as nothing else is done meanwhile. Loader
+    processes read beside it, each a batch; of the cores that it computes with they take ``busy`` of that time."""
+    return computed + read if num_workers == 0 else max(computed + busy * read, read / num_workers)
+
+
 def work_of(strategy: Strategy, tokens: float, *, threads_speed: float, attention_slowdown: float) -> float:
     """Of a sample that takes so many tokens, on threads that are so many times as fast as torch's own choice, by an
     attention kernel that takes so many times as long as the fastest."""

@@ -157,6 +157,13 @@ def _module_of(path: Path) -> ModuleType:
     return module
 
 
+def look(ref: WorkloadRef, on_progress: Callable[[str], None]) -> WorkloadRef:
+    """What trials open: the prepared workload, of whose data some samples were read, where it is the user's own. Raises
+    UsageError for data that cannot be read."""
+    module = get(ref.name)
+    return module.look(ref, on_progress) if isinstance(module, Custom) else ref
+
+
 def open_workload(ref: WorkloadRef) -> Workload:
     """A prepared workload, opened in this process."""
     return get(ref.name).open_workload(ref)

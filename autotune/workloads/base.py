@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autotune.data.batching import Indices, MicroBatch, Rounding, collate
+from autotune.data.batching import Indices, MicroBatch, Rounding, collate, num_steps
 from autotune.errors import AutotuneError, UsageError
 from autotune.models.blocks import find_blocks
 from autotune.models.cross_entropy import summed_cross_entropy, takes_parts
@@ -23,7 +23,7 @@ from autotune.strategy import Attention, Padding, Strategy, baseline
 from autotune.workloads import same, seen
 
 _OTHER_STATISTICS = "batch normalisation would train on other statistics"
-Loop = Literal["autotune", "own", "transformers", "lightning"]
+Loop = Literal["autotune", "own", "loader", "transformers", "lightning"]
 Schedule = Literal["cosine", "linear", "restarts", "onecycle", "constant"]
 
 
@@ -74,6 +74,20 @@ def num_correct(logits_BC: Tensor, classes_B: Tensor) -> Tensor:
     return (logits_BC.argmax(-1) == classes_B).sum()
 
 
+class Known(msgspec.Struct, frozen=True, kw_only=True):
+    """Samples of a user's own data that were read before it is measured with."""
+
+    positions: tuple[int, ...]
+    lengths: tuple[int, ...]
+    """Tokens in each."""
+    width: int
+    """Tokens that the widest batch was padded to."""
+    is_padded_by_batch: bool
+    """Whether batches are padded to their own longest sample, and not all to one limit."""
+    busy: float
+    """Share of a core that reading them again took, 0 to 1."""
+
+
 class WorkloadRef(msgspec.Struct, frozen=True, kw_only=True):
     """Where a prepared workload lies, so that a trial process can open it in milliseconds."""
 
@@ -86,6 +100,8 @@ class WorkloadRef(msgspec.Struct, frozen=True, kw_only=True):
     """What a person should know about the data."""
     limit: int | None = None
     """At most so many samples of each split."""
+    known: tuple[Known, ...] = ()
+    """What trials take of a user's own data, and of that to test on where it is other data; nothing: all there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +114,7 @@ class Workload:
     build_model: Callable[[], nn.Module]
     """A fresh model on the CPU, initialised from torch's current seed."""
     loop: Loop = "autotune"
-    """Whose loop trains it: autotune's, the user's own, or a trainer's."""
+    """Whose loop trains it: autotune's, the user's own with batches of its own or ``run.loader``'s, or a trainer's."""
     adopt: Callable[[nn.Module], nn.Module] = lambda model: model
     """Makes a model of the user's what is trained here: one that gives its trainer's loss, where there is a trainer."""
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer] | None = None
@@ -128,8 +144,14 @@ class Workload:
     """A batch as a DataLoader gives it, cut up for ``Step``; None where batches come from ``train`` only."""
     trim: Callable[[Callable[[list[Any]], Any], Rounding], Callable[[list[Any]], Any]] | None = None
     """A collate function, whose batches lose the padding that none of their samples needs; None as above."""
-    of_dataset: Callable[[Any, Strategy, Rounding], Any] = lambda dataset, strategy, rounding: dataset
-    """What stands for ``train`` where the user brings a dataset."""
+    of_dataset: Callable[[Any, Sequence[int] | None], Any] = lambda dataset, lengths: dataset
+    """What stands for ``train`` where the user brings a dataset, and may tell how many tokens its samples have."""
+    example: Any = None
+    """What the model is looked at with, as ``train`` is; None: with the first of ``train``."""
+    is_padded_by_batch: bool = False
+    """Whether batches come padded to their own longest sample, and not all to one limit."""
+    reading_busy: float = 1.0
+    """Share of a core that reading samples takes, 0 to 1; the rest of that time it waits."""
     is_masked: bool | None = True
     """Whether attention is told which tokens are padding; None: to be found out."""
 
@@ -213,7 +235,19 @@ class Workload:
     @property
     def baseline(self) -> Strategy:
         """The plain setting that everything is compared with."""
-        return msgspec.structs.replace(baseline(self.recipe.global_batch), attention=self.attentions[0])
+        plain = baseline(self.recipe.global_batch)
+        padding: Padding = "longest" if self.is_padded_by_batch and self.trim_refusal is None else "max"
+        return msgspec.structs.replace(plain, attention=self.attentions[0], padding=padding)
+
+    @property
+    def looked_at(self) -> Any:
+        """Samples that the model is looked at with."""
+        return self.train if self.example is None else self.example
+
+    @property
+    def looked_at_tokens(self) -> int:
+        """What these are padded to under ``padding = max``."""
+        return self.max_tokens if self.example is None else int(self.example.width)
 
     def _sample_model(self) -> nn.Module:
         """A model to look at; the random numbers that it draws are not missed."""
@@ -258,6 +292,11 @@ class Workload:
     def num_train(self) -> int:
         """Training samples."""
         return len(self.train.lengths)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps on ``train``."""
+        return num_steps(self.train, self.recipe.global_batch)
 
     @property
     def num_test(self) -> int:

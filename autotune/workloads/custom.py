@@ -15,14 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 from autotune.data.batching import Part
 from autotune.errors import UsageError, kind_of, words_of
 from autotune.strategy import Attention
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
-from autotune.workloads.own_batch import Batch, Mapped, Repeated, Takes, Trimmed
+from autotune.workloads.own_batch import Batch, Repeated, Takes, Trimmed
+from autotune.workloads.own_data import Data, Samples, Source, loaders_of
 from autotune.workloads.own_loss import MeanLoss, OwnLoss, summed
 from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, training_of_trainer
 
@@ -72,10 +75,38 @@ class Custom:
 
     def open_workload(self, ref: WorkloadRef) -> Workload:
         """The workload; with a limit, at most so many samples of each split."""
-        workload, limit = self._workload, ref.limit
-        if limit is None:
-            return workload
-        return dataclasses.replace(workload, train=_limited(workload.train, limit), test=_limited(workload.test, limit))
+        workload = self._workload
+        if ref.known:
+            train = workload.train.as_known(ref.known[0])
+            is_part = workload.test.source is workload.train.source
+            test = train.first(workload.num_test) if is_part else workload.test.as_known(ref.known[1])
+            workload = dataclasses.replace(
+                workload,
+                train=train,
+                test=test,
+                max_tokens=max(known.width for known in ref.known),
+                is_padded_by_batch=ref.known[0].is_padded_by_batch,
+                reading_busy=ref.known[0].busy,
+            )
+        if (limit := ref.limit) is not None:
+            parts = (_limited(workload.train, limit), _limited(workload.test, limit))
+            workload = dataclasses.replace(workload, train=parts[0], test=parts[1])
+        return workload
+
+    def look(self, ref: WorkloadRef, on_progress: Callable[[str], None]) -> WorkloadRef:
+        """The same for trials: with samples of its data that were read already, where it brings data. Raises UsageError
+        for batches that are none."""
+        workload = self._workload
+        if not isinstance(workload.train, Samples):
+            return ref
+        sets = [workload.train, *([] if workload.test.source is workload.train.source else [workload.test])]
+        try:
+            known = tuple(samples.known(workload.recipe.global_batch, on_progress) for samples in sets)
+        except UsageError:
+            raise
+        except Exception as exc:
+            raise UsageError(f"the data of {self._label} cannot be read: {words_of(exc)}") from exc
+        return msgspec.structs.replace(ref, known=known)
 
 
 def workload_of(label: str, make: Callable[[], Any]) -> Workload:
@@ -93,38 +124,58 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         raise
     except Exception as exc:
         raise UsageError(f"{label} failed: {words_of(exc)}") from exc
-    takes = own.takes
-    batch = Batch(own.batch, takes, label)
+    takes, data = own.takes, own.data
+
+    def batch_of(raw: Any) -> Batch:
+        return Batch(raw, takes, label, own.of_whole(raw))
+
+    example = batch_of(own.batch)
+    repeated = Repeated(example, EPOCH_BATCHES * example.size)
+    train: Samples | Repeated = repeated
+    test: Samples | Repeated = Repeated(example, TEST_BATCHES * example.size)
+    source = f"an example batch of {example.size}, {EPOCH_BATCHES:,} times an epoch"
+    if data.train is None:
+        source += f" ({data.why_not})" if data.why_not else ""
+    else:
+        train = Samples.all_of(data.train, batch_of, example.width)
+        if data.test is not None:
+            test = Samples.all_of(data.test, batch_of, example.width)
+        else:
+            test = train.first(max(example.size, round(TEST_BATCHES / EPOCH_BATCHES * len(train.lengths))))
+        source = f"{len(train.lengths):,} samples, {type(data.train.dataset).__name__}"
     recipe = Recipe(
-        **{field: getattr(RECIPE, field) for field in RECIPE.__struct_fields__ if field != "global_batch"},
-        global_batch=batch.size,
+        **{
+            field: getattr(RECIPE, field)
+            for field in RECIPE.__struct_fields__
+            if field not in ("global_batch", "epochs")
+        },
+        global_batch=example.size,
+        epochs=own.epochs,
     )
-
-    def checked(raw: Any) -> Batch:
-        if (reason := own.refusal(raw)) is not None:
-            raise UsageError(reason)
-        return Batch(raw, takes, label)
-
     return Workload(
         name=label,
         recipe=recipe,
-        source=f"an example batch of {batch.size}, {EPOCH_BATCHES:,} times an epoch",
+        source=source,
         build_model=own.build,
-        loop=own.loop,
+        loop="loader" if own.loop == "own" and data.train is not None else own.loop,
         adopt=own.adopt,
         optimizer_of=own.optimizer_of,
         loss=functools.partial(summed, own.loss),
         loss_of=own.loss_of,
         num_correct=None,
-        train=Repeated(batch, EPOCH_BATCHES * batch.size),
-        test=Repeated(batch, TEST_BATCHES * batch.size),
-        max_tokens=batch.width,
+        train=train,
+        test=test,
+        example=repeated,
+        max_tokens=example.width,
         collate=lambda data, indices, width: data.collate(indices, width),
-        split=lambda raw, strategy, rounding: checked(raw).split(strategy, rounding),
+        split=lambda raw, strategy, rounding: batch_of(raw).split(strategy, rounding),
         trim=lambda collate, rounding: Trimmed(collate, takes, label, rounding),
         is_masked=None,
-        of_dataset=lambda dataset, strategy, rounding: Mapped(
-            dataset, checked, batch.width, rounding if strategy.padding != "max" else None
+        of_dataset=lambda dataset, lengths: Samples.all_of(
+            Source(dataset, default_collate if data.train is None else data.train.collate),
+            batch_of,
+            example.width,
+            lengths,
         ),
     )
 
@@ -132,6 +183,8 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
 def _training_of_model(given: Any, label: str, make: Callable[[], Any]) -> OwnTraining:
     """The training of a model and a batch, and a loss and what makes an optimizer where there are such."""
     model, batches, loss, optimizer = _parts(given, label)
+    batches, tests = loaders_of(batches)
+    data = Data.of(batches, tests)
     if isinstance(optimizer, torch.optim.Optimizer) or not (optimizer is None or callable(optimizer)):
         raise UsageError(
             f"{label} gives {kind_of(optimizer)} for an optimizer; it should make one: "
@@ -151,7 +204,8 @@ def _training_of_model(given: Any, label: str, make: Callable[[], Any]) -> OwnTr
         return made
 
     return OwnTraining(
-        batch=first_batch(batches),
+        batch=first_batch(batches, data),
+        data=data,
         takes=Takes.of(model),
         build=build,
         optimizer_of=None if optimizer is None else optimizer_of,
@@ -173,4 +227,4 @@ def _parts(given: Any, label: str) -> tuple[nn.Module, Any, MeanLoss | None, Any
 
 
 def _limited(data: Any, limit: int) -> Any:
-    return data.first(limit) if isinstance(data, Repeated) else Part(data, limit)
+    return data.first(limit) if isinstance(data, Repeated | Samples) else Part(data, limit)

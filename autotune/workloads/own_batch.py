@@ -1,4 +1,4 @@
-"""The example batch of a user's own workload, as a set of samples, and what stands for an epoch of it."""
+"""A batch of a user's own, as a set of samples, and the example batch as an epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import default_collate
 
 from autotune.data.batching import Indices, MicroBatch, Rounding, plan_batch, rounded
 from autotune.errors import UsageError, kind_of
@@ -63,7 +62,8 @@ class Batch:
     no argument is left out. Raises UsageError where their sizes differ, or an argument is anything else.
     """
 
-    def __init__(self, raw: Any, takes: Takes, label: str) -> None:
+    def __init__(self, raw: Any, takes: Takes, label: str, of_whole: Mapping[str, Any] | None = None) -> None:
+        """``of_whole`` are inputs that are the whole batch's, and go with each part of it."""
         self._raw = raw
         if isinstance(raw, Mapping):
             named = {str(name): value for name, value in raw.items()}
@@ -100,7 +100,8 @@ class Batch:
         self.targets = named.pop(TARGETS, None)
         self.inputs: dict[str, Tensor] = named
         # for decoding; in training it is of no use, and recomputation does not go with it
-        self._settings = {"use_cache": False} if "use_cache" in takes.names else {}
+        self._settings: dict[str, Any] = {"use_cache": False} if "use_cache" in takes.names else {}
+        self._settings |= of_whole or {}
         tensors = [*self.inputs.values(), *([] if self.targets is None else [self.targets])]
         sizes = {len(tensor) for tensor in tensors if tensor.dim()}
         if len(sizes) != 1:
@@ -186,6 +187,8 @@ class Repeated:
 
     def __init__(self, batch: Batch, count: int) -> None:
         self._batch = batch
+        self.width = batch.width
+        """Tokens that the batch is padded to."""
         self.lengths: Indices = np.resize(batch.lengths, count)
 
     def collate(self, indices: Indices, width: int) -> MicroBatch:
@@ -195,22 +198,6 @@ class Repeated:
     def first(self, count: int) -> Repeated:
         """The first of them."""
         return Repeated(self._batch, min(count, len(self.lengths)))
-
-
-class Mapped:
-    """A torch map-style dataset, whose samples are collated as its DataLoader would. How long they are is not known
-    before they are read: they all count as ``width`` tokens, and those of a micro batch are padded to the longest of
-    them, rounded up, where there is a ``rounding``."""
-
-    def __init__(self, dataset: Any, batch_of: Callable[[Any], Batch], width: int, rounding: Rounding | None) -> None:
-        self._dataset, self._batch_of, self._rounding = dataset, batch_of, rounding
-        self.lengths: Indices = np.full(len(dataset), width, dtype=np.int64)
-
-    def collate(self, indices: Indices, _: int) -> MicroBatch:
-        """A micro batch of them, as wide as they are."""
-        batch = self._batch_of(default_collate([self._dataset[int(index)] for index in indices]))
-        width = batch.width if self._rounding is None else batch.longest(self._rounding)
-        return batch.micro(np.arange(batch.size), width)
 
 
 class Trimmed:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import os
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from autotune.errors import UsageError, kind_of, words_of
 from autotune.workloads.own_batch import Takes, refuse_wrapped
+from autotune.workloads.own_data import Data, loaders_of, unchanged_numbers
 from autotune.workloads.own_loss import MakeOptimizer, MeanLoss
 
+ITEMS = "items_per_sample"
+"""What a transformers.Trainer's loss takes besides a batch: how many tokens of a sample count, on average over all."""
 _PART = "batch_{}"
 """What a part of a Lightning module's batch is called that has no name of its own."""
 
@@ -48,8 +50,11 @@ class OwnTraining:
     """The loss that such a model was made with, summed; None where that is all models' own."""
     loop: Literal["own", "transformers", "lightning"] = "own"
     """Whose it is."""
-    refusal: Callable[[Any], str | None] = lambda raw: None
-    """Why a batch would train otherwise in another loop; None where it would not, or that is not asked."""
+    of_whole: Callable[[Any], dict[str, Any]] = lambda raw: {}
+    """What the model takes besides, of a whole batch, with each part of it."""
+    data: Data
+    epochs: int = 1
+    """For which it is trained, where there is data."""
 
 
 def training_of_trainer(made: Any, label: str) -> OwnTraining | None:
@@ -74,14 +79,20 @@ def is_lightning(made: Any) -> bool:
     return isinstance(made, nn.Module) and hasattr(made, "training_step") and hasattr(made, "configure_optimizers")
 
 
-def first_batch(batches: Any) -> Any:
-    """A loader's first batch, on the CPU; a batch as it is. Raises UsageError for a dataset."""
+def first_batch(batches: Any, data: Data) -> Any:
+    """A batch of a loader's data, or else its first, on the CPU; a batch as it is. Raises UsageError for a dataset, or
+    where there is nothing."""
     if isinstance(batches, Dataset):
         raise UsageError(f"{type(batches).__name__} is a dataset; give a DataLoader of it, or a batch")
     if isinstance(batches, Tensor | Mapping | list | tuple) or not hasattr(batches, "__iter__"):
         return batches
-    torch.manual_seed(0)  # so that every process sees the same
-    batch = next(iter(batches))
+    if data.train is not None:
+        batch = data.batch(batches.batch_size)
+    else:
+        torch.manual_seed(0)  # so that every process sees the same
+        batch = next(iter(batches), None)
+    if batch is None:
+        raise UsageError("the loader gives no batch")
     if isinstance(batch, Mapping):
         return {name: _on_host(part) for name, part in batch.items()}
     return tree_map(_on_host, batch)
@@ -91,19 +102,15 @@ def first_batch(batches: Any) -> Any:
 def on_host() -> Iterator[None]:
     """What is made in here is not moved to an accelerator, of which this process is to know nothing, since trials are
     forked from it; nor does it change random numbers, or what Accelerate knows of the device."""
-    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
     known = {state: dict(state._shared_state) for state in _accelerate_states()}
     environment = mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
     try:
-        with environment, _arguments_of_cpu():
+        with unchanged_numbers(), environment, _arguments_of_cpu():
             yield
     finally:
         for state in _accelerate_states():
             state._shared_state.clear()
             state._shared_state.update(known.get(state, {}))
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
-        torch.set_rng_state(numbers[2])
 
 
 def _accelerate_states() -> list[Any]:
@@ -158,19 +165,18 @@ class Taught(nn.Module):
 
 class _ByTransformers(Taught):
     """The loss is ``Trainer.compute_loss``'s: a mean over the tokens of the whole global batch, where the Trainer takes
-    it so. Of these a sample of the example batch has ``items_per_sample``."""
+    it so. Of these a sample has ``items_per_sample`` on average, a number."""
 
-    def __init__(self, model: nn.Module, trainer: Any, items_per_sample: float | None) -> None:
+    def __init__(self, model: nn.Module, trainer: Any) -> None:
         super().__init__(model)
-        self._per_sample = items_per_sample
         # a function, of which a copied model has no copy
         self._loss: Callable[..., Tensor] = lambda model, batch, options: trainer.compute_loss(model, batch, **options)
 
-    def forward(self, **batch: Any) -> Tensor:
+    def forward(self, *, items_per_sample: Tensor | None = None, **batch: Any) -> Tensor:
         """The batch's mean loss."""
         options = {}
-        if self._per_sample is not None:
-            options["num_items_in_batch"] = torch.tensor(self._per_sample * _num_samples(batch))
+        if items_per_sample is not None:
+            options["num_items_in_batch"] = items_per_sample * _num_samples(batch)
         return self._loss(self.model, dict(batch), options)
 
 
@@ -207,32 +213,22 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
             '{"lr": 0.1}), or have a subclass make it in create_optimizer'
         )
     loader = trainer.get_train_dataloader()
-    batch = first_batch(
-        DataLoader(
-            loader.dataset,
-            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            shuffle=not isinstance(loader.dataset, IterableDataset),
-            collate_fn=loader.collate_fn,
-        )
-    )
+    tests = trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, Mapping)
+    data = Data.of(loader, trainer.get_eval_dataloader() if tests else None)
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch = first_batch(DataLoader(loader.dataset, batch_size=size, collate_fn=loader.collate_fn), data)
     count: Callable[..., Any] = getattr(trainer, "_get_num_items_in_batch", lambda *_: None)
-    num_items = count([batch], torch.device("cpu")) if isinstance(batch, Mapping) else None
-    items_per_sample = None if num_items is None else float(num_items) / _num_samples(batch)
     # of its own: another Trainer resets those that are shared
     trainer.accelerator.state = _detached(trainer.accelerator.state)
     args.distributed_state = _detached(args.distributed_state)
     pristine = trainer.model
 
-    def refusal(raw: Any) -> str | None:
-        if items_per_sample is None or float(count([raw], torch.device("cpu"))) == items_per_sample * _num_samples(raw):
-            return None
-        return (
-            f"the Trainer of {label} takes a mean over the tokens that count, of which this batch has others than the "
-            "example: train with it, tuned.prepare(trainer)"
-        )
+    def of_whole(raw: Any) -> dict[str, Any]:
+        num_items = count([raw], torch.device("cpu")) if isinstance(raw, Mapping) else None
+        return {} if num_items is None else {ITEMS: torch.tensor(float(num_items) / _num_samples(raw))}
 
     def adopt(model: nn.Module) -> nn.Module:
-        return _ByTransformers(model, trainer, items_per_sample)
+        return _ByTransformers(model, trainer)
 
     def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
         trainer.model = model.get_submodule("model")
@@ -250,8 +246,19 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
         adopt=adopt,
         optimizer_of=optimizer_of,
         loop="transformers",
-        refusal=refusal,
+        of_whole=of_whole,
+        data=data,
+        epochs=_num_epochs(args, data, size),
     )
+
+
+def _num_epochs(args: Any, data: Data, batch_size: int) -> int:
+    """As many as a Trainer trains at least in part."""
+    if data.train is None:
+        return 1
+    if args.max_steps > 0:
+        return math.ceil(float(args.max_steps * batch_size / len(data.train.dataset)))
+    return max(1, math.ceil(float(args.num_train_epochs)))
 
 
 def _of_lightning(module: Any, source: Any, optimizer: MakeOptimizer | None, label: str) -> OwnTraining:
@@ -267,7 +274,13 @@ def _of_lightning(module: Any, source: Any, optimizer: MakeOptimizer | None, lab
         for hook, arguments in (("prepare_data", ()), ("setup", ("fit",)), ("configure_model", ())):
             if hasattr(owner, hook) and hasattr(owner, "train_dataloader"):
                 getattr(owner, hook)(*arguments)
-    batch = first_batch(source.train_dataloader() if hasattr(source, "train_dataloader") else source)
+    train, test = loaders_of(source)
+    if hasattr(source, "train_dataloader"):
+        train, test = source.train_dataloader(), None
+        with contextlib.suppress(Exception):  # there may be none
+            test = source.val_dataloader()
+    data = Data.of(train, test)
+    batch = first_batch(train, data)
     if isinstance(batch, Mapping):
         takes = Takes((), anything=True, has_targets=False)
     else:
@@ -288,6 +301,7 @@ def _of_lightning(module: Any, source: Any, optimizer: MakeOptimizer | None, lab
         adopt=adopt,
         optimizer_of=optimizer_of,
         loop="lightning",
+        data=data,
     )
 
 

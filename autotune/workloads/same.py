@@ -147,15 +147,15 @@ def recompute_refusal(workload: Workload, model: nn.Module) -> str | None:
 def trim_refusal(workload: Workload, model: nn.Module) -> str | None:
     """Why samples whose padding is cut off would train something else; None where they do not, or nothing can be
     told."""
-    lengths = workload.train.lengths[: workload.recipe.global_batch]
+    lengths = workload.looked_at.lengths[: workload.recipe.global_batch]
     samples = np.sort(np.argsort(lengths, kind="stable")[:2])
     width = int(lengths[samples].max())
-    if width >= workload.max_tokens:
+    if width >= workload.looked_at_tokens:
         return None
     trained = functools.partial(_trained, workload, model, [samples], draw=lambda part: draws.Constant())
     with without_dropout(model):
         try:
-            whole = trained(width=workload.max_tokens)
+            whole = trained(width=workload.looked_at_tokens)
         except Exception:  # noqa: BLE001 - the reason is shown elsewhere
             return None
         try:
@@ -288,7 +288,7 @@ def _changed_otherwise(one: Outcome, other: Outcome) -> str | None:
 
 def _spread(workload: Workload, count: int) -> Indices:
     """So many samples of a batch, in its order: those with the least and the most of each key, then some evenly."""
-    num_samples = min(workload.recipe.global_batch, workload.num_train)
+    num_samples = min(workload.recipe.global_batch, len(workload.looked_at.lengths))
     if count >= num_samples:
         return np.arange(num_samples)
     orders = [np.argsort(key, kind="stable") for key in _keys(workload)]
@@ -300,13 +300,13 @@ def _spread(workload: Workload, count: int) -> Indices:
 def _keys(workload: Workload) -> list[Indices]:
     """By each of these the samples of a batch may be told apart: their class, how long they are, how much of them does
     not count."""
-    indices = np.arange(min(workload.recipe.global_batch, workload.num_train))
-    micro: MicroBatch = workload.collate(workload.train, indices, workload.max_tokens)
+    indices = np.arange(min(workload.recipe.global_batch, len(workload.looked_at.lengths)))
+    micro: MicroBatch = workload.collate(workload.looked_at, indices, workload.looked_at_tokens)
     classes: list[Indices] = []
     marks: list[Indices] = []
     for tensor in (*micro.inputs.values(), micro.targets):
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and not tensor.is_complex():
             classes += [tensor.cpu().numpy().astype(np.int64)] if tensor.dim() == 1 else []
             marks += [tensor.eq(mark).flatten(1).sum(1).cpu().numpy() for mark in _MARKS] if tensor.dim() > 1 else []
-    keys = [*classes, workload.train.lengths[indices].astype(np.int64), *marks]
+    keys = [*classes, workload.looked_at.lengths[indices].astype(np.int64), *marks]
     return [key for key in keys if key.min() < key.max()] or keys[:1]

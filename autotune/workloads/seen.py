@@ -194,7 +194,7 @@ def refused_kernels(workload: Workload, model: nn.Module) -> dict[Attention, str
 
 def _extremes(workload: Workload) -> Indices:
     """The shortest and the longest sample of a batch."""
-    lengths = workload.train.lengths[: workload.recipe.global_batch]
+    lengths = workload.looked_at.lengths[: workload.recipe.global_batch]
     order = np.argsort(lengths, kind="stable")
     return order[[0, -1]] if len(order) > 1 else order
 
@@ -202,8 +202,9 @@ def _extremes(workload: Workload) -> Indices:
 def micro_of(workload: Workload, indices: Indices, width: int | None = None) -> MicroBatch:
     """The samples, padded to the longest of them; a user's own to the width that the batch has, or to another."""
     if width is None:
-        width = workload.max_tokens if workload.split is not None else int(workload.train.lengths[indices].max())
-    return workload.collate(workload.train, indices, width)
+        is_own = workload.split is not None
+        width = workload.looked_at_tokens if is_own else int(workload.looked_at.lengths[indices].max())
+    return workload.collate(workload.looked_at, indices, width)
 
 
 def outputs_of(model: nn.Module, micro: MicroBatch) -> Any:

@@ -1,0 +1,155 @@
+"""Data as users have it: datasets and loaders, and models for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from autotune.workloads.base import Workload
+from autotune.workloads.custom import workload_of
+from tests.own_trainers import AroundBert, Reviews, Tokens, decoder, reviewing, trainer_of
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Of one colour each, which tells its number; what else is in them is drawn from three sources at every reading."""
+
+    def __init__(self, count: int = 22) -> None:
+        self.count, self.num_read = count, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.num_read += 1
+        drawn = (random.random(), float(np.random.rand()), float(torch.rand(())))
+        return torch.tensor([index, *drawn]), index % 3
+
+
+def numbers_of(micro: Any) -> list[int]:
+    """Which pictures a micro batch has."""
+    return [int(number) for number in micro.inputs["input"][:, 0]]
+
+
+def pictures(**options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3), DataLoader(Pictures(), **{"batch_size": 4, "shuffle": True, **options})
+
+
+class Texts(Dataset[dict[str, Tensor]]):
+    """Of different lengths, which the loader pads."""
+
+    def __init__(self, count: int = 60) -> None:
+        self.reviews, self.num_read = Reviews(count), 0
+
+    def __len__(self) -> int:
+        return len(self.reviews)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.num_read += 1
+        sample, length = self.reviews[index], int(self.reviews.lengths[index])
+        return {**sample, **{name: sample[name][:length] for name in ("input_ids", "attention_mask")}}
+
+
+def padded(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """To the longest of them, as Hugging Face's collators do."""
+    tokens = {
+        name: nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True)
+        for name in ("input_ids", "attention_mask")
+    }
+    return {**tokens, "targets": torch.stack([sample["labels"] for sample in samples])}
+
+
+def texts() -> tuple[nn.Module, Any]:
+    return AroundBert(), DataLoader(Texts(), batch_size=4, shuffle=True, collate_fn=padded)
+
+
+def texts_of_one_width() -> tuple[nn.Module, Any]:
+    data = Reviews()
+    return AroundBert(), DataLoader(
+        [{**data[index], "targets": data[index]["labels"], "labels": None} for index in range(60)],  # type: ignore[arg-type]
+        batch_size=4,
+        shuffle=True,
+        collate_fn=_without_labels,
+    )
+
+
+def _without_labels(samples: list[Any]) -> dict[str, Tensor]:
+    return {name: torch.stack([one[name] for one in samples]) for name in ("input_ids", "attention_mask", "targets")}
+
+
+def to_train_and_test() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), (pictures()[1], DataLoader(Pictures(10), batch_size=5))
+
+
+class Broken(Pictures):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 21:
+            raise OSError("picture 21 is torn")
+        return super().__getitem__(index)
+
+
+def broken() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), DataLoader(Broken(), batch_size=4)
+
+
+class Stream(IterableDataset[tuple[Tensor, int]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return iter([Pictures()[index] for index in range(22)])
+
+
+class Pairs(BatchSampler):
+    """Puts together what belongs together."""
+
+
+def with_own_sampler() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), DataLoader(Pictures(), batch_size=4, sampler=WeightedRandomSampler([1.0] * 22, 22))
+
+
+def with_own_batches() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), DataLoader(Pictures(), batch_sampler=Pairs(SequentialSampler(range(22)), 4, False))
+
+
+def of_a_stream() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), DataLoader(Stream(), batch_size=4)
+
+
+def of_a_trainer() -> Any:
+    return reviewing(num_train_epochs=2.5, max_steps=-1, trainer_options={"eval_dataset": Reviews(24)})
+
+
+def of_a_trainer_of_tokens() -> Any:
+    return trainer_of(decoder(), Tokens())
+
+
+def slow() -> tuple[nn.Module, Any]:
+    """Of whose time more is spent waiting for data than anything else."""
+    return nn.Linear(4, 3), DataLoader(Slow(), batch_size=8, shuffle=True)
+
+
+class Slow(TensorDataset):
+    """As if it were far away."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.randn(256, 4), torch.arange(256) % 3)
+
+    def __getitem__(self, index: int) -> Any:
+        torch.multiprocessing.Event().wait(0.002)
+        return super().__getitem__(index)  # type: ignore[no-untyped-call]
+
+
+def workload(name: str) -> Workload:
+    return workload_of(name, globals()[name])

@@ -1,14 +1,18 @@
-"""What a profile brings where another library trains: python -m benchmarks.trainers [--budget 2m] [--rounds 6]
+"""What a profile brings to trainings of a user's own: python -m benchmarks.trainers [--budget 2m] [--rounds 6]
 
 The examples for transformers' Trainer and for Lightning are searched, then trained for two epochs by their own library,
 plainly and with the profile, in turns, each in a process of its own; the second epoch is timed. Beside them autotune's
-own loop with the same profile, whose ratio to the plain trainer says what the trainer's loop costs.
+own loop with the same profile, whose ratio to the plain trainer says what the trainer's loop costs. The example whose
+images take long to read is trained by a plain loop, by one with what many would write by hand (bf16, a fused optimizer, a
+loader process for every core), and by ``run.loader``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from autotune.report.terminal import describe, interval_words
 from autotune.stats import paired_ratio
 
-EXAMPLES = {"transformers": "transformers_trainer", "lightning": "lightning_module"}
-KINDS = ("plain", "tuned", "own loop")
+EXAMPLES = {"transformers": "transformers_trainer", "lightning": "lightning_module", "torch": "my_images"}
 FOLDER = Path(__file__).parent.parent / "examples"
 
 
@@ -99,7 +103,44 @@ def _own_loop(example: Any, tuned: Any, clock: Clock) -> None:
     clock.mark()
 
 
-TRAIN: dict[str, Callable[[Any, Any, Clock], None]] = {"transformers": _transformers, "lightning": _lightning}
+def _run_loader(example: Any, tuned: Any, clock: Clock) -> None:
+    run = tuned.apply()
+    for _ in range(2):
+        clock.mark()
+        for batch in run.loader:
+            run.step(batch)
+    clock.mark()
+
+
+def _plain(example: Any, _: Any, clock: Clock) -> None:
+    _fit(example, clock, example.loader(), contextlib.nullcontext)
+
+
+def _by_hand(example: Any, _: Any, clock: Clock) -> None:
+    loader = example.loader(num_workers=os.cpu_count(), persistent_workers=True)
+    _fit(example, clock, loader, lambda: torch.autocast("cpu", torch.bfloat16), fused=True)
+
+
+def _fit(example: Any, clock: Clock, loader: Any, context: Callable[[], Any], **options: Any) -> None:
+    model = example.Classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, **options)
+    for _ in range(2):
+        clock.mark()
+        for images, classes in loader:
+            optimizer.zero_grad()
+            with context():
+                loss = torch.nn.functional.cross_entropy(model(images), classes)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    clock.mark()
+
+
+Train = Callable[[Any, Any, Clock], None]
+KINDS: dict[str, dict[str, Train]] = {
+    "transformers": {"plain": _transformers, "tuned": _transformers, "own loop": _own_loop},
+    "lightning": {"plain": _lightning, "tuned": _lightning, "own loop": _own_loop},
+    "torch": {"plain": _plain, "by hand": _by_hand, "tuned": _run_loader},
+}
 
 
 def child(library: str, kind: str, profiles: str) -> None:
@@ -109,9 +150,9 @@ def child(library: str, kind: str, profiles: str) -> None:
     warnings.simplefilter("ignore")
     sys.path.append(str(FOLDER))
     example = importlib.import_module(EXAMPLES[library])
-    tuned = None if kind == "plain" else autotune.load(_name(library), profiles=profiles)
+    tuned = None if kind in ("plain", "by hand") else autotune.load(_name(library), profiles=profiles)
     clock = Clock()
-    (_own_loop if kind == "own loop" else TRAIN[library])(example, tuned, clock)
+    KINDS[library][kind](example, tuned, clock)
     print(json.dumps({"seconds": clock.seconds}))
 
 
@@ -141,9 +182,10 @@ def main(only: tuple[str, ...], budget: str, rounds: int, profiles: Path | None)
             search = ["search", "--model", _name(library), "--budget", budget, "--profiles", str(folder)]
             subprocess.run([sys.executable, "-m", "autotune", *search], check=True)
         print(f"{library}: {describe(autotune.load(_name(library), profiles=folder).strategy)}", flush=True)
-        found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        kinds = [*KINDS[library]]
+        found: dict[str, list[float]] = {kind: [] for kind in kinds}
         for turn in range(rounds):
-            for kind in KINDS if turn % 2 == 0 else reversed(KINDS):
+            for kind in kinds if turn % 2 == 0 else reversed(kinds):
                 found[kind].append(_seconds(library, kind, folder))
             print(f"{turn + 1} of {rounds} rounds", file=sys.stderr, flush=True)
         for kind, seconds in found.items():

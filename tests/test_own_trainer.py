@@ -112,7 +112,12 @@ def test_a_lightning_module_s_batches_come_from_a_data_module_or_from_itself(mad
 
 @pytest.mark.parametrize(
     ("example", "loop"),
-    [("transformers_trainer", "transformers"), ("lightning_module", "lightning"), ("my_train", "own")],
+    [
+        ("transformers_trainer", "transformers"),
+        ("lightning_module", "lightning"),
+        ("my_train", "own"),
+        ("my_images", "loader"),
+    ],
 )
 def test_the_examples_are_workloads(example: str, loop: str) -> None:
     file = Path(__file__).parents[1] / "examples" / f"{example}.py"

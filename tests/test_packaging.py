@@ -1,7 +1,9 @@
-"""What is in the wheel: the top-level folders under their installed names, nothing importable as plain `backends`."""
+"""What is in the wheel: the top-level folders under their installed names, nothing importable as plain `backends`; and
+that the documents beside it point to what is there."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -37,3 +39,16 @@ def test_the_wheel_holds_backends_and_profiles_inside_the_package(tmp_path: Path
     assert "autotune/py.typed" in names
     assert "autotune/data/imdb_lengths.json" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"autotune"}
+
+
+def test_what_the_documents_point_to_is_there() -> None:
+    """Files by their path, and headings of theirs by what GitHub makes of them."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+            path, _, heading = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), f"{page.name}: {target}"
+            titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE) if found.suffix == ".md" else []
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not heading or heading in anchors, f"{page.name}: {target}"

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
-from unittest import mock
 
 from autotune.errors import UsageError, nearest, words_of
 from autotune.store import Wanted
@@ -145,13 +144,14 @@ def _module_of(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     sys.modules[path.stem] = module
+    arguments, sys.argv = sys.argv, [str(path)]  # ours are not its
     try:
-        with mock.patch.object(sys, "argv", [str(path)]):  # ours are not its
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[path.stem]
         raise
     finally:
+        sys.argv = arguments
         sys.path.remove(str(path.parent))
         _put_last(path.parent)
     return module

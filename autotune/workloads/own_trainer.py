@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from autotune.workloads.own_loss import MakeOptimizer, MeanLoss
 
 ITEMS = "items_per_sample"
 """What a transformers.Trainer's loss takes besides a batch: how many tokens of a sample count, on average over all."""
+_USE_CPU = "ACCELERATE_USE_CPU"
 _PART = "batch_{}"
 """What a part of a Lightning module's batch is called that has no name of its own."""
 
@@ -103,11 +103,15 @@ def on_host() -> Iterator[None]:
     """What is made in here is not moved to an accelerator, of which this process is to know nothing, since trials are
     forked from it; nor does it change random numbers, or what Accelerate knows of the device."""
     known = {state: dict(state._shared_state) for state in _accelerate_states()}
-    environment = mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"})
+    asked = os.environ.get(_USE_CPU)
+    os.environ[_USE_CPU] = "true"
     try:
-        with unchanged_numbers(), environment, _arguments_of_cpu():
+        with unchanged_numbers(), _arguments_of_cpu():
             yield
     finally:
+        os.environ.pop(_USE_CPU)
+        if asked is not None:
+            os.environ[_USE_CPU] = asked
         for state in _accelerate_states():
             state._shared_state.clear()
             state._shared_state.update(known.get(state, {}))
@@ -119,11 +123,13 @@ def _accelerate_states() -> list[Any]:
     return [] if module is None else [module.PartialState, module.AcceleratorState, module.GradientState]
 
 
-def _arguments_of_cpu() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _arguments_of_cpu() -> Iterator[None]:
     """TrainingArguments are made for the CPU, and without what is a knob: precision and compilation."""
     library: Any = sys.modules.get("transformers")
     if library is None:
-        return contextlib.nullcontext()
+        yield
+        return
     plain = library.TrainingArguments.__post_init__
     changes = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "torch_compile": False}
     changes |= {"torch_compile_mode": None, "torch_compile_backend": None}
@@ -132,7 +138,11 @@ def _arguments_of_cpu() -> contextlib.AbstractContextManager[Any]:
         vars(arguments).update(changes)
         plain(arguments)
 
-    return mock.patch.object(library.TrainingArguments, "__post_init__", post_init)
+    library.TrainingArguments.__post_init__ = post_init
+    try:
+        yield
+    finally:
+        library.TrainingArguments.__post_init__ = plain
 
 
 class Taught(nn.Module):

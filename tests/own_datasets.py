@@ -73,8 +73,12 @@ def padded(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {**tokens, "targets": torch.stack([sample["labels"] for sample in samples])}
 
 
-def texts() -> tuple[nn.Module, Any]:
-    return AroundBert(), DataLoader(Texts(), batch_size=4, shuffle=True, collate_fn=padded)
+def texts(shuffle: bool = True) -> tuple[nn.Module, Any]:
+    return AroundBert(), DataLoader(Texts(), batch_size=4, shuffle=shuffle, collate_fn=padded)
+
+
+def texts_in_order() -> tuple[nn.Module, Any]:
+    return texts(shuffle=False)
 
 
 def texts_of_one_width() -> tuple[nn.Module, Any]:

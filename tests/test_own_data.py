@@ -152,6 +152,18 @@ def test_what_is_padded_by_the_loader_is_compared_with_that() -> None:
     assert looked_at("texts_of_one_width")[1].baseline.padding == "max"
 
 
+def test_a_loader_that_does_not_shuffle_keeps_its_order() -> None:
+    workload = own_datasets.workload("texts_in_order")
+    run = run_of(workload, micro_batch=2, accumulation=2, padding="longest")
+    for _ in range(2):
+        classes = torch.cat([torch.cat([micro.targets for micro in batch]).sort().values for batch in run.loader])
+        expected = torch.tensor([own_datasets.Texts()[index]["labels"] for index in range(60)])
+        assert torch.equal(classes, expected.view(-1, 4).sort(1).values.flatten())
+    space = build_space(factories.hardware(), backends.get("cpu"), looked_at("texts_in_order")[1])
+    assert "in their order" in space.left_out["padding=buckets"]
+    assert "longest" in space.values["padding"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -112,12 +112,14 @@ def plan_epoch(
     max_tokens: int,
     seed: int,
     rounding: Rounding = FINE,
+    is_shuffled: bool = True,
 ) -> list[PlannedBatch]:
-    """Every sample once, in batches whose order and (under ``buckets``) make-up depend on the seed.
+    """Every sample once, in batches whose order and (under ``buckets``) make-up depend on the seed; or in their order.
 
     The last batch may be short.
     """
-    order = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int64)
+    count = len(lengths)
+    order = np.random.default_rng(seed).permutation(count).astype(np.int64) if is_shuffled else np.arange(count)
     batches = _bucketed(order, lengths, global_batch, seed) if padding == "buckets" else _cut(order, global_batch)
     return [
         plan_batch(batch, lengths, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens, rounding=rounding)

@@ -72,6 +72,7 @@ class Loader:
             max_tokens=self._max_tokens,
             seed=self._epoch_seed(epoch),
             rounding=self._rounding,
+            is_shuffled=getattr(self._data, "is_shuffled", True),
         )
         return planned if len(planned) == len(self) else full_batches(planned)
 

@@ -264,6 +264,8 @@ def build_space(
             return "the loader pads to the longest of a batch"
         if len(set(map(int, workload.train.lengths))) == 1:
             return "all samples are of one length"
+        if padding == "buckets" and not getattr(workload.train, "is_shuffled", True):
+            return "the loader gives its samples in their order (shuffle=True in it allows for this)"
         return None if padding == "packed" else workload.trim_refusal
 
     def no_workers(count: int) -> str | None:

@@ -44,6 +44,7 @@ class Source(NamedTuple):
     collate: Collate
     drops_last: bool = False
     """Whether an epoch's last samples are left out where they are no whole batch."""
+    is_shuffled: bool = True
 
 
 class Data(NamedTuple):
@@ -89,9 +90,10 @@ def _source_of(loader: DataLoader[Any]) -> Source | str:
     batches: Any = loader.batch_sampler
     if type(batches) is not BatchSampler:
         return "its loader puts batches together in a way of its own"
-    if not (is_shuffled(loader) or isinstance(batches.sampler, SequentialSampler)):
+    shuffles = is_shuffled(loader)
+    if not (shuffles or isinstance(batches.sampler, SequentialSampler)):
         return "its loader chooses samples in a way of its own"
-    return Source(dataset, loader.collate_fn, batches.drop_last)
+    return Source(dataset, loader.collate_fn, batches.drop_last, shuffles)
 
 
 def is_shuffled(loader: DataLoader[Any]) -> bool:
@@ -137,6 +139,11 @@ class Samples:
     def drops_last(self) -> bool:
         """Whether an epoch's last samples are left out where they are no whole batch."""
         return self.source.drops_last
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether every epoch has another order."""
+        return self.source.is_shuffled
 
     def fetch(self, positions: Indices) -> Any:
         """The batch of these samples, as the DataLoader gives it but for their order."""

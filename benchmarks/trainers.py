@@ -29,6 +29,8 @@ from autotune.report.terminal import describe, interval_words
 from autotune.stats import paired_ratio
 
 EXAMPLES = {"transformers": "transformers_trainer", "lightning": "lightning_module", "torch": "my_images"}
+EPOCHS = 50
+"""Of the run that is planned."""
 FOLDER = Path(__file__).parent.parent / "examples"
 
 
@@ -180,6 +182,7 @@ def main(only: tuple[str, ...], budget: str, rounds: int, profiles: Path | None)
         folder = profiles or Path(tempfile.mkdtemp())
         if profiles is None:
             search = ["search", "--model", _name(library), "--budget", budget, "--profiles", str(folder)]
+            search += ["--epochs", str(EPOCHS)]
             subprocess.run([sys.executable, "-m", "autotune", *search], check=True)
         print(f"{library}: {describe(autotune.load(_name(library), profiles=folder).strategy)}", flush=True)
         kinds = [*KINDS[library]]

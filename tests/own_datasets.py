@@ -14,9 +14,11 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from autotune.workloads.base import Workload
@@ -125,6 +127,95 @@ def with_own_sampler() -> tuple[nn.Module, Any]:
 
 def with_own_batches() -> tuple[nn.Module, Any]:
     return nn.Linear(4, 3), DataLoader(Pictures(), batch_sampler=Pairs(SequentialSampler(range(22)), 4, False))
+
+
+def two_views(samples: list[Any]) -> Any:
+    pictures, classes = default_collate(samples)
+    return torch.cat([pictures, pictures.flip(1)]), torch.cat([classes, classes])
+
+
+def with_two_views() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), DataLoader(Pictures(), batch_size=2, collate_fn=two_views)
+
+
+def of_some() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), DataLoader(Pictures(), batch_size=4, sampler=RandomSampler(range(8)))
+
+
+class Shifted(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return ((pictures + 1000, classes) for pictures, classes in super().__iter__())
+
+
+def with_own_iteration() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), Shifted(Pictures(), batch_size=4)
+
+
+class Drawing(Pictures):
+    """From numbers that are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture, label = super().__getitem__(index)
+        return picture + float(self.numbers.random()), label
+
+
+def drawing() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), DataLoader(Drawing(), batch_size=4, shuffle=True)
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids).sum(1)  # type: ignore[no-any-return]
+
+
+def without_mask() -> tuple[nn.Module, Any]:
+    def collate(samples: list[Any]) -> Any:
+        batch = padded(samples)
+        return batch["input_ids"], batch["targets"]
+
+    return Sum(), DataLoader(Texts(), batch_size=4, shuffle=True, collate_fn=collate)
+
+
+def to_test_on_some() -> tuple[nn.Module, Any]:
+    return nn.Linear(4, 3), (pictures()[1], with_own_sampler()[1])
+
+
+def set_up() -> tuple[nn.Module, Any]:
+    return pictures(worker_init_fn=print)
+
+
+class Lines(Dataset[dict[str, Tensor]]):
+    """Of one length but for a few, with a mean over the tokens of a batch for a loss."""
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        mask = (torch.arange(16) < (16 if index % 50 else 3)).long()
+        ids = (torch.arange(16) * (index + 1) % 49 + 1) * mask
+        return {"ids": ids, "attention_mask": mask, "labels": torch.where(mask > 0, ids, -100)}
+
+
+class Liner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        logits = self.head(self.embedding(ids))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def lines() -> tuple[nn.Module, Any]:
+    return Liner(), DataLoader(Lines(), batch_size=4, shuffle=True)
 
 
 def of_a_stream() -> tuple[nn.Module, Any]:

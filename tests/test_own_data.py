@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import default_data_collator
 
 from autotune import backends, workloads
 from autotune.apply import Run, apply
 from autotune.errors import UsageError
+from autotune.search.settings import Settings
 from autotune.search.space import build_space
+from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload, WorkloadRef
 from tests import factories, own_datasets, own_trainers
@@ -31,7 +36,7 @@ def run_of(workload: Workload, **knobs: Any) -> Run:
     return apply(strategy, workload, backends.get("cpu"))
 
 
-def looked_at(name: str) -> tuple[WorkloadRef, Workload]:
+def looked_at(name: str) -> tuple[Any, Workload]:
     """As a search opens it, and its trials."""
     module = workloads.get(f"tests.own_datasets:{name}")
     ref = workloads.look(module.prepare(None, limit=None, on_progress=lambda _: None), lambda _: None)
@@ -40,7 +45,7 @@ def looked_at(name: str) -> tuple[WorkloadRef, Workload]:
 
 def test_a_loaders_samples_are_trained_on_once_an_epoch() -> None:
     workload = own_datasets.workload("pictures")
-    assert workload.source == "22 samples, Pictures"
+    assert workload.source == "22 samples, Pictures, 4 of them to test on"
     assert (workload.recipe.global_batch, workload.num_train, workload.loop) == (4, 22, "loader")
     run = run_of(workload, micro_batch=2, accumulation=2)
     first, second = ([[own_datasets.numbers_of(micro) for micro in batch] for batch in run.loader] for _ in range(2))
@@ -170,14 +175,101 @@ def test_a_loader_that_does_not_shuffle_keeps_its_order() -> None:
         ("with_own_sampler", "chooses samples in a way of its own"),
         ("with_own_batches", "puts batches together in a way of its own"),
         ("of_a_stream", "samples come one by one"),
+        ("with_two_views", "batches have other rows than samples"),
+        ("of_some", "chooses samples in a way of its own"),
+        ("with_own_iteration", "makes batches in a way of its own"),
     ],
 )
 def test_of_other_loaders_the_first_batch_is_the_example(name: str, words: str) -> None:
     workload = own_datasets.workload(name)
-    assert workload.source == f"an example batch of 4, 1,000 times an epoch (its loader's {words})".replace(
-        "loader's ", "loader's " if "come" in words else "loader "
-    )
-    assert (workload.num_train, workload.loop) == (4000, "own")
+    assert workload.source.startswith("an example batch of 4, 1,000 times an epoch (its loader")
+    assert words in workload.source
+    assert (workload.num_train, workload.recipe.global_batch, workload.loop) == (4000, 4, "own")
+
+
+def test_a_batch_sampler_of_torchs_says_how_large_batches_are() -> None:
+    data = own_datasets.Pictures()
+    loader = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, True))
+    workload = workloads.custom.workload_of("mine", lambda: (nn.Linear(4, 3), loader))
+    assert (workload.recipe.global_batch, workload.num_train, workload.steps_per_epoch) == (4, 22, 5)
+    run = apply(run_of(workload).strategy, workload, backends.get("cpu"), dataset=own_datasets.Pictures(9))
+    assert len(run.loader) == 2, "what the loader drops is dropped of another dataset as well"
+
+
+def test_samples_of_any_length_are_left_out_of_buckets() -> None:
+    """Which are those that come last by chance: the shortest would never be trained on."""
+    workload = own_datasets.workload("texts")
+    data = dataclasses.replace(workload.train, source=workload.train.source._replace(drops_last=True)).some(23)
+    workload = dataclasses.replace(workload, train=data)
+    run, seen = run_of(workload, padding="buckets"), set()
+    for _ in range(30):
+        epoch = [tuple(row.tolist()) for (micro,) in run.loader for row in micro.inputs["input_ids"][:, :4]]
+        assert len(epoch) == 20
+        seen |= set(epoch)
+    assert len(seen) == 23
+
+
+def test_random_numbers_of_three_sources_have_nothing_to_do_with_each_other() -> None:
+    batches = run_of(workloads.custom.workload_of("mine", lambda: own_datasets.pictures(batch_size=1))).loader
+    drawn = torch.cat([micro.inputs["input"] for _ in range(40) for (micro,) in batches])[:, 1:]
+    assert torch.corrcoef(drawn.T).triu(1).abs().max() < 0.15
+
+
+def test_data_that_draw_from_numbers_of_their_own_are_not_searched_with() -> None:
+    ref, workload = looked_at("drawing")
+    assert ref.known == ()
+    assert "random numbers of their own" in workload.source
+    assert (workload.num_train, workload.num_test) == (4000, 200)
+    assert own_datasets.workload("drawing").num_train == 22, "trained on they are"
+
+
+def test_padding_that_no_mask_tells_is_left_as_it_is() -> None:
+    _, workload = looked_at("without_mask")
+    assert workload.baseline.padding == "max"
+    assert set(workload.train.lengths.tolist()) == {workload.max_tokens}
+    space = build_space(factories.hardware(), backends.get("cpu"), workload)
+    assert space.values["padding"] == ("max",)
+    run, plain = (run_of(own_datasets.workload("without_mask"), **knobs) for knobs in ({"padding": "buckets"}, {}))
+    assert [micro.targets.tolist() for (micro,) in run.loader] != [micro.targets.tolist() for (micro,) in plain.loader]
+    assert run.loader.lengths.std() == 0, "they are not taken for as long as the batch that they were read in"
+
+
+def test_data_to_test_on_are_those_that_were_asked_for() -> None:
+    with pytest.raises(UsageError, match="data to test on: its loader chooses"):
+        own_datasets.workload("to_test_on_some")
+    with pytest.raises(UsageError, match="two DataLoaders"):
+        workloads.custom.workload_of("mine", lambda: (nn.Linear(4, 3), [own_datasets.pictures()[1], []]))
+
+
+def test_loader_processes_that_are_set_up_by_the_user_are_left_alone() -> None:
+    space = build_space(factories.hardware(), backends.get("cpu"), looked_at("set_up")[1])
+    assert space.values["workers"] == (0,)
+    assert "worker_init_fn" in space.left_out["workers=1"]
+
+
+def test_what_may_be_cut_up_is_told_by_samples_of_all_lengths() -> None:
+    """Of a batch of the usual ones a mean over tokens is one over samples as well."""
+    _, workload = looked_at("lines")
+    assert set(own_datasets.workload("lines").example.lengths[:4].tolist()) == {16}
+    assert set(workload.example.lengths[:4].tolist()) == {3, 16}
+    assert "not the mean" in (workload.split_refusal or "")
+
+
+def test_a_search_is_gone_on_with_whatever_reading_took() -> None:
+    ref, workload = looked_at("pictures")
+    hardware, cpu = factories.hardware(), backends.get("cpu")
+    other = msgspec.structs.replace(ref, known=(msgspec.structs.replace(ref.known[0], positions=(1, 2)),))
+    tasks = [
+        Task(ref=one, workload=workload, hardware=hardware, backend=cpu, settings=Settings()) for one in (ref, other)
+    ]
+    assert tasks[0].identity() == tasks[1].identity()
+
+
+def test_a_limit_draws_samples_from_all() -> None:
+    module = workloads.get("tests.own_datasets:pictures")
+    limited = module.open_workload(module.prepare(None, limit=8, on_progress=lambda _: None))
+    assert limited.num_train == 8
+    assert max(limited.train.samples) > 10
 
 
 def test_a_trainers_data_and_epochs_are_those_that_it_has() -> None:
@@ -230,7 +322,7 @@ def test_a_search_and_a_training_of_ones_own_data(tmp_path: Path, probed: None) 
     done = briefly("search", *where, "--trials", "4", "--without", "compile", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["workload"]["source"] == "256 samples, Slow"
+    assert found["workload"]["source"] == "256 samples, Slow, 13 of them to test on"
     assert found["baseline"]["loader_wait"] > 0.5
     assert found["best"]["strategy"]["workers"] > 0
     done = autotune("train", *where, "--epochs", "1", "--run", str(tmp_path))

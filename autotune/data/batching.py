@@ -113,13 +113,16 @@ def plan_epoch(
     seed: int,
     rounding: Rounding = FINE,
     is_shuffled: bool = True,
+    drops_last: bool = False,
 ) -> list[PlannedBatch]:
     """Every sample once, in batches whose order and (under ``buckets``) make-up depend on the seed; or in their order.
 
-    The last batch may be short.
+    The last batch may be short, or is left out if there are others: those samples, of any length, that come last.
     """
     count = len(lengths)
     order = np.random.default_rng(seed).permutation(count).astype(np.int64) if is_shuffled else np.arange(count)
+    if drops_last and count > global_batch:
+        order = order[: count - count % global_batch]
     batches = _bucketed(order, lengths, global_batch, seed) if padding == "buckets" else _cut(order, global_batch)
     return [
         plan_batch(batch, lengths, micro_batch=micro_batch, padding=padding, max_tokens=max_tokens, rounding=rounding)

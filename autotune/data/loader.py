@@ -14,11 +14,11 @@ from autotune.data.batching import (
     MicroBatch,
     PlannedBatch,
     Rounding,
-    full_batches,
     num_steps,
     plan_batch,
     plan_epoch,
 )
+from autotune.errors import AutotuneError
 from autotune.strategy import Strategy
 
 
@@ -64,7 +64,7 @@ class Loader:
 
     def plan(self, epoch: int) -> list[PlannedBatch]:
         """What an epoch will give, without giving it."""
-        planned = plan_epoch(
+        return plan_epoch(
             self._data.lengths,
             global_batch=self._strategy.global_batch,
             micro_batch=self._strategy.micro_batch,
@@ -73,8 +73,8 @@ class Loader:
             seed=self._epoch_seed(epoch),
             rounding=self._rounding,
             is_shuffled=getattr(self._data, "is_shuffled", True),
+            drops_last=getattr(self._data, "drops_last", False),
         )
-        return planned if len(planned) == len(self) else full_batches(planned)
 
     def plan_of(self, batches: Iterable[Indices]) -> list[PlannedBatch]:
         """A step on each of the given sets of samples, cut up and padded as an epoch's batches are."""
@@ -142,7 +142,13 @@ class _GlobalBatches(Dataset[list[MicroBatch]]):
     def __getitem__(self, index: int) -> list[MicroBatch]:
         batch = self._batches[index]
         if self._split is not None:
-            return self._split(self._data.fetch(np.concatenate(batch.micro_batches)))
+            micro_batches = self._split(self._data.fetch(np.concatenate(batch.micro_batches)))
+            if (found := sum(micro.num_samples for micro in micro_batches)) != batch.num_samples:
+                raise AutotuneError(
+                    f"of {batch.num_samples} samples the collate function made {found}: with such batches, train in a "
+                    "loop of your own, run.step(run.split(batch))"
+                )
+            return micro_batches
         return [
             self._collate(self._data, indices, width)
             for indices, width in zip(batch.micro_batches, batch.widths, strict=True)

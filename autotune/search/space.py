@@ -41,8 +41,6 @@ OTHER_DEVICE = "not for this kind of device"
 CHANGES = "changes what is trained: --allow-approximate"
 WORKERS = (0, 1, 2, 4, 8, 16)
 """Loader processes; fewer where there are fewer cores for them."""
-LEAST_BUSY = 1 / 8
-"""Loader processes wait for disks and networks as well, but never count as less of a core than this."""
 
 # Autocast and the kernels see 16-bit tensors; tf32 is fp32 storage, so its kernels are fp32's.
 ATTENTION_DTYPE: dict[Precision, str] = {
@@ -269,7 +267,9 @@ def build_space(
         return None if padding == "packed" else workload.trim_refusal
 
     def no_workers(count: int) -> str | None:
-        is_too_many = count * max(workload.reading_busy, LEAST_BUSY) > num_cores
+        if (reason := getattr(workload.train, "alone_because", None)) is not None:
+            return str(reason)
+        is_too_many = count * workload.reading_busy > num_cores
         return f"there are {num_cores} cores" if is_too_many else None
 
     num_cores, global_batch = hardware.device.num_cores, workload.recipe.global_batch

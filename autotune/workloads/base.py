@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     is_padded_by_batch: bool
     """Whether batches are padded to their own longest sample, and not all to one limit."""
     busy: float
-    """Share of a core that reading them again took, 0 to 1."""
+    """Share of a core that reading them takes: all of one, or where it waits most of the time, an eighth."""
 
 
 class WorkloadRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,8 +101,9 @@ class WorkloadRef(msgspec.Struct, frozen=True, kw_only=True):
     """What a person should know about the data."""
     limit: int | None = None
     """At most so many samples of each split."""
-    known: tuple[Known, ...] = ()
-    """What trials take of a user's own data, and of that to test on where it is other data; nothing: all there is."""
+    known: tuple[Known, ...] | None = None
+    """What trials take of a user's own data, and of that to test on where it is other data: all there is if None; if
+    nothing, the example batch alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ class Workload:
     is_padded_by_batch: bool = False
     """Whether batches come padded to their own longest sample, and not all to one limit."""
     reading_busy: float = 1.0
-    """Share of a core that reading samples takes, 0 to 1; the rest of that time it waits."""
+    """Share of a core that reading samples takes, 0 to 1."""
     is_masked: bool | None = True
     """Whether attention is told which tokens are padding; None: to be found out."""
 
@@ -236,7 +238,8 @@ class Workload:
     def baseline(self) -> Strategy:
         """The plain setting that everything is compared with."""
         plain = baseline(self.recipe.global_batch)
-        padding: Padding = "longest" if self.is_padded_by_batch and self.trim_refusal is None else "max"
+        is_trimmed = self.is_padded_by_batch and np.ptp(self.train.lengths) > 0 and self.trim_refusal is None
+        padding: Padding = "longest" if is_trimmed else "max"
         return msgspec.structs.replace(plain, attention=self.attentions[0], padding=padding)
 
     @property

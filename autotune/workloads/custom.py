@@ -1,9 +1,9 @@
 """A user's own workload: a function in ``my_train.py:workload`` or ``package.module:workload``.
 
-It gives a Workload, or only a model and an example batch (and a loss, where the model has none of its own, and what
-makes the optimizer), or a trainer that has them (own_trainer.py): then the batch is the recipe's global batch, taken
-again and again, and all that tuning needs is found from it and the model. Every process calls the function anew, so
-that it must give the same each time.
+It gives a Workload, or only a model and its loader or an example batch (and a loss, where the model has none of its
+own, and what makes the optimizer), or a trainer that has them (own_trainer.py). All that tuning needs is found from the
+model and a batch, which is the recipe's global batch; trained is on the loader's data (own_data.py), or else on that
+batch again and again. Every process calls the function anew, so that it must give the same each time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from autotune.workloads.own_loss import MeanLoss, OwnLoss, summed
 from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, training_of_trainer
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
-"""An example batch stands for an epoch of so many, and for a test set of so many."""
+"""An example batch stands for an epoch of so many, and for a test set of so many; so many are planned at least."""
+_OWN_NUMBERS = "its data draw from random numbers of their own, which trials could not draw again"
 RECIPE = Recipe(learning_rate=1e-4, weight_decay=0.01, warmup_steps=100, clip_norm=None, global_batch=1, epochs=1)
 """What the recipe is but for the global batch, where there is only a model and a batch."""
 
@@ -76,15 +78,20 @@ class Custom:
     def open_workload(self, ref: WorkloadRef) -> Workload:
         """The workload; with a limit, at most so many samples of each split."""
         workload = self._workload
-        if ref.known:
+        if ref.known == ():
+            example = workload.example
+            part = example.first(TEST_BATCHES * workload.recipe.global_batch)
+            workload = dataclasses.replace(workload, train=example, test=part, source=ref.source)
+        elif ref.known:
             train = workload.train.as_known(ref.known[0])
             is_part = workload.test.source is workload.train.source
-            test = train.first(workload.num_test) if is_part else workload.test.as_known(ref.known[1])
+            test = train.some(workload.num_test) if is_part else workload.test.as_known(ref.known[1])
             workload = dataclasses.replace(
                 workload,
                 train=train,
                 test=test,
                 max_tokens=max(known.width for known in ref.known),
+                example=_typical(train, workload),
                 is_padded_by_batch=ref.known[0].is_padded_by_batch,
                 reading_busy=ref.known[0].busy,
             )
@@ -101,6 +108,10 @@ class Custom:
             return ref
         sets = [workload.train, *([] if workload.test.source is workload.train.source else [workload.test])]
         try:
+            if not all(samples.is_repeatable(workload.recipe.global_batch) for samples in sets):
+                return msgspec.structs.replace(
+                    ref, known=(), source=_example_source(workload.recipe.global_batch, _OWN_NUMBERS)
+                )
             known = tuple(samples.known(workload.recipe.global_batch, on_progress) for samples in sets)
         except UsageError:
             raise
@@ -130,19 +141,21 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         return Batch(raw, takes, label, own.of_whole(raw))
 
     example = batch_of(own.batch)
+    if data.train is not None and example.size != min(data.train.batch_size, len(data.train.dataset)):
+        data = Data(why_not="its loader's batches have other rows than samples")
     repeated = Repeated(example, EPOCH_BATCHES * example.size)
     train: Samples | Repeated = repeated
     test: Samples | Repeated = Repeated(example, TEST_BATCHES * example.size)
-    source = f"an example batch of {example.size}, {EPOCH_BATCHES:,} times an epoch"
-    if data.train is None:
-        source += f" ({data.why_not})" if data.why_not else ""
-    else:
+    source = _example_source(example.size, data.why_not)
+    if data.train is not None:
         train = Samples.all_of(data.train, batch_of, example.width)
         if data.test is not None:
             test = Samples.all_of(data.test, batch_of, example.width)
         else:
-            test = train.first(max(example.size, round(TEST_BATCHES / EPOCH_BATCHES * len(train.lengths))))
+            test = train.some(max(example.size, round(TEST_BATCHES / EPOCH_BATCHES * len(train.lengths))))
         source = f"{len(train.lengths):,} samples, {type(data.train.dataset).__name__}"
+        source += "" if data.test is not None else f", {len(test.lengths):,} of them to test on"
+    num_steps = -(-len(train.lengths) // example.size)
     recipe = Recipe(
         **{
             field: getattr(RECIPE, field)
@@ -150,7 +163,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
             if field not in ("global_batch", "epochs")
         },
         global_batch=example.size,
-        epochs=own.epochs,
+        epochs=own.epochs or max(1, math.ceil(EPOCH_BATCHES / num_steps)),
     )
     return Workload(
         name=label,
@@ -172,7 +185,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         trim=lambda collate, rounding: Trimmed(collate, takes, label, rounding),
         is_masked=None,
         of_dataset=lambda dataset, lengths: Samples.all_of(
-            Source(dataset, default_collate if data.train is None else data.train.collate),
+            Source(dataset, default_collate) if data.train is None else data.train._replace(dataset=dataset),
             batch_of,
             example.width,
             lengths,
@@ -184,7 +197,7 @@ def _training_of_model(given: Any, label: str, make: Callable[[], Any]) -> OwnTr
     """The training of a model and a batch, and a loss and what makes an optimizer where there are such."""
     model, batches, loss, optimizer = _parts(given, label)
     batches, tests = loaders_of(batches)
-    data = Data.of(batches, tests)
+    data = Data.of(batches, tests, is_asked=True)
     if isinstance(optimizer, torch.optim.Optimizer) or not (optimizer is None or callable(optimizer)):
         raise UsageError(
             f"{label} gives {kind_of(optimizer)} for an optimizer; it should make one: "
@@ -226,5 +239,20 @@ def _parts(given: Any, label: str) -> tuple[nn.Module, Any, MeanLoss | None, Any
     return model, batches, loss, optimizer
 
 
+def _example_source(batch_size: int, why: str) -> str:
+    return f"an example batch of {batch_size}, {EPOCH_BATCHES:,} times an epoch" + (f" ({why})" if why else "")
+
+
+def _typical(train: Samples, workload: Workload) -> Repeated:
+    """A batch of all lengths: what couples samples, or does without padding, shows in it."""
+    size = workload.recipe.global_batch
+    if len(train.lengths) < size or len(set(train.lengths.tolist())) == 1:
+        found: Repeated = workload.example
+        return found
+    return Repeated(train.batch_of(train.fetch(train.typical(size))), EPOCH_BATCHES * size)
+
+
 def _limited(data: Any, limit: int) -> Any:
-    return data.first(limit) if isinstance(data, Repeated | Samples) else Part(data, limit)
+    if isinstance(data, Samples):
+        return data.some(limit)
+    return data.first(limit) if isinstance(data, Repeated) else Part(data, limit)

@@ -117,6 +117,8 @@ class Batch:
         self.lengths: Indices = np.full(self.size, self.width, dtype=np.int64)
         """Up to the last token that counts: padding on the left cannot be cut off."""
         self._num_tokens = self.lengths
+        self.tells_padding = mask is not None
+        """Whether a mask says what counts; else the lengths are the width."""
         if mask is not None:
             counts = mask.ne(0)
             self.lengths = (counts * torch.arange(1, self.width + 1)).amax(1).clamp(min=1).numpy().astype(np.int64)

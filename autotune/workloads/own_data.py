@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from autotune.data.batching import Indices
-from autotune.errors import UsageError
+from autotune.errors import UsageError, kind_of
 from autotune.workloads.base import Known
 from autotune.workloads.own_batch import Batch
 
@@ -30,7 +31,13 @@ MOST_KNOWN = 2048
 ENOUGH_S = 10.0
 """Fewer are read where these take longer, though never fewer than ``LEAST_BATCHES``."""
 LEAST_BATCHES = 4
+MOSTLY_WAITS = 0.5
+"""Reading that takes less of a core's time."""
 _SAY_EVERY_S = 2.0
+_ACCELERATE_S = "DataLoaderShard"
+"""Gives the batches of the DataLoader that it was made of."""
+_SEEDS = "seed_worker"
+"""What transformers' Trainer sets processes up with: it seeds them, as is done here for each batch."""
 
 Collate = Callable[[list[Any]], Any]
 BatchOf = Callable[[Any], Batch]
@@ -45,6 +52,9 @@ class Source(NamedTuple):
     drops_last: bool = False
     """Whether an epoch's last samples are left out where they are no whole batch."""
     is_shuffled: bool = True
+    batch_size: int = 1
+    alone_because: str | None = None
+    """Why it is not read in loader processes; None where it may be."""
 
 
 class Data(NamedTuple):
@@ -57,50 +67,69 @@ class Data(NamedTuple):
     """There is none to train on; nothing where there is only a batch."""
 
     @classmethod
-    def of(cls, train: Any, test: Any = None) -> Data:
-        """Of loaders, of which other than DataLoaders say nothing."""
+    def of(cls, train: Any, test: Any = None, *, is_asked: bool = False) -> Data:
+        """Of loaders, of which other than DataLoaders say nothing. Raises UsageError for one to test with that does not
+        take each sample once, where the user ``is_asked`` for it."""
         if not isinstance(train, DataLoader):
             return cls()
-        found, tested = _source_of(train), _source_of(test) if isinstance(test, DataLoader) else ""
+        found, tested = _source_of(train), _source_of(test) if isinstance(test, DataLoader) else None
         if isinstance(found, str):
             return cls(why_not=found)
+        if isinstance(tested, str) and is_asked:
+            raise UsageError(f"the data to test on: {tested}; give a DataLoader that takes each sample once")
         return cls(found, None if isinstance(tested, str) else tested)
 
-    def batch(self, size: int) -> Any:
-        """Some of its samples, the same ones always. Raises UsageError where there are none."""
+    def batch(self) -> Any:
+        """Some of its samples, the same ones always, as many as a batch has. Raises UsageError where that is none."""
         assert self.train is not None
-        if not (count := len(self.train.dataset)):
-            raise UsageError("the loader's dataset is empty")
+        count, size = len(self.train.dataset), self.train.batch_size
+        if not count or (self.train.drops_last and count < size):
+            raise UsageError(f"the loader gives no batch: its dataset has {count} samples")
         return _fetched(self.train, np.sort(np.random.default_rng(0).permutation(count)[:size]), 0)
 
 
 def loaders_of(batches: Any) -> tuple[Any, Any]:
-    """The loader to train with and the one to test with, where a function gives both; else what it gives, and None."""
-    is_pair = isinstance(batches, list | tuple) and len(batches) == 2
-    if is_pair and all(isinstance(loader, DataLoader) for loader in batches):
-        return batches[0], batches[1]
-    return batches, None
+    """The loader to train with and the one to test with, where a function gives both; else what it gives, and None.
+    Raises UsageError for other loaders among what it gives."""
+    are_loaders = [isinstance(one, DataLoader) for one in batches] if isinstance(batches, list | tuple) else []
+    if not any(are_loaders):
+        return batches, None
+    if len(are_loaders) != 2 or not all(are_loaders):
+        raise UsageError("several loaders are two DataLoaders: (to train with, to test with)")
+    return batches[0], batches[1]
 
 
 def _source_of(loader: DataLoader[Any]) -> Source | str:
     """A DataLoader's, or why its batches do not come of its dataset alone."""
     dataset: Any = loader.dataset
+    if type(loader).__iter__ is not DataLoader.__iter__ and type(loader).__name__ != _ACCELERATE_S:
+        return "its loader makes batches in a way of its own"
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return "its loader's samples come one by one"
     batches: Any = loader.batch_sampler
     if type(batches) is not BatchSampler:
         return "its loader puts batches together in a way of its own"
     shuffles = is_shuffled(loader)
-    if not (shuffles or isinstance(batches.sampler, SequentialSampler)):
+    is_sequential = type(batches.sampler) is SequentialSampler and len(batches.sampler) == len(dataset)
+    if not (shuffles or is_sequential):
         return "its loader chooses samples in a way of its own"
-    return Source(dataset, loader.collate_fn, batches.drop_last, shuffles)
+    return Source(dataset, loader.collate_fn, batches.drop_last, shuffles, batches.batch_size, _alone_because(loader))
+
+
+def _alone_because(loader: DataLoader[Any]) -> str | None:
+    """Why loader processes would read otherwise than the process that trains."""
+    set_up: Any = loader.worker_init_fn
+    if set_up is not None and getattr(getattr(set_up, "func", set_up), "__name__", "") != _SEEDS:
+        return "the loader sets its processes up by a worker_init_fn"
+    return None if sys.platform == "linux" else "loader processes are forked, on Linux alone"
 
 
 def is_shuffled(loader: DataLoader[Any]) -> bool:
     """Whether it takes every sample once, in any order, and not as a sampler of the user's says."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, RandomSampler):
-        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+    if type(sampler) is RandomSampler or type(sampler).__name__ == "SeedableRandomSampler":
+        count = len(loader.dataset)  # type: ignore[arg-type]
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source) == count
     return type(sampler).__name__ == "LengthGroupedSampler"
 
 
@@ -124,6 +153,10 @@ class Samples:
     def all_of(cls, source: Source, batch_of: BatchOf, width: int, lengths: Sequence[int] | None = None) -> Samples:
         """Every sample; without ``lengths`` they count as ``width`` tokens each. Raises UsageError for lengths of
         other samples."""
+        if not (hasattr(source.dataset, "__len__") and hasattr(source.dataset, "__getitem__")):
+            raise UsageError(
+                f"{kind_of(source.dataset)} is no map-style dataset; in your loop: run.step(run.split(batch))"
+            )
         count = len(source.dataset)
         if lengths is not None and len(lengths) != count:
             raise UsageError(f"there are {len(lengths):,} lengths for {count:,} samples")
@@ -153,9 +186,15 @@ class Samples:
         """The same as another epoch draws them."""
         return dataclasses.replace(self, seed=seed)
 
-    def first(self, count: int) -> Samples:
-        """The first of them."""
-        return dataclasses.replace(self, samples=self.samples[:count], lengths=self.lengths[:count])
+    @property
+    def alone_because(self) -> str | None:
+        """Why they are not read in loader processes; None where they may be."""
+        return self.source.alone_because
+
+    def some(self, count: int) -> Samples:
+        """So many of them, drawn once and for all."""
+        chosen = np.sort(np.random.default_rng(0).permutation(len(self.samples))[:count])
+        return dataclasses.replace(self, samples=self.samples[chosen], lengths=self.lengths[chosen])
 
     def as_known(self, known: Known) -> Samples:
         """As many, but of those alone that are known, again and again."""
@@ -165,8 +204,13 @@ class Samples:
             self, samples=np.resize(samples, count), lengths=np.resize(lengths, count), is_known=True
         )
 
+    def typical(self, count: int) -> Indices:
+        """The positions of so many that are known, from the shortest to the longest."""
+        order = np.argsort(self.lengths, kind="stable")
+        return np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(int)])
+
     def measured(self, batch_size: int, num_workers: int, on_progress: Callable[[str], None]) -> Samples:
-        """With the length of each, for which all are read once where it is not known."""
+        """With the length of each, for which all are read once where it is not known, and there is a mask to tell."""
         if self.is_known:
             return self
         count = len(self.samples)
@@ -174,9 +218,17 @@ class Samples:
         lengths: list[Indices] = []
         say = _seldom(on_progress)
         for found, _ in self._read(chunks, num_workers):
+            if found is None:
+                return dataclasses.replace(self, is_known=True)
             lengths.append(found)
             say(f"reading how long {count:,} samples are, {len(lengths) / len(chunks):.0%}")
         return dataclasses.replace(self, lengths=np.concatenate(lengths), is_known=True)
+
+    def is_repeatable(self, batch_size: int) -> bool:
+        """Whether a batch is the same when it is read again: not where random numbers are drawn that are the dataset's
+        or the collate function's own."""
+        first, second = (tree_leaves(self.fetch(np.arange(len(self.samples))[:batch_size])) for _ in range(2))
+        return all(map(_equal, first, second))
 
     def known(self, batch_size: int, on_progress: Callable[[str], None]) -> Known:
         """Some of them, read batch by batch. Raises what reading raises."""
@@ -189,7 +241,7 @@ class Samples:
         start, say = time.monotonic(), _seldom(on_progress)
         for chunk, (found, width) in zip(chunks, self._read(chunks, 0), strict=False):
             positions += np.sort(chunk).tolist()
-            lengths += found.tolist()
+            lengths += [] if found is None else found.tolist()
             widths.append(width)
             say(f"reading samples, {len(positions):,} of {wanted:,}")
             if len(widths) >= LEAST_BATCHES and time.monotonic() - start > ENOUGH_S:
@@ -200,14 +252,15 @@ class Samples:
         wall_s, core_s = time.perf_counter() - began[0], time.process_time() - began[1]
         return Known(
             positions=tuple(positions),
-            lengths=tuple(lengths),
+            lengths=tuple(lengths or [max(widths)] * len(positions)),
             width=max(widths),
             is_padded_by_batch=len(set(widths)) > 1,
-            busy=min(1.0, core_s / wall_s),
+            busy=1.0 if core_s > MOSTLY_WAITS * wall_s else 1 / 8,
         )
 
-    def _read(self, chunks: Sequence[Indices], num_workers: int) -> DataLoader[tuple[Indices, int]]:
-        """The lengths of each chunk's samples, in the order of their positions, and the width of their batch."""
+    def _read(self, chunks: Sequence[Indices], num_workers: int) -> DataLoader[tuple[Indices | None, int]]:
+        """The lengths of each chunk's samples, in the order of their positions, if they tell; the width of their
+        batch."""
         return DataLoader(
             _Lengths(self, chunks),
             batch_size=None,
@@ -217,25 +270,28 @@ class Samples:
         )
 
 
-class _Lengths(Dataset[tuple[Indices, int]]):
+class _Lengths(Dataset[tuple[Indices | None, int]]):
     def __init__(self, samples: Samples, chunks: Sequence[Indices]) -> None:
         self._samples, self._chunks = samples, chunks
 
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def __getitem__(self, index: int) -> tuple[Indices, int]:
-        batch = self._samples.batch_of(self._samples.fetch(self._chunks[index]))
-        return batch.lengths, batch.width
+    def __getitem__(self, index: int) -> tuple[Indices | None, int]:
+        chunk = self._chunks[index]
+        batch = self._samples.batch_of(self._samples.fetch(chunk))
+        if batch.size != len(chunk):
+            raise UsageError(f"the collate function makes {batch.size} of {len(chunk)} samples; give an example batch")
+        return batch.lengths if batch.tells_padding else None, batch.width
 
 
 def _fetched(source: Source, samples: Indices, seed: int) -> Any:
     indices: list[int] = samples.tolist()
     with unchanged_numbers():
-        drawn = zlib.crc32(samples.tobytes(), seed)
-        random.seed(drawn)
-        np.random.seed(drawn)
-        torch.default_generator.manual_seed(drawn)  # an accelerator's numbers are left alone
+        drawn = [zlib.crc32(samples.tobytes(), zlib.crc32(kind, seed)) for kind in (b"python", b"numpy", b"torch")]
+        random.seed(drawn[0])
+        np.random.seed(drawn[1])
+        torch.default_generator.manual_seed(drawn[2])  # an accelerator's numbers are left alone
         if getattr(source.dataset, "__getitems__", None):  # as DataLoader asks, where a dataset gives several at once
             return source.collate(source.dataset.__getitems__(indices))
         return source.collate([source.dataset[index] for index in indices])
@@ -252,6 +308,13 @@ def _seldom(on_progress: Callable[[str], None]) -> Callable[[str], None]:
             on_progress(words)
 
     return say
+
+
+def _equal(first: Any, second: Any) -> bool:
+    is_tensor = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+    return not is_tensor or (
+        first.shape == second.shape and bool(torch.eq(first, second).logical_or(first != first).all())
+    )
 
 
 def _as_it_is(item: Any) -> Any:

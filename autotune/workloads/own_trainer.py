@@ -53,8 +53,8 @@ class OwnTraining:
     of_whole: Callable[[Any], dict[str, Any]] = lambda raw: {}
     """What the model takes besides, of a whole batch, with each part of it."""
     data: Data
-    epochs: int = 1
-    """For which it is trained, where there is data."""
+    epochs: int | None = None
+    """For which it is trained, where that is known."""
 
 
 def training_of_trainer(made: Any, label: str) -> OwnTraining | None:
@@ -87,7 +87,7 @@ def first_batch(batches: Any, data: Data) -> Any:
     if isinstance(batches, Tensor | Mapping | list | tuple) or not hasattr(batches, "__iter__"):
         return batches
     if data.train is not None:
-        batch = data.batch(batches.batch_size)
+        batch = data.batch()
     else:
         torch.manual_seed(0)  # so that every process sees the same
         batch = next(iter(batches), None)
@@ -224,8 +224,10 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
         )
     loader = trainer.get_train_dataloader()
     tests = trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, Mapping)
-    data = Data.of(loader, trainer.get_eval_dataloader() if tests else None)
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    data = Data.of(loader, trainer.get_eval_dataloader() if tests else None)
+    if data.train is not None:
+        data = data._replace(train=data.train._replace(batch_size=size))
     batch = first_batch(DataLoader(loader.dataset, batch_size=size, collate_fn=loader.collate_fn), data)
     count: Callable[..., Any] = getattr(trainer, "_get_num_items_in_batch", lambda *_: None)
     # of its own: another Trainer resets those that are shared
@@ -258,16 +260,16 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
         loop="transformers",
         of_whole=of_whole,
         data=data,
-        epochs=_num_epochs(args, data, size),
+        epochs=_num_epochs(args, data),
     )
 
 
-def _num_epochs(args: Any, data: Data, batch_size: int) -> int:
+def _num_epochs(args: Any, data: Data) -> int | None:
     """As many as a Trainer trains at least in part."""
     if data.train is None:
-        return 1
+        return None
     if args.max_steps > 0:
-        return math.ceil(float(args.max_steps * batch_size / len(data.train.dataset)))
+        return math.ceil(float(args.max_steps * data.train.batch_size / len(data.train.dataset)))
     return max(1, math.ceil(float(args.num_train_epochs)))
 
 

@@ -3,8 +3,8 @@
 The examples for transformers' Trainer and for Lightning are searched, then trained for two epochs by their own library,
 plainly and with the profile, in turns, each in a process of its own; the second epoch is timed. Beside them autotune's
 own loop with the same profile, whose ratio to the plain trainer says what the trainer's loop costs. The example whose
-images take long to read is trained by a plain loop, by one with what many would write by hand (bf16, a fused optimizer, a
-loader process for every core), and by ``run.loader``.
+images take long to read is trained by a plain loop, by one with what many would write by hand (bf16, a fused optimizer,
+a loader process for every core), and by ``run.loader``.
 """
 
 from __future__ import annotations

@@ -58,7 +58,11 @@ class Run:
 
         Raises AutotuneError where the workload's batches come from its own loader only.
         """
-        return _split(self.workload, self.strategy, self.rounding, batch)
+        if self.workload.split is None:
+            raise AutotuneError(
+                f"{self.workload.name} has a loader of its own: for batch in run.loader: run.step(batch)"
+            )
+        return self.workload.split(batch, self.strategy, self.rounding)
 
     @property
     def rounding(self) -> Rounding:
@@ -85,7 +89,6 @@ class Run:
             is_pinned=self.backend.pins_memory,
             rounding=self.rounding,
             collate=self.workload.collate_for(self.strategy.padding),
-            split=self.split,
             is_training=False,
         ).over(plan)
 
@@ -143,7 +146,6 @@ def apply(
         is_pinned=backend.pins_memory,
         rounding=rounding,
         collate=workload.collate_for(strategy.padding),
-        split=functools.partial(_split, workload, strategy, rounding),
     )
     scheduler = None
     if optimizer is not None:
@@ -177,12 +179,6 @@ def apply(
         backend=backend,
         workload=workload,
     )
-
-
-def _split(workload: Workload, strategy: Strategy, rounding: Rounding, batch: Any) -> list[MicroBatch]:
-    if workload.split is None:
-        raise AutotuneError(f"{workload.name} has a loader of its own: for batch in run.loader: run.step(batch)")
-    return workload.split(batch, strategy, rounding)
 
 
 def set_process(strategy: Strategy, backend: Backend) -> None:

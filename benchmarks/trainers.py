@@ -131,8 +131,8 @@ def _fit(example: Any, clock: Clock, loader: Any, context: Callable[[], Any], **
         for images, classes in loader:
             optimizer.zero_grad()
             with context():
-                loss = torch.nn.functional.cross_entropy(model(images), classes)
-            loss.backward()  # type: ignore[no-untyped-call]
+                loss: Any = torch.nn.functional.cross_entropy(model(images), classes)
+            loss.backward()
             optimizer.step()
     clock.mark()
 

@@ -16,7 +16,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    TensorDataset,
     WeightedRandomSampler,
     default_collate,
 )
@@ -85,12 +84,8 @@ def texts_in_order() -> tuple[nn.Module, Any]:
 
 def texts_of_one_width() -> tuple[nn.Module, Any]:
     data = Reviews()
-    return AroundBert(), DataLoader(
-        [{**data[index], "targets": data[index]["labels"], "labels": None} for index in range(60)],  # type: ignore[arg-type]
-        batch_size=4,
-        shuffle=True,
-        collate_fn=_without_labels,
-    )
+    samples: Any = [{**data[index], "targets": data[index]["labels"]} for index in range(60)]
+    return AroundBert(), DataLoader(samples, batch_size=4, shuffle=True, collate_fn=_without_labels)
 
 
 def _without_labels(samples: list[Any]) -> dict[str, Tensor]:
@@ -173,7 +168,8 @@ class Sum(nn.Module):
         self.embedding = nn.Embedding(50, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids).sum(1)  # type: ignore[no-any-return]
+        summed: Tensor = self.embedding(ids).sum(1)
+        return summed
 
 
 def without_mask() -> tuple[nn.Module, Any]:
@@ -228,22 +224,6 @@ def of_a_trainer() -> Any:
 
 def of_a_trainer_of_tokens() -> Any:
     return trainer_of(decoder(), Tokens())
-
-
-def slow() -> tuple[nn.Module, Any]:
-    """Of whose time more is spent waiting for data than anything else."""
-    return nn.Linear(4, 3), DataLoader(Slow(), batch_size=8, shuffle=True)
-
-
-class Slow(TensorDataset):
-    """As if it were far away."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.randn(256, 4), torch.arange(256) % 3)
-
-    def __getitem__(self, index: int) -> Any:
-        torch.multiprocessing.Event().wait(0.002)
-        return super().__getitem__(index)  # type: ignore[no-untyped-call]
 
 
 def workload(name: str) -> Workload:

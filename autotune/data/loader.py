@@ -18,7 +18,6 @@ from autotune.data.batching import (
     plan_batch,
     plan_epoch,
 )
-from autotune.errors import AutotuneError
 from autotune.strategy import Strategy
 
 
@@ -35,14 +34,11 @@ class Loader:
         is_pinned: bool,
         rounding: Rounding,
         collate: Callable[[Any, Indices, int], MicroBatch],
-        split: Callable[[Any], list[MicroBatch]] | None = None,
         is_training: bool = True,
     ) -> None:
-        """``split`` cuts up the whole batches of data that ``fetch`` them; of others ``collate`` makes micro
-        batches."""
+        """``collate`` makes micro batches of data that do not give whole ``batch``es, to be split."""
         self._data = data
         self._collate = collate
-        self._split = split if hasattr(data, "fetch") else None
         self._is_training = is_training
         self._strategy = strategy
         self._max_tokens = max_tokens
@@ -105,7 +101,7 @@ class Loader:
         is_varied = self._is_training and hasattr(self._data, "augmented")
         data = self._data.augmented(self._epoch_seed(epoch)) if is_varied else self._data
         loader: DataLoader[list[MicroBatch]] = DataLoader(
-            _GlobalBatches(data, batches, self._collate, self._split),
+            _GlobalBatches(data, batches, self._collate, self._strategy, self._rounding),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self._strategy.prefetch if workers else None,
@@ -129,25 +125,23 @@ class _GlobalBatches(Dataset[list[MicroBatch]]):
         data: Any,
         batches: Sequence[PlannedBatch],
         collate: Callable[[Any, Indices, int], MicroBatch],
-        split: Callable[[Any], list[MicroBatch]] | None,
+        strategy: Strategy,
+        rounding: Rounding,
     ) -> None:
         self._data = data
         self._batches = batches
         self._collate = collate
-        self._split = split
+        self._strategy = strategy
+        self._rounding = rounding
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> list[MicroBatch]:
         batch = self._batches[index]
-        if self._split is not None:
-            micro_batches = self._split(self._data.fetch(np.concatenate(batch.micro_batches)))
-            if (found := sum(micro.num_samples for micro in micro_batches)) != batch.num_samples:
-                raise AutotuneError(
-                    f"of {batch.num_samples} samples the collate function made {found}: with such batches, train in a "
-                    "loop of your own, run.step(run.split(batch))"
-                )
+        if hasattr(self._data, "batch"):
+            whole = self._data.batch(np.concatenate(batch.micro_batches))
+            micro_batches: list[MicroBatch] = whole.split(self._strategy, self._rounding)
             return micro_batches
         return [
             self._collate(self._data, indices, width)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from autotune.data.batching import Part
+from autotune.data.batching import Part, num_steps
 from autotune.errors import UsageError, kind_of, words_of
 from autotune.strategy import Attention
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
@@ -80,7 +80,7 @@ class Custom:
         workload = self._workload
         if ref.known == ():
             example = workload.example
-            part = example.first(TEST_BATCHES * workload.recipe.global_batch)
+            part = example.some(TEST_BATCHES * workload.recipe.global_batch)
             workload = dataclasses.replace(workload, train=example, test=part, source=ref.source)
         elif ref.known:
             train = workload.train.as_known(ref.known[0])
@@ -155,7 +155,6 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
             test = train.some(max(example.size, round(TEST_BATCHES / EPOCH_BATCHES * len(train.lengths))))
         source = f"{len(train.lengths):,} samples, {type(data.train.dataset).__name__}"
         source += "" if data.test is not None else f", {len(test.lengths):,} of them to test on"
-    num_steps = -(-len(train.lengths) // example.size)
     recipe = Recipe(
         **{
             field: getattr(RECIPE, field)
@@ -163,7 +162,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
             if field not in ("global_batch", "epochs")
         },
         global_batch=example.size,
-        epochs=own.epochs or max(1, math.ceil(EPOCH_BATCHES / num_steps)),
+        epochs=own.epochs or max(1, math.ceil(EPOCH_BATCHES / num_steps(train, example.size))),
     )
     return Workload(
         name=label,
@@ -249,10 +248,8 @@ def _typical(train: Samples, workload: Workload) -> Repeated:
     if len(train.lengths) < size or len(set(train.lengths.tolist())) == 1:
         found: Repeated = workload.example
         return found
-    return Repeated(train.batch_of(train.fetch(train.typical(size))), EPOCH_BATCHES * size)
+    return Repeated(train.batch(train.typical(size)), EPOCH_BATCHES * size)
 
 
 def _limited(data: Any, limit: int) -> Any:
-    if isinstance(data, Samples):
-        return data.some(limit)
-    return data.first(limit) if isinstance(data, Repeated) else Part(data, limit)
+    return data.some(limit) if isinstance(data, Repeated | Samples) else Part(data, limit)

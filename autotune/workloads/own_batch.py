@@ -197,8 +197,8 @@ class Repeated:
         """A micro batch of them."""
         return self._batch.micro(indices % self._batch.size, width)
 
-    def first(self, count: int) -> Repeated:
-        """The first of them."""
+    def some(self, count: int) -> Repeated:
+        """So many of them."""
         return Repeated(self._batch, min(count, len(self.lengths)))
 
 

@@ -127,9 +127,9 @@ def _alone_because(loader: DataLoader[Any]) -> str | None:
 def is_shuffled(loader: DataLoader[Any]) -> bool:
     """Whether it takes every sample once, in any order, and not as a sampler of the user's says."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", None)
+    dataset: Any = loader.dataset
     if type(sampler) is RandomSampler or type(sampler).__name__ == "SeedableRandomSampler":
-        count = len(loader.dataset)  # type: ignore[arg-type]
-        return not sampler.replacement and sampler.num_samples == len(sampler.data_source) == count
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source) == len(dataset)
     return type(sampler).__name__ == "LengthGroupedSampler"
 
 
@@ -181,6 +181,16 @@ class Samples:
     def fetch(self, positions: Indices) -> Any:
         """The batch of these samples, as the DataLoader gives it but for their order."""
         return _fetched(self.source, self.samples[np.sort(positions)], self.seed)
+
+    def batch(self, positions: Indices) -> Batch:
+        """The same, to be cut up. Raises UsageError where it has not a row for each."""
+        found = self.batch_of(self.fetch(positions))
+        if found.size != len(positions):
+            raise UsageError(
+                f"of {len(positions)} samples the collate function made {found.size}: with such batches, train in a "
+                "loop of your own, run.step(run.split(batch))"
+            )
+        return found
 
     def augmented(self, seed: int) -> Samples:
         """The same as another epoch draws them."""
@@ -278,10 +288,7 @@ class _Lengths(Dataset[tuple[Indices | None, int]]):
         return len(self._chunks)
 
     def __getitem__(self, index: int) -> tuple[Indices | None, int]:
-        chunk = self._chunks[index]
-        batch = self._samples.batch_of(self._samples.fetch(chunk))
-        if batch.size != len(chunk):
-            raise UsageError(f"the collate function makes {batch.size} of {len(chunk)} samples; give an example batch")
+        batch = self._samples.batch(self._chunks[index])
         return batch.lengths if batch.tells_padding else None, batch.width
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from autotune.errors import UsageError, kind_of, words_of
 from autotune.workloads.own_batch import Takes, refuse_wrapped
@@ -228,7 +228,9 @@ def _of_transformers(trainer: Any, label: str) -> OwnTraining:
     data = Data.of(loader, trainer.get_eval_dataloader() if tests else None)
     if data.train is not None:
         data = data._replace(train=data.train._replace(batch_size=size))
-    batch = first_batch(DataLoader(loader.dataset, batch_size=size, collate_fn=loader.collate_fn), data)
+    shuffles = not isinstance(loader.dataset, IterableDataset)
+    whole = DataLoader(loader.dataset, batch_size=size, shuffle=shuffles, collate_fn=loader.collate_fn)
+    batch = first_batch(whole, data)
     count: Callable[..., Any] = getattr(trainer, "_get_num_items_in_batch", lambda *_: None)
     # of its own: another Trainer resets those that are shared
     trainer.accelerator.state = _detached(trainer.accelerator.state)

@@ -247,8 +247,8 @@ def faster_words(ratio: float) -> str:
 
 
 def share_words(share: float) -> str:
-    """A small share in percent: ``0.31%``, ``less than 0.01%``."""
-    return "less than 0.01%" if share < 1e-4 else f"{share:.2%}"
+    """What a small share is within, in percent: ``0.31%``, and ``0.01%`` for less."""
+    return f"{max(share, 1e-4):.2%}"
 
 
 def batches_words(strategy: Strategy) -> str:

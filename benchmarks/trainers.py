@@ -31,6 +31,7 @@ from autotune.stats import paired_ratio
 EXAMPLES = {"transformers": "transformers_trainer", "lightning": "lightning_module", "torch": "my_images"}
 EPOCHS = 50
 """Of the run that is planned."""
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FOLDER = Path(__file__).parent.parent / "examples"
 
 
@@ -42,6 +43,8 @@ class Clock:
 
     def mark(self) -> None:
         """An epoch begins, or the last has ended."""
+        if _DEVICE == "cuda":
+            torch.cuda.synchronize()
         self._marks.append(time.perf_counter())
 
     @property
@@ -119,16 +122,17 @@ def _plain(example: Any, _: Any, clock: Clock) -> None:
 
 
 def _by_hand(example: Any, _: Any, clock: Clock) -> None:
-    loader = example.loader(num_workers=os.cpu_count(), persistent_workers=True)
-    _fit(example, clock, loader, lambda: torch.autocast("cpu", torch.bfloat16), fused=True)
+    loader = example.loader(num_workers=os.cpu_count(), persistent_workers=True, pin_memory=_DEVICE == "cuda")
+    _fit(example, clock, loader, lambda: torch.autocast(_DEVICE, torch.bfloat16), fused=True)
 
 
 def _fit(example: Any, clock: Clock, loader: Any, context: Callable[[], Any], **options: Any) -> None:
-    model = example.Classifier()
+    model = example.Classifier().to(_DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, **options)
     for _ in range(2):
         clock.mark()
         for images, classes in loader:
+            images, classes = (part.to(_DEVICE, non_blocking=True) for part in (images, classes))
             optimizer.zero_grad()
             with context():
                 loss: Any = torch.nn.functional.cross_entropy(model(images), classes)

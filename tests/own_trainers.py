@@ -264,13 +264,13 @@ def _sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def tuned(name: str, **knobs: Any) -> Tuned:
+def tuned(name: str, *, backend: str = "cpu", **knobs: Any) -> Tuned:
     return Tuned(
         name=f"tests.own_trainers:{name}",
         strategy=Strategy(**{"micro_batch": 8, "attention": "sdpa", **knobs}),
         profile=None,
         path=None,
-        backend=backends.get("cpu"),
+        backend=backends.get(backend),
     )
 
 

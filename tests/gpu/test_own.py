@@ -1,0 +1,78 @@
+"""A user's own model, data and trainer on a card: the same is trained. Needs a CUDA device: ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from autotune import backends
+from autotune.apply import Run, apply
+from autotune.strategy import Strategy
+from autotune.workloads.base import Workload
+from tests import own_datasets, own_trainers
+from tests.own_trainers import apart, tuned
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # what the trainers, their parts and the compiler say of themselves
+]
+
+
+def run_of(workload: Workload, backend: str, **knobs: Any) -> Run:
+    torch.manual_seed(1)
+    micro_batch = workload.recipe.global_batch // knobs.get("accumulation", 1)
+    strategy = Strategy(**{"micro_batch": micro_batch, "attention": workload.attentions[0], **knobs})
+    return apply(strategy, workload, backends.get(backend))
+
+
+def losses(run: Run, epochs: int = 2) -> list[float]:
+    return [float(run.step(batch)) for _ in range(epochs) for batch in run.loader]
+
+
+@pytest.mark.parametrize("name", ["pictures", "texts", "of_a_trainer"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"accumulation": 2, "workers": 2},
+        {"graphs": "step"},
+        {"graphs": "step", "compile": "default", "optimizer": "fused"},
+        {"precision": "bf16", "graphs": "step"},
+    ],
+    ids=str,
+)
+def test_own_data_train_as_on_the_cpu(name: str, knobs: dict[str, Any]) -> None:
+    workload = own_datasets.workload(name)
+    tolerance = 3e-2 if "precision" in knobs else 1e-3
+    plain, ours = (losses(run) for run in (run_of(workload, "cpu"), run_of(workload, "cuda", **knobs)))
+    assert ours == pytest.approx(plain, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"checkpoint": "every_block"}, {"compile": "default"}], ids=str)
+def test_transformers_train_the_same_with_a_strategy(knobs: dict[str, Any]) -> None:
+    plain = own_trainers.reviewing(use_cpu=False)
+    plain.train()
+    ours = tuned("reviews", backend="cuda", micro_batch=2, accumulation=4, **knobs)
+    other = ours.prepare(own_trainers.reviewing(**{**ours.arguments("transformers"), "use_cpu": False, "optim": "sgd"}))
+    other.train()
+    assert next(other.model.parameters()).device.type == "cuda"
+    assert apart(plain.model.cpu(), own_trainers.classifier()) > 1e-2
+    assert apart(plain.model, other.model.cpu()) < 1e-3
+
+
+@pytest.mark.parametrize("knobs", [{}, {"checkpoint": "every_block"}, {"compile": "default"}], ids=str)
+def test_lightning_trains_the_same_with_a_strategy(knobs: dict[str, Any]) -> None:
+    def trained(module: Any, batch_size: int, **options: Any) -> Any:
+        loader = DataLoader(own_trainers.sequences(), batch_size=batch_size)
+        own_trainers.fit(module, loader, **{"accelerator": "gpu", **options})
+        return module.cpu()
+
+    ours = tuned("module", backend="cuda", micro_batch=2, accumulation=4, **knobs)
+    plain = trained(own_trainers.Module(), 8)
+    other = trained(ours.prepare(own_trainers.Module()), 2, **ours.arguments("lightning"))
+    assert apart(plain, own_trainers.Module()) > 1e-2
+    assert apart(plain, other) < 1e-3

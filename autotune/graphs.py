@@ -57,13 +57,15 @@ class Graphs(Generic[Result]):
 
     def tried(self, batch: Sequence[MicroBatch]) -> tuple[Result, str]:
         """What comes of a batch, launched, and why that cannot be recorded; no words where it seems that it can. A
-        recording that fails may leave torch's allocator and random numbers as if it went on."""
+        recording that fails may leave torch's allocator and random numbers as if it went on. Models that wait unless
+        they are recorded are told that they are: transformers' look whether a mask hides anything."""
         placed = [self._placed(micro) for micro in batch]
         self._seen.add(tuple(map(_shape, batch)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it does not find every wait yet
             before = torch.cuda.get_sync_debug_mode()
             torch.cuda.set_sync_debug_mode("error")
+        is_recording, torch.cuda.is_current_stream_capturing = torch.cuda.is_current_stream_capturing, lambda: True
         try:
             return self._launched(placed), ""
         except torch.OutOfMemoryError:
@@ -72,6 +74,7 @@ class Graphs(Generic[Result]):
             reason = first_line(exc)
         finally:
             torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.is_current_stream_capturing = is_recording
         return self._work(placed), reason
 
     def __call__(self, batch: Sequence[MicroBatch]) -> Result:

@@ -28,7 +28,7 @@ from autotune.search.standings import Standings
 from autotune.search.study import search
 from autotune.search.task import Task
 from autotune.search.work import ATTENTION_POWER
-from autotune.strategy import Attention, Checkpoint, Strategy, baseline
+from autotune.strategy import Attention, Checkpoint, Precision, Strategy, baseline
 from autotune.trial.worker import Job
 from tests import factories
 from tests.observing import Silent, SilentPulse
@@ -96,6 +96,32 @@ def test_loader_processes_are_expected_to_read_beside_the_step(
     for (workers, threads), seconds in expected.items():
         found = 10 * work(msgspec.structs.replace(task.baseline, workers=workers, threads=threads))
         assert found == pytest.approx(seconds), (workers, threads)
+
+
+@pytest.mark.parametrize(
+    ("busy", "wait", "precision", "workers"),
+    [
+        (0.0, 0.6, "fp32", 2),  # two read as fast as it computes
+        (0.0, 0.6, "bf16", 8),
+        (0.0, 0.09, "fp32", 0),
+        (1.0, 0.6, "fp32", 0),  # what reads would take what computes
+    ],
+)
+def test_a_guess_reads_ahead_where_the_baseline_waited(
+    prepared: Prepared, busy: float, wait: float, precision: Precision, workers: int
+) -> None:
+    ref, workload = prepared
+    workload = dataclasses.replace(workload, reading_busy=busy)
+    rates = {"fp32": 100.0, "bf16": 500.0}
+    hardware = factories.hardware()
+    matmuls = [
+        Capability(name=f"matmul.{name}", value=True, measured={"gflop_per_s": rate}) for name, rate in rates.items()
+    ]
+    others = [one for one in hardware.capabilities if one.name not in ("matmul.fp32", "matmul.bf16")]
+    hardware = msgspec.structs.replace(hardware, capabilities=(*others, *matmuls))
+    task = Task(ref=ref, workload=workload, hardware=hardware, backend=CPU, settings=Settings())
+    guess = msgspec.structs.replace(task.baseline, precision=precision)
+    assert task.read_ahead(guess, factories.measurement(loader_wait=wait)).workers == workers
 
 
 def test_attention_kernels_are_expected_to_be_as_fast_as_the_probe_found_them(prepared: Prepared) -> None:

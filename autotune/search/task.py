@@ -32,6 +32,8 @@ LONG_RUN_SHARE = 0.9
 than in the minute of a trial and a soak (docs/LOG.md 2026-11-22)."""
 NO_WAIT = 0.01
 """Share of a step that counts as none of it: loader processes could only take cores away."""
+MUCH_WAIT = 0.1
+"""Share of the baseline's step from which on a guess has loader processes; less may be hidden by what was launched."""
 CONTEXT_BYTES = 600 * 2**20
 """An accelerator's context, which no allocator counts: some 500 MB on CUDA."""
 FREE_MEMORY_SHARE = 0.9
@@ -155,15 +157,27 @@ class Task:
         if loaded_alone is None or known is None or known.loader_wait < NO_WAIT:
             return self._prior(aim, computed)
         wait, scale = known.loader_wait, (1 - known.loader_wait) / computed(loaded_alone.strategy)
-        num_cores = self.hardware.device.num_cores
+        return self._prior(aim, lambda strategy: self.loaded(strategy, scale * computed(strategy), wait))
 
-        def work(strategy: Strategy) -> float:
-            num_busy = strategy.workers * self.workload.reading_busy + (strategy.threads or num_cores)
-            is_crowded = self.backend.is_host_memory and num_busy > num_cores
-            busy = self.workload.reading_busy if is_crowded else 0.0
-            return loaded(scale * computed(strategy), wait, strategy.workers, busy)
+    def loaded(self, strategy: Strategy, computed: float, read: float) -> float:
+        """What a step takes by a strategy's loader processes that computes and reads for so long by itself."""
+        num_cores, reading_busy = self.hardware.device.num_cores, self.workload.reading_busy
+        num_busy = strategy.workers * reading_busy + (strategy.threads or num_cores)
+        is_crowded = self.backend.is_host_memory and num_busy > num_cores
+        return loaded(computed, read, strategy.workers, reading_busy if is_crowded else 0.0)
 
-        return self._prior(aim, work)
+    def read_ahead(self, guess: Strategy, baseline: Measurement) -> Strategy:
+        """A guess with the fewest loader processes that keep up, where the plain baseline waited for data for a good
+        part of its time, and the guess computes as much faster as its products are."""
+        read = baseline.loader_wait
+        if read < MUCH_WAIT:
+            return guess
+        rates = (self.hardware.capability(matmul_capability(s.precision)) for s in (self.baseline, guess))
+        before, after = (rate.measured.get("gflop_per_s", 1.0) for rate in rates)
+        computed = (1 - read) * min(1.0, before / after)
+        ways = [msgspec.structs.replace(guess, workers=count) for count in self.space.values["workers"]]
+        allowed = [way for way in ways if self.space.refusal(way) is None]
+        return min(allowed, key=lambda way: self.loaded(way, computed, read), default=guess)
 
     def _prior(self, aim: Aim, work: Callable[[Strategy], float]) -> Prior:
         return prior_of(aim.memory, work)._replace(same_kernel=self.backend.same_kernel)

@@ -236,7 +236,7 @@ def unrecorded_schedule(schedule: str) -> str | None:
 
 def unrecorded_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     """Why no step with this optimizer can be recorded; None where one can."""
-    # SGD has nothing to keep on the device but its momentum
+    # fused, SGD reads its rate where it is, and it has nothing else to keep on the device but its momentum
     if "capturable" in optimizer.defaults or isinstance(optimizer, torch.optim.SGD):
         return None
     return f"it needs one of torch's optimizers that can be recorded, {type(optimizer).__name__} cannot"
@@ -249,6 +249,9 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
     if "capturable" in optimizer.defaults:
         for group in optimizer.param_groups:
             group["capturable"] = True
+    else:
+        for group in optimizer.param_groups:  # its others ask the device for the rate, and wait
+            group["fused"], group["foreach"] = True, False
     # a shape's first step is not recorded, on purpose: torch 2.11 would warn of that
     optimizer._warned_capturable_if_run_uncaptured = True
 

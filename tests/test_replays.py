@@ -1,0 +1,82 @@
+"""What a recorded step trains, on recordings without a card (tests/taped.py): the same as a launched one."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from autotune import backends
+from autotune.apply import Run, apply
+from autotune.backends.base import Backend
+from autotune.strategy import Graphs, Strategy
+from autotune.workloads.base import Workload
+from tests import own_datasets
+from tests.taped import Tape
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    Tape().set_up(monkeypatch.setattr)
+    found = backends.get("cpu")
+    monkeypatch.setattr(found, "graphs", ("none", "step"))
+    return found
+
+
+def run_of(workload: Workload, cpu: Backend, graphs: Graphs, **knobs: Any) -> Run:
+    kernel = "sdpa" if "sdpa" in workload.attentions else workload.attentions[0]
+    strategy = Strategy(micro_batch=workload.recipe.global_batch, attention=kernel, graphs=graphs, **knobs)
+    return apply(strategy, workload, cpu)
+
+
+def losses(run: Run) -> list[float]:
+    return [float(run.step(batch)) for _ in range(2) for batch in run.loader]
+
+
+@pytest.mark.parametrize("name", ["pictures", "texts", "lines", "of_a_trainer", "of_a_trainer_of_tokens"])
+def test_a_users_data_and_models_train_the_same(name: str, cpu: Backend) -> None:
+    workload = own_datasets.workload(name)
+    launched, recorded = (run_of(workload, cpu, graphs) for graphs in ("none", "step"))
+    assert losses(recorded) == pytest.approx(losses(launched), rel=1e-4)
+    assert recorded.step.graphs is not None
+    assert recorded.step.graphs.num_recorded > 0
+
+
+def test_an_evaluation_that_waits_unless_it_is_recorded_is(cpu: Backend) -> None:
+    """transformers' models look whether a mask hides anything."""
+    workload = own_datasets.workload("of_a_trainer")
+    launched, recorded = (run_of(workload, cpu, graphs) for graphs in ("none", "step"))
+    losses(launched), losses(recorded)
+    assert recorded.evaluate() == pytest.approx(launched.evaluate(), rel=1e-4, nan_ok=True)
+    assert recorded.evaluation.launched_because == ""
+    assert recorded.evaluation.num_recorded == 1
+
+
+def optimizers() -> list[Any]:
+    kinds = [kind for kind in vars(torch.optim).values() if inspect.isclass(kind) and kind is not torch.optim.Optimizer]
+    return [kind for kind in kinds if kind is torch.optim.SGD or "capturable" in inspect.signature(kind).parameters]
+
+
+@pytest.mark.parametrize("kind", optimizers())
+def test_every_optimizer_that_is_recorded_has_the_rate_of_its_step(kind: Any, cpu: Backend) -> None:
+    def trained(graphs: Graphs) -> list[float]:
+        torch.manual_seed(0)
+        run = apply(
+            Strategy(micro_batch=4, graphs=graphs),
+            own_datasets.workload("pictures"),
+            cpu,
+            optimizer=lambda parameters: kind(parameters, lr=0.1, foreach=True),  # as a card chooses
+        )
+        schedule = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.9)
+        found = []
+        for batch in itertools.chain(run.loader, run.loader):
+            found.append(float(run.step(batch)))
+            schedule.step()
+        return found
+
+    assert trained("step") == pytest.approx(trained("none"), rel=1e-3)

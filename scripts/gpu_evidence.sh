@@ -26,7 +26,7 @@ REHEARSE=${REHEARSE:-}
 SEARCH_S=${SEARCH_S:-300}
 EPOCHS=${EPOCHS:-5}
 REVIEWS=${REVIEWS:-}
-STEPS=${STEPS-versions probe compare search-imdb search-cifar10 search-lm search-lm@128 study grid trainers}
+STEPS=${STEPS-versions probe compare compare-lm@128 search-imdb search-cifar10 search-lm search-lm@128 study grid own trainers}
 BESIDE=${BESIDE-accuracy-none accuracy-best tests budget replay}
 LAST=${LAST-accuracy too-big}
 UNTIL=${UNTIL:-86400}
@@ -60,13 +60,15 @@ if [ -n "$REHEARSE" ]; then
     replay_args=(--seeds 2 --methods autotune,random)
     trainers_args=(--budget 20s --rounds 2)
     test_args=(tests/backends)
-    STEPS=${STEPS/lm@128/lm@2} # whose plain baseline takes 28 GiB
+    STEPS=${STEPS//lm@128/lm@2} # whose plain baseline takes 28 GiB
 fi
 data_args=()
 [ -n "$REVIEWS" ] && data_args=(--data "$REVIEWS")
 bf16=precision=bf16,attention=sdpa,padding=buckets,optimizer=fused
+flash=precision=bf16,attention=sdpa_flash,optimizer=fused
+recorded=graphs=step,compile=default,compile_scope=blocks
 compared=(none "$bf16" "$bf16,graphs=step" "$bf16,graphs=step,compile=default")
-[ "$DEVICE" = cpu ] && compared=(none "$bf16")
+[ "$DEVICE" = cpu ] && compared=(none "$bf16") recorded=padding=max
 
 step() {  # what one step runs; its output is its evidence
     case $1 in
@@ -78,6 +80,16 @@ step() {  # what one step runs; its output is its evidence
     tests) limited "$PYTHON" -m pytest -q -p no:cacheprovider "${test_args[@]}" ;;
     probe) autotune probe --device "$DEVICE" --refresh ;;
     compare) limited "$PYTHON" -m benchmarks.compare "${data_args[@]}" --rounds 4 "${compared[@]}" ;;
+    compare-*)  # in turns, with the kernel that takes no mask
+        limited "$PYTHON" -m benchmarks.compare --model "${1#compare-}" --rounds 4 none "$flash" "$flash,$recorded"
+        ;;
+    own)  # a user's own data, Trainer and LightningModule
+        local name own_failed=0
+        for name in my_images transformers_trainer lightning_module; do
+            search --model "examples/$name.py:workload" --profiles "$OUT/own" || own_failed=1
+        done
+        return $own_failed
+        ;;
     search-*)
         local data=()
         [ "$1" = search-imdb ] && data=("${data_args[@]}")

@@ -25,7 +25,7 @@ from autotune.models.blocks import set_checkpoint
 from autotune.models.fp8 import use_fp8
 from autotune.schedule import schedule
 from autotune.step import Step, compute_dtype, weights_dtype
-from autotune.strategy import SPARSE, Strategy
+from autotune.strategy import SPARSE, Optimizer, Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.own_loss import summed
 from autotune.workloads.seen import set_training
@@ -244,9 +244,12 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
 def set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
     """Chooses the update's implementation, as the constructor's arguments ``foreach`` and ``fused`` would. Raises
     AutotuneError where the optimizer has no such choice."""
-    chosen = strategy.optimizer
+    _choose_update(optimizer, strategy.optimizer)
     if strategy.graphs == "step":
         make_capturable(optimizer)
+
+
+def _choose_update(optimizer: torch.optim.Optimizer, chosen: Optimizer) -> None:
     if chosen == "default":
         return
     if chosen not in optimizer.defaults:

@@ -237,7 +237,7 @@ def unrecorded_schedule(schedule: str) -> str | None:
 def unrecorded_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     """Why no step with this optimizer can be recorded; None where one can."""
     # fused, SGD reads its rate where it is, and it has nothing else to keep on the device but its momentum
-    if "capturable" in optimizer.defaults or isinstance(optimizer, torch.optim.SGD):
+    if "capturable" in optimizer.defaults or type(optimizer) is torch.optim.SGD:
         return None
     return f"it needs one of torch's optimizers that can be recorded, {type(optimizer).__name__} cannot"
 

@@ -1,6 +1,7 @@
 """A recording without a card: every operator is noted while it runs, and a replay runs them again on the same memory.
-What the host did in between is left out, and what waits for the device is an error, as on a card; that kernels can be
-recorded at all, and that numbers made on the host lie in memory that a graph may read, only a card tells.
+What the host did in between is left out, as on a card, and operators that wait for the device are errors. Only a card
+tells whether kernels can be recorded, what is copied from the host, also by ``tolist`` and ``numpy``, what the device
+draws, and whether memory is used again that something still reads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
 
 
 class Notes(TorchDispatchMode):
@@ -26,7 +27,10 @@ class Notes(TorchDispatchMode):
         self._noted: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator.name().removesuffix(".default") in WAITS:
+        by_mask = operator.name() == "aten::index.Tensor" and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or operator.name() in WAITS:
             raise RuntimeError(f"{operator.name()} is not permitted when the stream is capturing")
         result = operator(*args, **(kwargs or {}))
         self._noted.append((operator, args, kwargs or {}, result))

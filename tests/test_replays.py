@@ -12,7 +12,8 @@ import torch
 from autotune import backends
 from autotune.apply import Run, apply
 from autotune.backends.base import Backend
-from autotune.strategy import Graphs, Strategy
+from autotune.graphs import unrecorded_optimizer
+from autotune.strategy import Graphs, Optimizer, Strategy
 from autotune.workloads.base import Workload
 from tests import own_datasets
 from tests.taped import Tape
@@ -60,6 +61,22 @@ def test_an_evaluation_that_waits_unless_it_is_recorded_is(cpu: Backend) -> None
 def optimizers() -> list[Any]:
     kinds = [kind for kind in vars(torch.optim).values() if inspect.isclass(kind) and kind is not torch.optim.Optimizer]
     return [kind for kind in kinds if kind is torch.optim.SGD or "capturable" in inspect.signature(kind).parameters]
+
+
+@pytest.mark.parametrize("chosen", ["default", "foreach", "fused"])
+def test_sgd_is_recorded_whichever_update_is_chosen(chosen: Optimizer, cpu: Backend) -> None:
+    workload = own_datasets.workload("of_a_trainer")
+    launched, recorded = (run_of(workload, cpu, graphs, optimizer=chosen) for graphs in ("none", "step"))
+    assert losses(recorded) == pytest.approx(losses(launched), rel=1e-4)
+
+
+def test_another_kind_of_sgd_is_not_recorded() -> None:
+    class Signs(torch.optim.SGD):
+        """With a step of its own, as it might have."""
+
+    found = unrecorded_optimizer(Signs(torch.nn.Linear(1, 1).parameters(), lr=0.1))
+    assert found is not None
+    assert "Signs" in found
 
 
 @pytest.mark.parametrize("kind", optimizers())

@@ -99,16 +99,17 @@ def test_loader_processes_are_expected_to_read_beside_the_step(
 
 
 @pytest.mark.parametrize(
-    ("busy", "wait", "precision", "workers"),
+    ("busy", "wait", "precision", "num_cores", "workers"),
     [
-        (0.0, 0.6, "fp32", 2),  # two read as fast as it computes
-        (0.0, 0.6, "bf16", 8),
-        (0.0, 0.09, "fp32", 0),
-        (1.0, 0.6, "fp32", 0),  # what reads would take what computes
+        (0.0, 0.6, "fp32", 16, 2),  # two read as fast as it computes
+        (0.0, 0.6, "bf16", 16, 8),
+        (0.0, 0.6, "bf16", 2, 2),
+        (0.0, 0.09, "fp32", 16, 0),
+        (1.0, 0.6, "fp32", 2, 0),  # what reads would take what computes
     ],
 )
 def test_a_guess_reads_ahead_where_the_baseline_waited(
-    prepared: Prepared, busy: float, wait: float, precision: Precision, workers: int
+    prepared: Prepared, busy: float, wait: float, precision: Precision, num_cores: int, workers: int
 ) -> None:
     ref, workload = prepared
     workload = dataclasses.replace(workload, reading_busy=busy)
@@ -117,11 +118,18 @@ def test_a_guess_reads_ahead_where_the_baseline_waited(
     matmuls = [
         Capability(name=f"matmul.{name}", value=True, measured={"gflop_per_s": rate}) for name, rate in rates.items()
     ]
-    others = [one for one in hardware.capabilities if one.name not in ("matmul.fp32", "matmul.bf16")]
-    hardware = msgspec.structs.replace(hardware, capabilities=(*others, *matmuls))
+    others = [one for one in hardware.capabilities if not one.name.startswith("matmul.")]
+    hardware = msgspec.structs.replace(
+        hardware,
+        device=msgspec.structs.replace(hardware.device, num_cores=num_cores),
+        capabilities=(*others, *matmuls),
+    )
     task = Task(ref=ref, workload=workload, hardware=hardware, backend=CPU, settings=Settings())
     guess = msgspec.structs.replace(task.baseline, precision=precision)
-    assert task.read_ahead(guess, factories.measurement(loader_wait=wait)).workers == workers
+    waited = factories.measurement(loader_wait=wait)
+    assert task.read_ahead(guess, waited).workers == workers
+    task = dataclasses.replace(task, settings=Settings(objective="memory"))
+    assert task.read_ahead(guess, waited).workers == 0
 
 
 def test_attention_kernels_are_expected_to_be_as_fast_as_the_probe_found_them(prepared: Prepared) -> None:

@@ -33,7 +33,10 @@ than in the minute of a trial and a soak (docs/LOG.md 2026-11-22)."""
 NO_WAIT = 0.01
 """Share of a step that counts as none of it: loader processes could only take cores away."""
 MUCH_WAIT = 0.1
-"""Share of the baseline's step from which on a guess has loader processes; less may be hidden by what was launched."""
+"""Share of the baseline's step from which on a guess has loader processes. Whether a card had other work meanwhile, their
+trial tells."""
+NEARLY = 1.1
+"""So many times the least that is expected is as good, with fewer loader processes."""
 CONTEXT_BYTES = 600 * 2**20
 """An accelerator's context, which no allocator counts: some 500 MB on CUDA."""
 FREE_MEMORY_SHARE = 0.9
@@ -167,17 +170,21 @@ class Task:
         return loaded(computed, read, strategy.workers, reading_busy if is_crowded else 0.0)
 
     def read_ahead(self, guess: Strategy, baseline: Measurement) -> Strategy:
-        """A guess with the fewest loader processes that keep up, where the plain baseline waited for data for a good
-        part of its time, and the guess computes as much faster as its products are."""
+        """A guess with loader processes, where the plain baseline waited for data for a good part of its time: the
+        fewest that make it nearly as fast as any number, if it computes as much faster as its products are, and no
+        more than there are cores."""
         read = baseline.loader_wait
-        if read < MUCH_WAIT:
+        if read < MUCH_WAIT or FASTEST not in self.aims:
             return guess
-        rates = (self.hardware.capability(matmul_capability(s.precision)) for s in (self.baseline, guess))
-        before, after = (rate.measured.get("gflop_per_s", 1.0) for rate in rates)
-        computed = (1 - read) * min(1.0, before / after)
-        ways = [msgspec.structs.replace(guess, workers=count) for count in self.space.values["workers"]]
-        allowed = [way for way in ways if self.space.refusal(way) is None]
-        return min(allowed, key=lambda way: self.loaded(way, computed, read), default=guess)
+        rates = [self.hardware.capability(matmul_capability(s.precision)).measured for s in (self.baseline, guess)]
+        before, after = (rate.get("gflop_per_s", math.nan) for rate in rates)
+        computed = (1 - read) * (before / after if before < after else 1.0)
+        num_cores = self.hardware.device.num_cores
+        counts = [count for count in self.space.values["workers"] if count <= num_cores]
+        ways = [msgspec.structs.replace(guess, workers=count) for count in counts]
+        expected = {way: self.loaded(way, computed, read) for way in ways if self.space.refusal(way) is None}
+        least = NEARLY * min(expected.values(), default=0.0)
+        return next((way for way, step in expected.items() if step <= least), guess)
 
     def _prior(self, aim: Aim, work: Callable[[Strategy], float]) -> Prior:
         return prior_of(aim.memory, work)._replace(same_kernel=self.backend.same_kernel)

@@ -116,8 +116,8 @@ class Trials:
         """What is tried behind the baseline, and whose idea it is."""
         task = self._task
         guess = expert_guess(task.space, task.hardware, task.backend)
-        if self.history.reference.measurement is not None:
-            guess = task.read_ahead(guess, self.history.reference.measurement)
+        assert self.history.reference.measurement is not None
+        guess = task.read_ahead(guess, self.history.reference.measurement)
         found = {guess: "expert's guess"}
         compiled = compiled_guess(task.space, task.backend, guess)
         if compiled is not None:

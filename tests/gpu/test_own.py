@@ -38,7 +38,7 @@ def losses(run: Run, epochs: int = 2) -> list[float]:
     return [float(run.step(batch)) for _ in range(epochs) for batch in run.loader]
 
 
-NAMES = ["pictures", "texts", "of_a_trainer"]
+NAMES = ["pictures", "texts", "texts_of_one_width", "of_a_trainer"]
 
 
 @pytest.mark.parametrize("name", NAMES)

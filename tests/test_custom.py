@@ -154,8 +154,8 @@ def test_the_space_is_explained(script: Path, probed: None) -> None:
         ("{}:worklaod", "did you mean 'workload'?"),
         ("{}", ".py:FUNCTION"),
         ("{}:broken", "KeyError: 'the data is not there' (my_train.py:38)"),
-        ("{}:Model", "should give a Workload, or (model, batch)"),
-        ("missing.py:workload", "missing.py is no Python file"),
+        ("{}:Model", "should give (model, DataLoader)"),
+        ("missing.py:workload", "there is no file"),
         ("no_such_package:workload", "No module named"),
     ],
 )

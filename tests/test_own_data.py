@@ -46,7 +46,7 @@ def looked_at(name: str) -> tuple[Any, Workload]:
 
 def test_a_loaders_samples_are_trained_on_once_an_epoch() -> None:
     workload = own_datasets.workload("pictures")
-    assert workload.source == "22 samples, Pictures, 4 of them to test on"
+    assert workload.source == "22 samples, Pictures, 4 of them also to test on"
     assert (workload.recipe.global_batch, workload.num_train, workload.loop) == (4, 22, "loader")
     run = run_of(workload, micro_batch=2, accumulation=2)
     first, second = ([[own_datasets.numbers_of(micro) for micro in batch] for batch in run.loader] for _ in range(2))
@@ -323,7 +323,7 @@ def test_a_search_and_a_training_of_ones_own_data(tmp_path: Path, probed: None) 
     done = briefly("search", *where, "--trials", "4", "--without", "compile", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["workload"]["source"] == "256 samples, Slow, 13 of them to test on"
+    assert found["workload"]["source"] == "256 samples, Slow, 13 of them also to test on"
     assert found["baseline"]["loader_wait"] > 0.5
     assert found["best"]["strategy"]["workers"] > 0
     done = autotune("train", *where, "--epochs", "1", "--run", str(tmp_path))

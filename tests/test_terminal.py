@@ -156,6 +156,11 @@ def test_what_is_to_be_copied_is_whole_however_long() -> None:
     assert 'autotune.load("my_train.py:workload").apply(model, optimizer=make_optimizer)' in text
 
 
+def test_a_functions_name_is_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.stdout().print("[bold]edge.py:train[/] and edge.py:key")
+    assert capsys.readouterr().out == "edge.py:train and edge.py:key\n"
+
+
 def test_a_speed_up_whose_interval_holds_one_is_called_uncertain() -> None:
     doubtful = msgspec.structs.replace(result(), speedup=Interval(ratio=1.3, low=0.9, high=1.8))
     assert "1.30x faster, not certain" in "\n".join(rendered(summary.search_summary(doubtful, "imdb", Path("p")), 80))

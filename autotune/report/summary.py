@@ -119,12 +119,11 @@ def _unbroken(*parts: str | tuple[str, str]) -> Text:
 def _uses(name: str, loop: Loop, elsewhere: Path | None) -> tuple[str, ...]:
     """What to type."""
     load = f'autotune.load("{name}"' + (f', profiles="{elsewhere}")' if elsewhere else ")")
-    if loop in ("own", "loader"):
-        batches, batch = ("my_loader", "run.split(batch)") if loop == "own" else ("run.loader", "batch")
+    if loop == "own":
         return (
             "import autotune",
             f"run = {load}.apply(model, optimizer=make_optimizer)",
-            f"for batch in {batches}: loss = run.step({batch})",
+            "for batch in my_loader: loss = run.step(run.split(batch))",
         )
     if loop == "transformers":
         return (

@@ -57,10 +57,11 @@ def stderr() -> Console:
 
 
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
+    # without emoji: a function's name, as in my_train.py:key, is none
+    console = Console(stderr=stderr, highlight=False, emoji=False)
     if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
         return console
-    return Console(stderr=stderr, highlight=False, width=120)
+    return Console(stderr=stderr, highlight=False, emoji=False, width=120)
 
 
 def describe(strategy: Strategy) -> str:
@@ -278,7 +279,7 @@ def epoch_table(epochs: list[Epoch]) -> Table:
             "learning\nrate",
             "grad\nnorm",
         ),
-        *("\ntrained", "eval-\nuated", "samples\nper s"),
+        *("\ntrained", "\ntested", "samples\nper s"),
     ):
         table.add_column(title, justify="right", no_wrap=True)
     for epoch in epochs:

@@ -33,8 +33,8 @@ than in the minute of a trial and a soak (docs/LOG.md 2026-11-22)."""
 NO_WAIT = 0.01
 """Share of a step that counts as none of it: loader processes could only take cores away."""
 MUCH_WAIT = 0.1
-"""Share of the baseline's step from which on a guess has loader processes. Whether a card had other work meanwhile, their
-trial tells."""
+"""Share of the baseline's step from which on a guess has loader processes: whether a card had other work meanwhile,
+their trial tells."""
 NEARLY = 1.1
 """So many times the least that is expected is as good, with fewer loader processes."""
 CONTEXT_BYTES = 600 * 2**20

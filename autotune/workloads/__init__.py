@@ -139,7 +139,9 @@ def _module_of(path: Path) -> ModuleType:
     if known is not None and getattr(known, "__file__", None) == str(path):
         return known
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if spec is None or spec.loader is None:
         raise FileNotFoundError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))

@@ -154,7 +154,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         else:
             test = train.some(max(example.size, round(TEST_BATCHES / EPOCH_BATCHES * len(train.lengths))))
         source = f"{len(train.lengths):,} samples, {type(data.train.dataset).__name__}"
-        source += "" if data.test is not None else f", {len(test.lengths):,} of them to test on"
+        source += "" if data.test is not None else f", {len(test.lengths):,} of them also to test on"
     recipe = Recipe(
         **{
             field: getattr(RECIPE, field)
@@ -231,8 +231,9 @@ def _parts(given: Any, label: str) -> tuple[nn.Module, Any, MeanLoss | None, Any
     parts = list(given) if isinstance(given, Sequence) else [given]
     if not (2 <= len(parts) <= 4 and isinstance(parts[0], nn.Module)):
         raise UsageError(
-            f"{label} gives {kind_of(given)}; it should give a Workload, or (model, batch), (model, batch, loss), "
-            "(model, batch, loss, optimizer), a transformers.Trainer, or (LightningModule, loader)"
+            f"{label} gives {kind_of(given)}; it should give (model, DataLoader), or (to_train, to_test) or a batch in "
+            "its place, and behind them a loss and an optimizer of its own if it has such; a transformers.Trainer, or "
+            "(LightningModule, loader); or an autotune.workloads Workload"
         )
     model, batches, loss, optimizer = (*parts, None, None)[:4]
     return model, batches, loss, optimizer

@@ -126,7 +126,7 @@ def test_an_attention_that_the_model_has_not_is_refused(script: Path) -> None:
 def test_a_search_and_a_training_of_a_script_from_the_command_line(script: Path, probed: None) -> None:
     profiles = script.parent / "found"
     where = ("--model", f"{script}:workload", "--profiles", str(profiles))
-    done = briefly("search", *where, "--trials", "3", "--epochs", "1", "--json")
+    done = briefly("search", *where, "--trials", "2", "--epochs", "1", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["workload"]["name"] == "my_train.py:workload"

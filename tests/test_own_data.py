@@ -320,7 +320,7 @@ def test_data_to_test_on_stand_beside_those_to_train_on() -> None:
 
 def test_a_search_and_a_training_of_ones_own_data(tmp_path: Path, probed: None) -> None:
     where = ("--model", "tests.slow_data:workload", "--profiles", str(tmp_path / "found"))
-    done = briefly("search", *where, "--trials", "4", "--without", "compile", "--json")
+    done = briefly("search", *where, "--trials", "2", "--without", "compile", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["workload"]["source"] == "256 samples, Slow, 13 of them also to test on"

@@ -20,6 +20,9 @@ from torch.utils.data import (
     default_collate,
 )
 
+from autotune import backends
+from autotune.apply import Run, apply
+from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
 from tests.own_trainers import AroundBert, Reviews, Tokens, decoder, reviewing, trainer_of
@@ -228,3 +231,18 @@ def of_a_trainer_of_tokens() -> Any:
 
 def workload(name: str) -> Workload:
     return workload_of(name, globals()[name])
+
+
+def run_of(workload: Workload, backend: str = "cpu", **knobs: Any) -> Run:
+    """With torch's own attention where there is such: transformers' eager makes a number on the host and copies it,
+    which no graph can record."""
+    torch.manual_seed(1)
+    micro_batch = workload.recipe.global_batch // knobs.get("accumulation", 1)
+    kernel = "sdpa" if "sdpa" in workload.attentions else workload.attentions[0]
+    strategy = Strategy(**{"micro_batch": micro_batch, "attention": kernel, **knobs})
+    return apply(strategy, workload, backends.get(backend))
+
+
+def losses(run: Run) -> list[float]:
+    """Of two epochs' steps."""
+    return [float(run.step(batch)) for _ in range(2) for batch in run.loader]

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import default_data_collator
 
 from autotune import backends, workloads
-from autotune.apply import Run, apply
+from autotune.apply import apply
 from autotune.errors import UsageError
 from autotune.search.settings import Settings
 from autotune.search.space import build_space
@@ -28,13 +28,9 @@ from autotune.strategy import Strategy
 from autotune.workloads.base import Workload, WorkloadRef
 from tests import factories, own_datasets, own_trainers
 from tests.commands import autotune, briefly, heard
+from tests.own_datasets import run_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
-
-def run_of(workload: Workload, **knobs: Any) -> Run:
-    strategy = Strategy(**{"micro_batch": workload.recipe.global_batch, "attention": workload.attentions[0], **knobs})
-    return apply(strategy, workload, backends.get("cpu"))
 
 
 def looked_at(name: str) -> tuple[Any, Workload]:
@@ -286,7 +282,8 @@ def test_a_trainers_data_and_epochs_are_those_that_it_has() -> None:
 
 def test_a_trainers_loss_is_a_mean_over_the_tokens_of_each_batch() -> None:
     workload = own_datasets.workload("of_a_trainer_of_tokens")
-    for knobs in ({}, {"micro_batch": 2, "accumulation": 4, "padding": "longest"}):
+    cut_up: dict[str, Any] = {"micro_batch": 2, "accumulation": 4, "padding": "longest"}
+    for knobs in ({}, cut_up):
         run, plain = run_of(workload, **knobs), own_trainers.decoder()
         plain.load_state_dict(run.model.state_dict())
         sgd = torch.optim.SGD(plain.parameters(), lr=0.1)

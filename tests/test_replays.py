@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from autotune import backends
-from autotune.apply import Run, apply
+from autotune.apply import apply
 from autotune.backends.base import Backend
 from autotune.graphs import unrecorded_optimizer
 from autotune.strategy import Graphs, Optimizer, Strategy
-from autotune.workloads.base import Workload
 from tests import own_datasets
+from tests.own_datasets import losses, run_of
 from tests.taped import Tape
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -29,20 +29,10 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Backend:
     return found
 
 
-def run_of(workload: Workload, cpu: Backend, graphs: Graphs, **knobs: Any) -> Run:
-    kernel = "sdpa" if "sdpa" in workload.attentions else workload.attentions[0]
-    strategy = Strategy(micro_batch=workload.recipe.global_batch, attention=kernel, graphs=graphs, **knobs)
-    return apply(strategy, workload, cpu)
-
-
-def losses(run: Run) -> list[float]:
-    return [float(run.step(batch)) for _ in range(2) for batch in run.loader]
-
-
 @pytest.mark.parametrize("name", ["pictures", "texts", "lines", "of_a_trainer", "of_a_trainer_of_tokens"])
 def test_a_users_data_and_models_train_the_same(name: str, cpu: Backend) -> None:
     workload = own_datasets.workload(name)
-    launched, recorded = (run_of(workload, cpu, graphs) for graphs in ("none", "step"))
+    launched, recorded = (run_of(workload, graphs=graphs) for graphs in ("none", "step"))
     assert losses(recorded) == pytest.approx(losses(launched), rel=1e-4)
     assert recorded.step.graphs is not None
     assert recorded.step.graphs.num_recorded > 0
@@ -51,7 +41,7 @@ def test_a_users_data_and_models_train_the_same(name: str, cpu: Backend) -> None
 def test_an_evaluation_that_waits_unless_it_is_recorded_is(cpu: Backend) -> None:
     """transformers' models look whether a mask hides anything."""
     workload = own_datasets.workload("of_a_trainer")
-    launched, recorded = (run_of(workload, cpu, graphs) for graphs in ("none", "step"))
+    launched, recorded = (run_of(workload, graphs=graphs) for graphs in ("none", "step"))
     losses(launched), losses(recorded)
     assert recorded.evaluate() == pytest.approx(launched.evaluate(), rel=1e-4, nan_ok=True)
     assert recorded.evaluation.launched_because == ""
@@ -66,7 +56,7 @@ def optimizers() -> list[Any]:
 @pytest.mark.parametrize("chosen", ["default", "foreach", "fused"])
 def test_sgd_is_recorded_whichever_update_is_chosen(chosen: Optimizer, cpu: Backend) -> None:
     workload = own_datasets.workload("of_a_trainer")
-    launched, recorded = (run_of(workload, cpu, graphs, optimizer=chosen) for graphs in ("none", "step"))
+    launched, recorded = (run_of(workload, graphs=graphs, optimizer=chosen) for graphs in ("none", "step"))
     assert losses(recorded) == pytest.approx(losses(launched), rel=1e-4)
 
 

@@ -59,9 +59,9 @@ def stderr() -> Console:
 def _console(*, stderr: bool) -> Console:
     # without emoji: a function's name, as in my_train.py:key, is none
     console = Console(stderr=stderr, highlight=False, emoji=False)
-    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
-        return console
-    return Console(stderr=stderr, highlight=False, emoji=False, width=120)
+    if not (console.is_terminal or os.environ.get("COLUMNS", "").isdigit()):
+        console.width = 120
+    return console
 
 
 def describe(strategy: Strategy) -> str:

@@ -23,11 +23,11 @@ from autotune.strategy import SPARSE, Attention, CompileScope, Precision, Strate
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
 from tests.applied import reviews
+from tests.marks import on_a_card
 from tests.observing import matmul_dtypes
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    *on_a_card,
     pytest.mark.filterwarnings("default"),  # torch's compiler warns of itself, and where that is an error it stops
 ]
 

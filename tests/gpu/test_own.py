@@ -5,37 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import DataLoader
 
-from autotune import backends
-from autotune.apply import Run, apply
-from autotune.strategy import Attention, Strategy
-from autotune.workloads.base import Workload
 from tests import own_datasets, own_trainers
+from tests.marks import on_a_card
+from tests.own_datasets import losses, run_of
 from tests.own_trainers import apart, tuned
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    *on_a_card,
     pytest.mark.filterwarnings("default"),  # what the trainers, their parts and the compiler say of themselves
 ]
-
-
-def run_of(workload: Workload, backend: str, **knobs: Any) -> Run:
-    torch.manual_seed(1)
-    micro_batch = workload.recipe.global_batch // knobs.get("accumulation", 1)
-    strategy = Strategy(**{"micro_batch": micro_batch, "attention": _kernel(workload), **knobs})
-    return apply(strategy, workload, backends.get(backend))
-
-
-def _kernel(workload: Workload) -> Attention:
-    """transformers' eager attention makes a number on the host and moves it, which no graph can record."""
-    return "sdpa" if "sdpa" in workload.attentions else workload.attentions[0]
-
-
-def losses(run: Run, epochs: int = 2) -> list[float]:
-    return [float(run.step(batch)) for _ in range(epochs) for batch in run.loader]
 
 
 NAMES = ["pictures", "texts", "texts_of_one_width", "of_a_trainer"]
@@ -46,7 +26,7 @@ NAMES = ["pictures", "texts", "texts_of_one_width", "of_a_trainer"]
 def test_own_data_train_as_on_the_cpu(name: str, knobs: dict[str, Any]) -> None:
     workload = own_datasets.workload(name)
     tolerance = 3e-2 if "precision" in knobs else 1e-3
-    plain, ours = (losses(run) for run in (run_of(workload, "cpu"), run_of(workload, "cuda", **knobs)))
+    plain, ours = (losses(run) for run in (run_of(workload), run_of(workload, "cuda", **knobs)))
     assert ours == pytest.approx(plain, rel=tolerance, abs=tolerance)
 
 

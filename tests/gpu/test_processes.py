@@ -16,11 +16,9 @@ from autotune.strategy import Strategy
 from autotune.trial.runner import run_trial
 from autotune.trial.worker import Job
 from autotune.workloads.base import WorkloadRef
+from tests.marks import on_a_card
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = on_a_card
 
 PLENTY = 2**40
 

@@ -243,7 +243,7 @@ def unrecorded_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Has an optimizer keep its state on the device and read its rate there. Raises AutotuneError for one that cannot."""
+    """Has an optimizer keep its state on the device and read its rate there. Raises AutotuneError where it cannot."""
     if (reason := unrecorded_optimizer(optimizer)) is not None:
         _refuse(reason)
     if "capturable" in optimizer.defaults:

@@ -23,7 +23,7 @@ study: $(VENV)/.report          ## the 18 runs of the memory study at a scale th
 	$(BIN)/autotune study --model lm --plots runs/plots --csv runs/study.csv $(STUDY_ARGS) $(ARGS)
 
 test: $(VENV)/.test             ## the whole suite
-	$(BIN)/python -m pytest -n 5 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 7 --dist loadgroup $(ARGS)
 
 check: $(VENV)/.check           ## lint, format, types, import layers
 	$(BIN)/ruff check .

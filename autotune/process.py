@@ -292,6 +292,19 @@ def _started(target: Callable[..., None], stderr_path: str, args: tuple[Any, ...
     raise AssertionError
 
 
+def warm_up() -> None:
+    """Has the server that children are forked from import what they need, while this process goes on; where there is no
+    such server, nothing."""
+    if sys.platform != "linux":
+        return
+    from multiprocessing import forkserver
+
+    _context()
+    _quiet_resource_tracker()
+    with _without_main_module(), _interrupts_deferred():
+        forkserver.ensure_running()
+
+
 def _context() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")

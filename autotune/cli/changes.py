@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, TypeVar, get_args, get_type_hints
 
 import msgspec
 
 from autotune.errors import UsageError, at_fault, nearest
 from autotune.strategy import Strategy, choices
-from autotune.workloads.base import Recipe, Workload
 
-T = TypeVar("T", Recipe, Strategy)
+if TYPE_CHECKING:
+    from autotune.workloads.base import Recipe, Workload
+
+T = TypeVar("T", "Recipe", Strategy)
 
 _FIXED = {
     "epochs": "; use --epochs",

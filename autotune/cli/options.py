@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from autotune.backends.base import Backend
 from autotune.errors import AutotuneError
-from autotune.workloads.base import Workload, WorkloadRef
 
 if TYPE_CHECKING:
+    from autotune.backends.base import Backend
     from autotune.probe import Hardware
     from autotune.profile import Profile
+    from autotune.workloads.base import Workload, WorkloadRef
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -14,6 +14,10 @@ from autotune.cli.options import device_option, find_backend, json_option, probe
 @json_option
 def command(device_name: str | None, refresh: bool, as_json: bool) -> None:
     """What this device can do: every capability is run and timed, and comes with its reason."""
+    from autotune import process
+
+    process.warm_up()
+
     from autotune.report.terminal import probe_report, stdout
 
     backend = find_backend(device_name)

@@ -113,6 +113,10 @@ def command(
 
     refuse_unknown(without)
 
+    from autotune import process
+
+    process.warm_up()  # this process has torch to import as well
+
     from autotune import store, workloads
     from autotune.probe import describe_device
     from autotune.profile import write_profile

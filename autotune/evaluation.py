@@ -71,11 +71,10 @@ class Evaluation:
         return counted
 
     def _launched(self, batch: Sequence[MicroBatch]) -> Counted:
-        (micro,) = batch
-        output, targets = self._step.forward_only(micro)
+        output, micro = self._step.forward_only(*batch)
         counts = self._workload.num_correct
-        correct = torch.zeros((), device=self._step.device) if counts is None else counts(in_fp32(output), targets)
-        return self._loss(output, targets), correct
+        correct = torch.zeros((), device=self._step.device) if counts is None else counts(in_fp32(output), micro)
+        return self._loss(output, micro.targets), correct
 
     def _find_weights(self) -> None:
         """A replay reads them where they lay: with other weights in their place (``load_state_dict(assign=True)``, an

@@ -116,13 +116,14 @@ class Step:
             total = total + loss.detach()  # in fp64 where the model is
         return total, self._update()
 
-    def forward_only(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Output, as the loss takes it, and targets of one micro batch without gradients; never compiled as a whole,
-        because a second graph for the few evaluation batches costs more than it gives. The caller sets eval mode."""
+    def forward_only(self, micro: MicroBatch) -> tuple[Any, MicroBatch]:
+        """Output, as the loss takes it, without gradients, and the micro batch on the device; never compiled as a
+        whole, because a second graph for the few evaluation batches costs more than it gives. The caller sets eval
+        mode."""
         micro = self._on_device(micro)
         with torch.no_grad(), self.context(), _own_attention():
             output = self.model.forward(**micro.inputs)
-        return in_fp32(output) if self._gives_fp32 else output, micro.targets
+        return in_fp32(output) if self._gives_fp32 else output, micro
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ from autotune.search.turns import Entrant, Race
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
 from autotune.trial.worker import Job
-from autotune.workloads.base import Recipe, Workload, WorkloadRef
+from autotune.workloads.base import Recipe, Workload, WorkloadRef, num_correct
 
 BATCH, TOKENS = 8, 64
 SLOWER = 0.10
@@ -105,7 +105,7 @@ class Noise:
             source=ref.source,
             build_model=lambda: Slowed(float(ref.folder)),
             loss=lambda output, targets: F.cross_entropy(output, targets, reduction="sum"),
-            num_correct=lambda output, targets: (output.argmax(-1) == targets).sum(),
+            num_correct=num_correct,
             train=data,
             test=data,
             max_tokens=TOKENS,

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autotune.backends import fake
 from autotune.data.batching import Indices
-from autotune.workloads.base import Recipe, Workload, WorkloadRef
+from autotune.workloads.base import Recipe, Workload, WorkloadRef, num_correct
 
 BASELINE, BEST, FAULTY = 8, 4, 2
 LONGEST = 16
@@ -58,7 +58,7 @@ class FaultyWorkload:
             source=ref.source,
             build_model=lambda: Model(ref.folder),
             loss=lambda output, targets: F.cross_entropy(output, targets, reduction="sum"),
-            num_correct=lambda output, targets: (output.argmax(-1) == targets).sum(),
+            num_correct=num_correct,
             train=data,
             test=Data("none"),
             max_tokens=LONGEST,

@@ -371,7 +371,7 @@ def test_an_evaluation_that_waits_is_launched_and_says_why(
     run = apply(Strategy(micro_batch=4, accumulation=8, graphs="step"), workload, cpu, model=small_model())
     forward = run.step.forward_only
 
-    def wait(micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def wait(micro: MicroBatch) -> tuple[Tensor, MicroBatch]:
         if card.sync_debug_mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
         return forward(micro)

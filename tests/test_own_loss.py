@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import io
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import default_data_collator
 
 from autotune import backends
 from autotune.apply import apply
@@ -21,10 +24,8 @@ from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
 from autotune.workloads.custom import workload_of
 from autotune.workloads.own_loss import read_by
-from tests.own_models import (
-    classes,
-    net,
-)
+from tests import own_trainers
+from tests.own_models import classes, net
 
 CPU = backends.get("cpu")
 
@@ -95,3 +96,32 @@ def test_a_loss_that_reads_its_model_reads_the_one_that_is_trained() -> None:
         apply(Strategy(micro_batch=16), workload, CPU, model=own)
     given = first_loss(workload, model=own, loss=lambda output, targets: F.cross_entropy(output, targets) + 7)
     assert given == pytest.approx(float(F.cross_entropy(net()(batch[0]), batch[1]).detach()) + 7, rel=1e-5)
+
+
+def test_accuracy_is_told_where_a_model_scores_classes() -> None:
+    torch.manual_seed(0)
+    model, inputs, classes = nn.Linear(3, 4), torch.randn(60, 3), torch.arange(60) % 4
+    share = float((model(inputs).argmax(-1) == classes).float().mean())
+
+    def accuracy(*parts: Any) -> float:
+        workload = workload_of("of", lambda: (copy.deepcopy(model), *parts))
+        return apply(Strategy(micro_batch=30, accumulation=2), workload, CPU).evaluate()[1]
+
+    assert 0 < share < 1
+    for loss in (None, F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)):
+        assert accuracy((inputs, classes), loss) == pytest.approx(share)
+    assert math.isnan(accuracy((inputs, classes), lambda output, targets: F.multi_margin_loss(output, targets)))
+    assert math.isnan(accuracy((inputs, torch.randn(60, 4))))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_accuracy_is_told_of_models_that_compute_their_loss() -> None:
+    reviews = default_data_collator([own_trainers.Reviews()[index] for index in range(8)])
+    workload = workload_of("of", lambda: (own_trainers.classifier(), reviews))
+    run = apply(Strategy(micro_batch=4, accumulation=2, attention="sdpa"), workload, CPU)
+    with torch.no_grad():
+        chosen = run.model.eval()(**reviews).logits.argmax(-1)
+    assert run.evaluate()[1] == pytest.approx(float((chosen == reviews["labels"]).float().mean()))
+    tokens = workload_of("of", own_trainers.tokens_without_trainer)  # a class for each token
+    run = apply(Strategy(micro_batch=8, attention="sdpa"), tokens, CPU)
+    assert math.isnan(run.evaluate()[1])

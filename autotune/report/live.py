@@ -160,11 +160,9 @@ class SearchDisplay(_Display, Observer):
         knobs = ", ".join(f"{knob} {len(values)}" for knob, values in space.values.items())
         self._space_words = f"{space.size:,} settings ({knobs})"
         self.say(f"searching {self._space_words}")
-        self._left_out_words = (
-            f"left out: {', '.join(space.left_out)} (autotune probe says why)" if space.left_out else ""
-        )
-        for value, reason in space.left_out.items():
-            self.say(f"left out: {value}, {reason}")
+        if space.left_out:
+            self._left_out_words = f"left out: {', '.join(space.left_out)}; --explain-space says why"
+            self.say(f"left out: {len(space.left_out)} values; --explain-space says which and why")
 
     def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
         """A trial starts."""

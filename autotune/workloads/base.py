@@ -70,9 +70,9 @@ class CrossEntropy:
         return loss / per_sample
 
 
-def num_correct(logits_BC: Tensor, classes_B: Tensor) -> Tensor:
-    """Samples whose class has the largest logit."""
-    return (logits_BC.argmax(-1) == classes_B).sum()
+def num_correct(logits_BC: Tensor, micro: MicroBatch) -> Tensor:
+    """Samples whose class, of the targets [B], has the largest logit."""
+    return (logits_BC.argmax(-1) == micro.targets).sum()
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,8 +128,9 @@ class Workload:
     loss_of: Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor] | None] = lambda model: None
     """The loss that a model was made with, where each has one of its own. Raises UsageError for a model that has none
     and needs one."""
-    num_correct: Callable[[Tensor, Tensor], Tensor] | None
-    """How many samples of a batch were classified correctly; None where the question has no meaning."""
+    num_correct: Callable[[Any, MicroBatch], Tensor] | None
+    """How many samples of a micro batch were classified correctly, from the model's output; no number, or None for all
+    batches, where the question has no meaning."""
     has_perplexity: bool = False
     """Whether a sample's loss is the mean of its tokens' cross-entropies, so that its exponential says something."""
     train: Any

@@ -27,7 +27,7 @@ from autotune.strategy import Attention
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 from autotune.workloads.own_batch import Batch, Repeated, Takes, Trimmed
 from autotune.workloads.own_data import Data, Samples, Source, loaders_of
-from autotune.workloads.own_loss import MeanLoss, OwnLoss, summed
+from autotune.workloads.own_loss import MeanLoss, OwnLoss, num_classified, scores_classes, summed
 from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, training_of_trainer
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
@@ -174,7 +174,7 @@ def workload_of(label: str, make: Callable[[], Any]) -> Workload:
         optimizer_of=own.optimizer_of,
         loss=functools.partial(summed, own.loss),
         loss_of=own.loss_of,
-        num_correct=None,
+        num_correct=num_classified if scores_classes(own.loss) else None,
         train=train,
         test=test,
         example=repeated,

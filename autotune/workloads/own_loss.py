@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autotune.data.batching import MicroBatch
 from autotune.errors import UsageError, kind_of
 
 MeanLoss = Callable[..., Tensor]
@@ -112,7 +113,7 @@ def summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
     num_samples = len(targets)
     if mean_loss is not None:
         return mean_loss(output, targets) * num_samples
-    own: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    own: Tensor | None = _attribute(output, "loss")
     if own is not None:
         return _long(own) * num_samples
     if not isinstance(output, Tensor):
@@ -132,6 +133,27 @@ def summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
     if output.dim() == targets.dim() + 1 and output.shape[:-1] == targets.shape:  # classes last, as for tokens
         output = output.movedim(-1, 1)
     return F.cross_entropy(_long(output), targets) * num_samples
+
+
+def scores_classes(mean_loss: MeanLoss | None) -> bool:
+    """Whether a model's output may be taken for scores of classes: under cross-entropy, or a loss of its own."""
+    return mean_loss is None or mean_loss is F.cross_entropy or type(mean_loss) is nn.CrossEntropyLoss
+
+
+def num_classified(output: Any, micro: MicroBatch) -> Tensor:
+    """Samples whose class has the largest score, where a model scores classes: its output, or ``output.logits``, is
+    [B, C], and the targets, or its argument ``labels``, are whole numbers [B]. Elsewhere no number."""
+    logits = output if isinstance(output, Tensor) else _attribute(output, "logits")
+    classes = micro.targets if micro.targets.numel() else micro.inputs.get("labels")
+    is_scored = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1
+    if not is_scored or classes is None or classes.dim() != 1 or classes.is_floating_point():
+        return torch.full((), torch.nan, device=micro.targets.device)
+    return (logits.argmax(-1) == classes).sum()
+
+
+def _attribute(output: Any, name: str) -> Any:
+    """Of what a model gives, a mapping or another object; None where it has none of that name."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def _long(tensor: Tensor) -> Tensor:

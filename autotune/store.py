@@ -121,6 +121,17 @@ def caveat(profile: Profile, device: Device) -> str | None:
     )
 
 
+def latest_profile(device: Device, profiles: Path | None = None) -> tuple[Profile, Path] | None:
+    """This device's that was saved last, whatever it is for; broken ones are passed over. None where there is none."""
+    found = []
+    for path in all_profiles(profiles):
+        with contextlib.suppress(AutotuneError):
+            profile = read_profile(path)
+            if profile.device.fingerprint == device.fingerprint:
+                found.append((profile, path))
+    return max(found, key=lambda one: one[0].created, default=None)
+
+
 def nearest_profile(device: Device, label: str, profiles: Path | None = None) -> Profile | None:
     """A profile to start a search from: this device's own, else its for another workload, else another device's of the
     kind, those of the same workload and architecture first. None where there is none; broken ones are passed over."""
@@ -139,12 +150,13 @@ def nearest_profile(device: Device, label: str, profiles: Path | None = None) ->
     return min(found, key=distance, default=None)
 
 
-def is_tested(path: Path, device: Device, wanted: Wanted) -> bool:
-    """Whether there is a profile for this there that has passed its last test."""
+def tested_profile(path: Path, device: Device, wanted: Wanted) -> Profile | None:
+    """The profile for this that is there, where it has passed its last test."""
     try:
-        return read_for(path, device, wanted).evidence.soak_steps > 0
+        found = read_for(path, device, wanted)
     except AutotuneError:
-        return False
+        return None
+    return found if found.evidence.soak_steps > 0 else None
 
 
 def check_writable(path: Path, option: str = "--profiles") -> None:

@@ -15,14 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
-from autotune.profile import format_profile, read_profile, write_profile
+from autotune.backends.base import Device
+from autotune.measurement import Interval
+from autotune.profile import Profile, ProfiledDevice, format_profile, read_profile, write_profile
 from autotune.store import profile_path
+from autotune.strategy import baseline
 from tests import factories
 from tests.commands import briefly, refused
-from tests.faulty import NAME
+from tests.faulty import NAME, RECIPE
 
 pytestmark = pytest.mark.usefixtures("probed")
 
@@ -109,12 +113,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         holder.stdin.close()
 
 
+def fast_profile(device: Device) -> Profile:
+    """Of this device and the searched workload, faster than anything is."""
+    plain = factories.profile()
+    fields = {name: getattr(device, name) for name in ProfiledDevice.__struct_fields__}
+    replace, batch = msgspec.structs.replace, RECIPE.global_batch
+    ratio = Interval(ratio=1e6, low=1e6, high=1e6)
+    return replace(
+        plain,
+        strategy=baseline(batch),
+        device=ProfiledDevice(**fields),
+        workload=replace(plain.workload, name=NAME, global_batch=batch),
+        evidence=replace(plain.evidence, speedup=ratio, soak_steps=26, baseline_strategy=baseline(batch)),
+    )
+
+
 def test_a_disk_that_fills_up_ends_the_search_with_a_line_and_leaves_the_old_profile(small_disk: Path) -> None:
+    """And a search that then replaces a faster one keeps that beside it."""
     from autotune import backends
 
     device = backends.get("cpu").device()
     path = profile_path(device, NAME, small_disk)
-    write_profile(factories.profile(), path)
+    write_profile(fast_profile(device), path)
     before = path.read_bytes()
     (small_disk / "other").write_bytes(b"x" * (116 * 1024))
     done = briefly(*SEARCH, "--profiles", small_disk)
@@ -128,6 +148,8 @@ def test_a_disk_that_fills_up_ends_the_search_with_a_line_and_leaves_the_old_pro
     done = briefly(*SEARCH, "--profiles", small_disk)
     assert done.returncode == 0, done.stderr
     assert path.read_bytes() != before
+    assert "This takes the place of a profile of 2026-11-21" in " ".join(done.stdout.split())
+    assert path.with_suffix(".toml.old").read_bytes() == before
 
 
 def test_two_writers_never_tear_a_profile(tmp_path: Path) -> None:

@@ -250,9 +250,24 @@ def test_only_a_profile_of_this_device_that_lasted_is_a_tested_one(tmp_path: Pat
             read_profile(path), evidence=msgspec.structs.replace(evidence, soak_steps=steps)
         )
         write_profile(profile, path)
-        assert store.is_tested(path, factories.device(), WANTED) == bool(steps)
-    assert not store.is_tested(path, factories.device(), WANTED._replace(global_batch=64))
-    assert not store.is_tested(tmp_path / "none.toml", factories.device(), WANTED)
+        assert (store.tested_profile(path, factories.device(), WANTED) is not None) == bool(steps)
+    assert store.tested_profile(path, factories.device(), WANTED._replace(global_batch=64)) is None
+    assert store.tested_profile(tmp_path / "none.toml", factories.device(), WANTED) is None
+
+
+def test_the_latest_profile_is_this_devices_last(tmp_path: Path) -> None:
+    here, folder = factories.device(), tmp_path / "profiles"
+    (folder / "some").mkdir(parents=True)
+    (folder / "some" / "broken.toml").write_text("not a profile")
+    assert store.latest_profile(here, folder) is None
+    for name, day in (("a", 20), ("b", 23), ("c", 21)):
+        write_profile(
+            factories.profile(created=f"2026-11-{day}T00:00:00+00:00"), folder / here.fingerprint / f"{name}.toml"
+        )
+    found = store.latest_profile(here, folder)
+    assert found is not None
+    assert found[1].name == "b.toml"
+    assert store.latest_profile(msgspec.structs.replace(here, name="another"), folder) is None
 
 
 def test_the_folders_name_is_for_people_and_unique_by_fingerprint() -> None:

@@ -306,8 +306,9 @@ def test_a_folder_of_a_workloads_name_does_not_hide_its_profile(
     (tmp_path / "imdb").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(store, "stores", lambda profiles=None: [tmp_path / "none"])
-    assert run(["report", "imdb"]) == 1
-    assert "autotune search --model imdb" in capsys.readouterr().err
+    for names in (["imdb"], []):
+        assert run(["report", *names]) == 1
+        assert "autotune search --model imdb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

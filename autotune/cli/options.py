@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -152,4 +153,5 @@ def prepare(
             ref = workloads.look(ref, display.stage)
     if ref.notice:
         display.console.print(ref.notice, style="yellow", markup=False)
-    return ref, module.open_workload(ref)
+    # whatever a workload of the user's calls itself: profiles are looked for by what is typed
+    return ref, dataclasses.replace(module.open_workload(ref), name=workloads.label(name))

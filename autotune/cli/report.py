@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from autotune.cli.options import device_option, kind_of, named_profile, profiles_option
-from autotune.errors import UsageError
+from autotune.cli.options import device_option, find_backend, kind_of, named_profile, profiles_option
+from autotune.errors import AutotuneError, UsageError
 
 
 @click.command("report")
@@ -22,13 +22,19 @@ def command(
     """Write one self-contained HTML page.
 
     SEARCH is a workload's name, for this device's profile of it, or a profile's file; STUDY is a study's record; RUN is
-    a training run's folder or its metrics, and several are drawn over one another. Default: the search for imdb.
+    a training run's folder or its metrics, and several are drawn over one another. Default: this device's last search.
     """
     from autotune import store
     from autotune.files import save
     from autotune.probe import cached_probe
 
-    what, *others = names or ("imdb",)
+    if not names:
+        latest = store.latest_profile(find_backend(device_name).device(), profiles)
+        if latest is None:
+            raise AutotuneError("there is no profile for this device; autotune search --model imdb")
+        click.echo(f"the last search on this device, for {latest[0].workload.name}", err=True)
+        names = (str(latest[1]),)
+    what, *others = names
     kind = kind_of(what)
     if any(kind_of(other) != "run" for other in (what, *others) if others):
         raise UsageError("of several, report draws training runs only")

@@ -170,15 +170,19 @@ def command(
             stdout().print(space_table(task.space))
             stdout().print(f"{task.space.size:,} combinations; the probe has the figures: autotune probe")
             return 0
-        is_saved = True
+        is_saved, replaced = True, None
+        path_before = path.with_suffix(".toml.old")
 
         def save(found: Result) -> None:
-            nonlocal is_saved
-            is_untested = found.was_interrupted and found.proof is None
-            if is_untested and store.is_tested(path, device, workloads.wanted(name)):
+            nonlocal is_saved, replaced
+            before = store.tested_profile(path, device, workloads.wanted(name))
+            if before is not None and found.was_interrupted and found.proof is None:
                 is_saved = False
-            else:
-                write_profile(profile_of(found, device, workload), path)
+                return
+            if before is not None and before.evidence.speedup.ratio > found.speedup.high:
+                write_profile(before, path_before)
+                replaced = before
+            write_profile(profile_of(found, device, workload), path)
 
         title = f"autotune search · {label} · {device.name}, {device.num_cores} cores"
         with SearchDisplay(title, budget_s=budget_s, max_trials=trials) as display:
@@ -192,13 +196,19 @@ def command(
             )
         display.console.print(f"Planned run: {planned_words(result.planned)}.", style="bright_black")
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(_report(result, device, workload, path)), indent=2).decode())
+        click.echo(
+            msgspec.json.format(
+                msgspec.json.encode(_report(result, device, workload, path, path_before if replaced else None)),
+                indent=2,
+            ).decode()
+        )
     else:
         found = search_summary(
             result,
             name,
             path,
             is_saved=is_saved,
+            replaced=None if replaced is None else (replaced, path_before),
             loop=workload.loop,
             elsewhere=None if profiles is None or profiles.resolve() == store.stores()[0].resolve() else profiles,
         )
@@ -206,7 +216,7 @@ def command(
     return 130 if result.was_interrupted else 0
 
 
-def _report(result: Result, device: Device, workload: Workload, path: Path) -> dict[str, Any]:
+def _report(result: Result, device: Device, workload: Workload, path: Path, path_before: Path | None) -> dict[str, Any]:
     return {
         "device": {**msgspec.to_builtins(device), "fingerprint": device.fingerprint},
         "workload": {
@@ -244,6 +254,7 @@ def _report(result: Result, device: Device, workload: Workload, path: Path) -> d
         ],
         "search_s": result.search_s,
         "profile_path": str(path),
+        "faster_before": None if path_before is None else str(path_before),
     }
 
 

@@ -28,6 +28,7 @@ from autotune.strategy import Strategy
 from autotune.units import format_bytes, format_duration, format_rate
 
 if TYPE_CHECKING:
+    from autotune.profile import Profile
     from autotune.workloads.base import Loop
 
 _BAR = 14
@@ -40,11 +41,13 @@ def search_summary(
     path: Path,
     *,
     is_saved: bool = True,
+    replaced: tuple[Profile, Path] | None = None,
     loop: Loop = "autotune",
     elsewhere: Path | None = None,
 ) -> RenderableType:
     """Baseline beside best, what changed, and what to do with it: in whosever ``loop`` trains the workload.
-    ``elsewhere`` is the folder of profiles that has to be named, where it is not the one that is looked in first."""
+    ``replaced`` is a faster profile whose place this one takes, and where it is kept; ``elsewhere`` the folder of
+    profiles that has to be named, where it is not the one that is looked in first."""
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None
     assert best is not None
@@ -105,10 +108,19 @@ def search_summary(
         *found,
         knobs,
         "",
+        *(() if replaced is None else (_replaced_words(*replaced), "")),
         _unbroken("Saved ", (str(path), "bold"), ". To use it:"),
         "",
         *(_unbroken((f"    {line}", "cyan")) for line in _uses(name, loop, elsewhere)),
     )
+
+
+def _replaced_words(before: Profile, kept: Path) -> Text:
+    faster = faster_words(before.evidence.speedup.ratio)
+    words = (
+        f"This takes the place of a profile of {before.created[:10]}, {faster} than the baseline then; it is kept as "
+    )
+    return Text.assemble((words, "yellow"), (str(kept), "bold"), (".", "yellow"))
 
 
 def _unbroken(*parts: str | tuple[str, str]) -> Text:

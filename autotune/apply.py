@@ -247,6 +247,18 @@ def set_optimizer(optimizer: torch.optim.Optimizer, strategy: Strategy) -> None:
     _choose_update(optimizer, strategy.optimizer)
     if strategy.graphs == "step":
         make_capturable(optimizer)
+    optimizer.register_load_state_dict_pre_hook(_computed_as_here)
+
+
+def _computed_as_here(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state that another setting saved, without its choice of how updates are computed."""
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        return state  # torch says so
+    groups = [
+        {**group, **{name: own[name] for name in ("foreach", "fused", "capturable") if name in own}}
+        for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "param_groups": groups}
 
 
 def _choose_update(optimizer: torch.optim.Optimizer, chosen: Optimizer) -> None:

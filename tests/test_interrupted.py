@@ -148,6 +148,7 @@ def test_a_disk_that_fills_up_ends_the_search_with_a_line_and_leaves_the_old_pro
     done = briefly(*SEARCH, "--profiles", small_disk)
     assert done.returncode == 0, done.stderr
     assert path.read_bytes() != before
+    assert read_profile(path).workload.name == NAME
     assert "This takes the place of a profile of 2026-11-21" in " ".join(done.stdout.split())
     assert path.with_suffix(".toml.old").read_bytes() == before
 

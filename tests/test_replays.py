@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from autotune import backends
-from autotune.apply import apply
+from autotune.apply import Run, apply
 from autotune.backends.base import Backend
 from autotune.graphs import unrecorded_optimizer
 from autotune.strategy import Graphs, Optimizer, Strategy
@@ -46,6 +47,31 @@ def test_an_evaluation_that_waits_unless_it_is_recorded_is(cpu: Backend) -> None
     assert recorded.evaluate() == pytest.approx(launched.evaluate(), rel=1e-4, nan_ok=True)
     assert recorded.evaluation.launched_because == ""
     assert recorded.evaluation.num_recorded == 1
+
+
+def parts(run: Run) -> list[Any]:
+    return [run.model, run.optimizer, run.scheduler]
+
+
+@pytest.mark.parametrize("chosen", ["default", "foreach", "fused"])
+def test_what_a_plain_run_saved_is_gone_on_with_as_the_setting_says(chosen: Optimizer, cpu: Backend) -> None:
+    workload = own_datasets.workload("pictures")
+    plain = run_of(workload)
+    losses(plain)
+    saved = copy.deepcopy([part.state_dict() for part in parts(plain)])
+
+    def going_on(**knobs: Any) -> Run:
+        run = run_of(workload, **knobs)
+        for part, state in zip(parts(run), copy.deepcopy(saved), strict=True):
+            part.load_state_dict(state)
+        return run
+
+    recorded = going_on(graphs="step", optimizer=chosen)
+    assert losses(recorded) == pytest.approx(losses(going_on()), rel=1e-4)
+    for group in recorded.optimizer.param_groups:
+        assert group["capturable"]
+        assert bool(group["fused"]) == (chosen == "fused")
+        assert bool(group["foreach"]) == (chosen == "foreach")
 
 
 def optimizers() -> list[Any]:

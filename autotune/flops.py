@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from autotune.cost import BY_TOKENS, Cost
@@ -60,5 +61,6 @@ def _counted(workload: Workload, index: int, length: int) -> float:
         model = workload.build_model()
     inputs = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in micro.inputs.items()}
     with FlopCounterMode(display=False) as counter:
-        workload.loss_for(model)(model(**inputs), micro.targets.to("meta")).backward()  # type: ignore[no-untyped-call]
+        targets = tree_map(lambda tensor: tensor.to("meta"), micro.targets)
+        workload.loss_for(model)(model(**inputs), targets).backward()  # type: ignore[no-untyped-call]
     return float(counter.get_total_flops())

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from autotune.backends.base import Backend
 from autotune.checks import first_line
@@ -88,7 +89,8 @@ class Graphs(Generic[Result]):
             self.recorded[shape] = self._record(placed)
         recorded = self.recorded[shape]
         for own, new in zip(recorded.batch, batch, strict=True):
-            own.targets.copy_(new.targets, non_blocking=True)
+            for target, value in zip(tree_leaves(own.targets), tree_leaves(new.targets), strict=True):
+                target.copy_(value, non_blocking=True)
             for name, value in own.inputs.items():
                 if isinstance(value, Tensor):
                     value.copy_(new.inputs[name], non_blocking=True)
@@ -129,7 +131,7 @@ class Graphs(Generic[Result]):
             inputs={
                 name: self._own(value) if isinstance(value, Tensor) else value for name, value in micro.inputs.items()
             },
-            targets=self._own(micro.targets),
+            targets=tree_map(self._own, micro.targets),
         )
 
     def _own(self, tensor: Tensor) -> Tensor:
@@ -262,7 +264,8 @@ def _shape(micro: MicroBatch) -> Hashable:
         (name, tuple(value.shape), value.dtype, value.stride()) if isinstance(value, Tensor) else (name, value)
         for name, value in micro.inputs.items()
     )
-    return (*inputs, tuple(micro.targets.shape), micro.targets.dtype, micro.num_samples)
+    targets, structure = tree_flatten(micro.targets)
+    return (*inputs, *((tuple(one.shape), one.dtype) for one in targets), str(structure), micro.num_samples)
 
 
 def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autotune.data.batching import MicroBatch
 from autotune.graphs import StepGraphs
@@ -20,7 +21,7 @@ _WEIGHTS_DTYPE = {"bf16_weights": torch.bfloat16}
 
 
 Phase = Literal["forward", "backward", "update"]
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 """Takes the model's output and the targets."""
 
 
@@ -31,7 +32,7 @@ class Step:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Loss,
         *,
         strategy: Strategy,
         device: torch.device,
@@ -158,7 +159,7 @@ class Step:
                 name: self._placed(value) if isinstance(value, Tensor) else value
                 for name, value in micro.inputs.items()
             },
-            targets=micro.targets.to(self.device, non_blocking=True),
+            targets=tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), micro.targets),
         )
 
     def _placed(self, tensor: Tensor) -> Tensor:
@@ -197,11 +198,19 @@ def _as_it_is(loss: Loss) -> Loss:
     return loss
 
 
-def _loss_in_fp32(loss: Loss, output: Any, targets: Tensor) -> Tensor:
+def _loss_in_fp32(loss: Loss, output: Any, targets: Any) -> Tensor:
     return loss(in_fp32(output), targets)
 
 
 def in_fp32(output: Any) -> Any:
-    """The loss is computed in fp32, whatever the model computes in."""
-    is_short = isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16)
-    return output.float() if is_short else output
+    """The loss is computed in fp32, whatever the model computes in; of several outputs too, unless the loss, a number,
+    is among them."""
+    if type(output) in (tuple, list, dict):
+        is_left = any(isinstance(leaf, Tensor) and not leaf.dim() for leaf in tree_leaves(output))
+        return output if is_left else tree_map(_in_fp32, output)
+    return _in_fp32(output)
+
+
+def _in_fp32(value: Any) -> Any:
+    is_short = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_short else value

@@ -103,8 +103,9 @@ def test_a_dataset_is_as_wide_as_it_is_and_trimmed_as_the_profile_says() -> None
     ("batch", "words"),
     [
         ({"input": ["a"] * 4, "y": torch.zeros(4)}, "input in a batch of odd is .*; a batch holds tensors"),
-        ((torch.zeros(4, 2), torch.zeros(4), torch.zeros(4), torch.zeros(4)), "names 1 arguments"),
-        ((torch.zeros(4, 2), {"boxes": torch.zeros(4)}), "the targets in a batch of odd is dict"),
+        ((torch.zeros(4, 2), ["a", "b"]), "the targets in a batch of odd is .str, str"),
+        ((torch.zeros(4, 2), {"boxes": torch.zeros(4), "names": "a"}), "the targets in a batch of odd is dict"),
+        ((torch.zeros(4, 2), (torch.zeros(4), torch.zeros(3))), "as many in all; it has 3, 4"),
     ],
 )
 def test_a_batch_that_cannot_be_read_is_refused(batch: Any, words: str) -> None:

@@ -50,7 +50,8 @@ class MicroBatch(NamedTuple):
     """One forward pass: tensors for the model, targets for the loss, and what they count for."""
 
     inputs: dict[str, Any]
-    targets: Tensor
+    targets: Any
+    """A tensor, or of a user's own a tuple, list or dict of several."""
     num_samples: int
     num_tokens: int
     """Real tokens, padding not counted."""

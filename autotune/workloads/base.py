@@ -72,7 +72,8 @@ class CrossEntropy:
 
 def num_correct(logits_BC: Tensor, micro: MicroBatch) -> Tensor:
     """Samples whose class, of the targets [B], has the largest logit."""
-    return (logits_BC.argmax(-1) == micro.targets).sum()
+    found: Tensor = (logits_BC.argmax(-1) == micro.targets).sum()
+    return found
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,10 +123,10 @@ class Workload:
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer] | None = None
     """Makes the optimizer of such a model, which has its own rate and no schedule; None: AdamW, by the recipe. Raises
     UsageError where there is none to be had."""
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Any, Any], Tensor]
     """Loss *summed* over samples, from the model's output and the targets, so that every split of a global batch into
     micro batches gives the same gradient."""
-    loss_of: Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor] | None] = lambda model: None
+    loss_of: Callable[[nn.Module], Callable[[Any, Any], Tensor] | None] = lambda model: None
     """The loss that a model was made with, where each has one of its own. Raises UsageError for a model that has none
     and needs one."""
     num_correct: Callable[[Any, MicroBatch], Tensor] | None
@@ -175,7 +176,7 @@ class Workload:
         """The exponential of a mean loss; None where that says nothing."""
         return math.exp(min(loss, 700.0)) if self.has_perplexity else None
 
-    def loss_for(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss_for(self, model: nn.Module) -> Callable[[Any, Any], Tensor]:
         """The loss that goes with this model."""
         return self.loss_of(model) or self.loss
 

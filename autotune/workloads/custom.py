@@ -33,6 +33,8 @@ from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, tr
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many; so many are planned at least."""
 _OWN_NUMBERS = "its data draw from random numbers of their own, which trials could not draw again"
+_TAKE_TARGETS = (("targets",), ("target",), ("labels",), ("label",))
+"""A forward's last argument, by which it is given what it takes the loss to."""
 RECIPE = Recipe(learning_rate=1e-4, weight_decay=0.01, warmup_steps=100, clip_norm=None, global_batch=1, epochs=1)
 """What the recipe is but for the global batch, where there is only a model and a batch."""
 
@@ -215,10 +217,13 @@ def _training_of_model(given: Any, label: str, make: Callable[[], Any]) -> OwnTr
         made: torch.optim.Optimizer = (own_loss.optimizer(model) or optimizer)(model.parameters())
         return made
 
+    batch, takes = first_batch(batches, data), Takes.of(model)
+    if loss is None and isinstance(batch, list | tuple) and takes.names[len(batch) - 1 :] in _TAKE_TARGETS:
+        takes = takes._replace(has_targets=False)  # forward(ids, targets) gives the loss
     return OwnTraining(
-        batch=first_batch(batches, data),
+        batch=batch,
         data=data,
-        takes=Takes.of(model),
+        takes=takes,
         build=build,
         optimizer_of=None if optimizer is None else optimizer_of,
         loss=loss,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autotune.data.batching import Indices, MicroBatch, Rounding, plan_batch, rounded
 from autotune.errors import UsageError, kind_of
@@ -58,8 +58,9 @@ class Batch:
     """A batch as a set of samples: named model inputs, and targets where the model does not compute its own loss.
 
     ``raw`` is what a DataLoader gives: a tensor, tensors for the model's arguments in their order with the targets
-    last, or a dict by argument, in which a single tensor that is no argument is the targets, and what is no tensor and
-    no argument is left out. Raises UsageError where their sizes differ, or an argument is anything else.
+    last, or a dict by argument, in which tensors that are no argument are the targets, and what is no tensor and no
+    argument is left out. Targets are a tensor, or a tuple, list or dict of several. Raises UsageError where their sizes
+    differ, or an argument is anything else.
     """
 
     def __init__(self, raw: Any, takes: Takes, label: str, of_whole: Mapping[str, Any] | None = None) -> None:
@@ -67,25 +68,31 @@ class Batch:
         self._raw = raw
         if isinstance(raw, Mapping):
             named = {str(name): value for name, value in raw.items()}
-            unknown = [name for name, value in named.items() if isinstance(value, Tensor) and name not in takes.names]
-            if len(unknown) == 1 and not takes.anything:
-                named[TARGETS] = named.pop(unknown[0])
+            unknown = [name for name in named if name not in takes.names and _tensors(named[name])]
+            if unknown and not takes.anything:
+                several = {name: named.pop(name) for name in unknown}
+                named[TARGETS] = several if len(several) > 1 else several[unknown[0]]
         else:
-            parts = list(raw) if isinstance(raw, Sequence) else [raw]
-            *parts, targets = parts if len(parts) > 1 and takes.has_targets else [*parts, None]
+            parts, targets = list(raw) if isinstance(raw, Sequence) else [raw], []
+            if len(parts) > 1 and takes.has_targets:
+                num_inputs = min(len(parts) - 1, len(takes.names) or len(parts))
+                parts, targets = parts[:num_inputs], parts[num_inputs:]
             if len(parts) > len(takes.names):
                 raise UsageError(
                     f"a batch of {label} has {len(parts)} inputs, the model's forward names {len(takes.names)} "
                     f"arguments ({', '.join(takes.names)}); give the batch as a dict by argument"
                 )
             named = dict(zip(takes.names, parts, strict=False))
-            if targets is not None:
-                named[TARGETS] = targets
+            if targets:
+                named[TARGETS] = tuple(targets) if len(targets) > 1 else targets[0]
         for name, value in list(named.items()):
-            if isinstance(value, Tensor) and value.dim() and value.layout == torch.strided:
+            tensors = _tensors(value) if name == TARGETS else [value]
+            if tensors and all(
+                isinstance(one, Tensor) and one.dim() and one.layout == torch.strided for one in tensors
+            ):
                 continue
-            if isinstance(value, Tensor):
-                kind = "a single number" if not value.dim() else "sparse"
+            if tensors and all(isinstance(one, Tensor) for one in tensors):
+                kind = "sparse" if all(one.dim() for one in tensors) else "a single number"
                 raise UsageError(
                     f"{name} in a batch of {label} is {kind}; a batch holds tensors with a row for each sample: make "
                     "it the model's, or the loss's"
@@ -95,15 +102,15 @@ class Batch:
             else:
                 raise UsageError(
                     f"{name} in a batch of {label} is {kind_of(value)}; a batch holds tensors with a row for each "
-                    "sample: several targets are one tensor (torch.stack), or arguments of a forward that gives a loss"
+                    "sample: several targets are a tuple or a dict of tensors, several inputs are arguments of forward"
                 )
         self.targets = named.pop(TARGETS, None)
+        targets = _tensors(self.targets)
         self.inputs: dict[str, Tensor] = named
         # for decoding; in training it is of no use, and recomputation does not go with it
         self._settings: dict[str, Any] = {"use_cache": False} if "use_cache" in takes.names else {}
         self._settings |= of_whole or {}
-        tensors = [*self.inputs.values(), *([] if self.targets is None else [self.targets])]
-        sizes = {len(tensor) for tensor in tensors if tensor.dim()}
+        sizes = {len(tensor) for tensor in (*self.inputs.values(), *targets)}
         if len(sizes) != 1:
             found = ", ".join(map(str, sorted(sizes))) or "no tensor"
             raise UsageError(
@@ -122,7 +129,7 @@ class Batch:
         if mask is not None:
             counts = mask.ne(0)
             self.lengths = (counts * torch.arange(1, self.width + 1)).amax(1).clamp(min=1).numpy().astype(np.int64)
-            for name, tensor in {**self.inputs, TARGETS: self.targets}.items():
+            for name, tensor in (*self.inputs.items(), *((TARGETS, target) for target in targets)):
                 if are_target_tokens(name, tensor) and tensor.shape[1] == self.width:
                     self.lengths = np.maximum(self.lengths, _lengths_of(tensor))
             self._num_tokens = counts.sum(1).numpy().astype(np.int64)
@@ -137,7 +144,7 @@ class Batch:
 
         return MicroBatch(
             inputs={**{name: part(tensor) for name, tensor in self.inputs.items()}, **self._settings},
-            targets=torch.empty(len(rows), 0) if self.targets is None else part(self.targets),
+            targets=torch.empty(len(rows), 0) if self.targets is None else tree_map(part, self.targets),
             num_samples=len(rows),
             num_tokens=int(self._num_tokens[rows].sum()),
         )
@@ -148,7 +155,7 @@ class Batch:
         if not isinstance(self._raw, MutableMapping):
             return tree_map(cut, self._raw)
         whole = copy.copy(self._raw)  # a tokenizer's batch is more than its parts
-        whole.update({name: cut(value) for name, value in whole.items()})
+        whole.update({name: tree_map(cut, value) for name, value in whole.items()})
         return whole
 
     def longest(self, rounding: Rounding) -> int:
@@ -171,6 +178,12 @@ class Batch:
             rounding=rounding,
         )
         return [self.micro(rows, width) for rows, width in zip(planned.micro_batches, planned.widths, strict=True)]
+
+
+def _tensors(value: Any) -> list[Any]:
+    """Of a tensor, or a tuple, list or dict of some; nothing where something else is among them."""
+    leaves = tree_leaves(value)
+    return leaves if all(isinstance(leaf, Tensor) for leaf in leaves) else []
 
 
 def _lengths_of(tokens: Tensor) -> Indices:

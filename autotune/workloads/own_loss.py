@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autotune.data.batching import MicroBatch
 from autotune.errors import UsageError, kind_of
@@ -94,7 +95,7 @@ class OwnLoss:
         kept = getattr(model, _KEPT, None)
         return kept.optimizer if kept is not None and kept.label == self._label else None
 
-    def of(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def of(self, model: nn.Module) -> Callable[[Any, Any], Tensor] | None:
         """The loss, summed, that a model was made with; None for one of the user's own. Raises UsageError where that
         needs one of its own."""
         kept = getattr(model, _KEPT, None)
@@ -108,21 +109,25 @@ class OwnLoss:
         return None
 
 
-def summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
+def summed(mean_loss: MeanLoss | None, output: Any, targets: Any) -> Tensor:
     """The batch's loss summed over its samples, from a mean: the user's, the model's own, or the targets' kind's."""
-    num_samples = len(targets)
+    num_samples = len(tree_leaves(targets)[0])
     if mean_loss is not None:
         return mean_loss(output, targets) * num_samples
-    own: Tensor | None = _attribute(output, "loss")
+    own = _own_loss(output)
     if own is not None:
         return _long(own) * num_samples
+    if not isinstance(targets, Tensor):
+        names = f" ({', '.join(targets)})" if isinstance(targets, Mapping) else ""
+        raise TypeError(
+            f"the batch has several targets{names}, and the model gives no loss; give one that takes them: (model, "
+            "batch, loss), called as loss(output, targets)"
+        )
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the model gives {kind_of(output)} without a loss; give (model, batch, loss), or, where its forward "
             "computes the loss from the targets, the batch as a dict by argument"
         )
-    if output.dim() == 0:
-        return _long(output) * num_samples
     if not targets.numel():
         raise TypeError(
             "the model gives no loss, and the batch has no targets: they come last in a tuple, or are the one tensor "
@@ -135,6 +140,16 @@ def summed(mean_loss: MeanLoss | None, output: Any, targets: Tensor) -> Tensor:
     return F.cross_entropy(_long(output), targets) * num_samples
 
 
+def _own_loss(output: Any) -> Tensor | None:
+    """The loss that a model gives by itself: ``output.loss``, or the only number that it gives."""
+    found: Tensor | None = None if isinstance(output, Tensor) else _attribute(output, "loss")
+    if found is not None:
+        return found
+    parts = output if isinstance(output, tuple | list) else [output]
+    numbers = [part for part in parts if isinstance(part, Tensor) and part.dim() == 0]
+    return numbers[0] if len(numbers) == 1 else None
+
+
 def scores_classes(mean_loss: MeanLoss | None) -> bool:
     """Whether a model's output may be taken for scores of classes: under cross-entropy, or a loss of its own."""
     return mean_loss is None or mean_loss is F.cross_entropy or type(mean_loss) is nn.CrossEntropyLoss
@@ -144,10 +159,11 @@ def num_classified(output: Any, micro: MicroBatch) -> Tensor:
     """Samples whose class has the largest score, where a model scores classes: its output, or ``output.logits``, is
     [B, C], and the targets, or its argument ``labels``, are whole numbers [B]. Elsewhere no number."""
     logits = output if isinstance(output, Tensor) else _attribute(output, "logits")
-    classes = micro.targets if micro.targets.numel() else micro.inputs.get("labels")
+    targets = tree_leaves(micro.targets)
+    classes = micro.targets if len(targets) == 1 and targets[0].numel() else micro.inputs.get("labels")
     is_scored = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1
-    if not is_scored or classes is None or classes.dim() != 1 or classes.is_floating_point():
-        return torch.full((), torch.nan, device=micro.targets.device)
+    if not is_scored or not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
+        return torch.full((), torch.nan, device=targets[0].device)
     return (logits.argmax(-1) == classes).sum()
 
 

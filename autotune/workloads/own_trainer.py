@@ -46,7 +46,7 @@ class OwnTraining:
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer] | None = None
     """Makes such a model's optimizer; None where the recipe does."""
     loss: MeanLoss | None = None
-    loss_of: Callable[[nn.Module], Callable[[Any, Tensor], Tensor] | None] = lambda model: None
+    loss_of: Callable[[nn.Module], Callable[[Any, Any], Tensor] | None] = lambda model: None
     """The loss that such a model was made with, summed; None where that is all models' own."""
     loop: Literal["own", "transformers", "lightning"] = "own"
     """Whose it is."""
@@ -94,7 +94,7 @@ def first_batch(batches: Any, data: Data) -> Any:
     if batch is None:
         raise UsageError("the loader gives no batch")
     if isinstance(batch, Mapping):
-        return {name: _on_host(part) for name, part in batch.items()}
+        return {name: tree_map(_on_host, part) for name, part in batch.items()}
     return tree_map(_on_host, batch)
 
 

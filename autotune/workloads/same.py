@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from autotune.errors import words_of
 from autotune.models.blocks import find_blocks, set_checkpoint
@@ -207,14 +208,16 @@ def _splits(samples: Indices, keys: Sequence[Indices]) -> list[tuple[Indices, In
 
 def _with_padding(sample: int, mark: int, part: Indices, micro: MicroBatch) -> MicroBatch:
     """The micro batch with half of a sample's target tokens padding; itself where it has none of its."""
-    named = {**micro.inputs, TARGETS: micro.targets}
+    targets, structure = tree_flatten(micro.targets)
+    named = {**micro.inputs, **{f"{TARGETS} {place}": tensor for place, tensor in enumerate(targets)}}
     found = {name: tensor for name, tensor in named.items() if are_target_tokens(name, tensor)}
     if sample not in part or not found:
         return micro
     for name, tensor in found.items():
         named[name] = tensor.clone()
         named[name][int(np.flatnonzero(part == sample)[0]), tensor.shape[1] // 2 :] = mark
-    return micro._replace(targets=named.pop(TARGETS), inputs=named)
+    targets = [named.pop(f"{TARGETS} {place}") for place in range(len(targets))]
+    return micro._replace(targets=tree_unflatten(targets, structure), inputs=named)
 
 
 def are_target_tokens(name: str, tensor: Any) -> bool:
@@ -304,7 +307,7 @@ def _keys(workload: Workload) -> list[Indices]:
     micro: MicroBatch = workload.collate(workload.looked_at, indices, workload.looked_at_tokens)
     classes: list[Indices] = []
     marks: list[Indices] = []
-    for tensor in (*micro.inputs.values(), micro.targets):
+    for tensor in (*micro.inputs.values(), *tree_leaves(micro.targets)):
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and not tensor.is_complex():
             classes += [tensor.cpu().numpy().astype(np.int64)] if tensor.dim() == 1 else []
             marks += [tensor.eq(mark).flatten(1).sum(1).cpu().numpy() for mark in _MARKS] if tensor.dim() > 1 else []

@@ -212,6 +212,10 @@ class SearchDisplay(_Display, Observer):
         """The best is started once more, with nothing compiled."""
         self._begin(f"trial {trial.number} once more, with nothing compiled: how long a first start takes", "compiling")
 
+    def on_guess(self) -> None:
+        """A few steps are timed in each precision."""
+        self._begin("a few steps in each precision, to know what to try first", "timing")
+
     def on_reference(self) -> None:
         """The plain baseline trains the steps that the last test compares."""
         self._begin("the baseline's losses, with which the last test compares", "training")

@@ -45,6 +45,9 @@ class Observer:
     def on_space(self, space: Space) -> None:
         """What will be searched."""
 
+    def on_guess(self) -> None:
+        """A few steps are timed in each precision, to know what to try first."""
+
     def on_trial_start(self, number: int, strategy: Strategy, origin: str) -> None:
         """A trial starts; ``origin`` says who proposed it."""
 

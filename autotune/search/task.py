@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from autotune.backends.base import Backend
 from autotune.checks.compute import THREADS_SPEED
 from autotune.flops import Flops, flops_of, matmul_capability
 from autotune.measurement import Measurement, Trial
+from autotune.passes import Way, seconds_of
 from autotune.probe import Hardware
-from autotune.search.guess import attention_ms
+from autotune.search.guess import attention_ms, expert_guess
 from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
 from autotune.search.settings import Settings
 from autotune.search.space import Space, build_space
@@ -168,6 +170,28 @@ class Task:
         num_busy = strategy.workers * reading_busy + (strategy.threads or num_cores)
         is_crowded = self.backend.is_host_memory and num_busy > num_cores
         return loaded(computed, read, strategy.workers, reading_busy if is_crowded else 0.0)
+
+    @property
+    def timed_ways(self) -> list[Way]:
+        """Precisions and memory formats that a few steps of a user's own model are timed in before the first guess: on
+        a CPU, where this process may train."""
+        if not self.backend.is_host_memory or self.workload.split is None:
+            return []
+        precisions = [p for p in self.space.values["precision"] if p in ("fp32", "bf16", "fp16")]
+        found = list(itertools.product(precisions, self.space.values["memory_format"]))
+        return found if len(found) > 1 else []
+
+    def guess(self, baseline: Measurement) -> Strategy:
+        """The expert's, who has seen the plain baseline, and what is timed before."""
+        sample_s = 1 / baseline.samples_per_s
+        guess = expert_guess(
+            self.space,
+            self.hardware,
+            self.backend,
+            sample_s=sample_s if FASTEST in self.aims and self.fits(baseline) else math.inf,  # small ones save memory
+            seconds=seconds_of(self.workload, self.timed_ways, sample_s) if self.timed_ways else {},
+        )
+        return self.read_ahead(guess, baseline)
 
     def read_ahead(self, guess: Strategy, baseline: Measurement) -> Strategy:
         """A guess with loader processes, where the plain baseline waited for data for a good part of its time: the

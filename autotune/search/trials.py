@@ -12,7 +12,7 @@ import msgspec
 
 from autotune.measurement import Trial
 from autotune.pace import drift_doubt, slowdown, with_beats_around
-from autotune.search.guess import compiled_guess, expert_guess
+from autotune.search.guess import compiled_guess
 from autotune.search.history import History
 from autotune.search.journal import MAX_STARTS, Journal
 from autotune.search.memory import Fit, MemoryModel
@@ -115,9 +115,10 @@ class Trials:
     def _beginnings(self) -> dict[Strategy, str]:
         """What is tried behind the baseline, and whose idea it is."""
         task = self._task
-        guess = expert_guess(task.space, task.hardware, task.backend)
         assert self.history.reference.measurement is not None
-        guess = task.read_ahead(guess, self.history.reference.measurement)
+        if task.timed_ways:
+            self._observer.on_guess()
+        guess = task.guess(self.history.reference.measurement)
         found = {guess: "expert's guess"}
         compiled = compiled_guess(task.space, task.backend, guess)
         if compiled is not None:

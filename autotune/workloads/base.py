@@ -183,7 +183,7 @@ class Workload:
     @functools.cached_property
     def attentions(self) -> tuple[Attention, ...]:
         """What the model's attention can be switched to, the plain baseline's first."""
-        return self.attentions_of(self._sample_model())
+        return self.attentions_of(self.sample_model())
 
     def attentions_of(self, model: nn.Module) -> tuple[Attention, ...]:
         """The same for another model, which is run on a sample where it does not say."""
@@ -192,19 +192,19 @@ class Workload:
     @functools.cached_property
     def refused_kernels(self) -> dict[Attention, str]:
         """Pinned kernels that do not run this model's training on a CPU, with the reason."""
-        return seen.refused_kernels(self, self._sample_model())
+        return seen.refused_kernels(self, self.sample_model())
 
     def check_runs(self) -> None:
         """Raises UsageError where a model and a batch of the user's own do not get to a loss, on a CPU."""
         if self.split is not None:
-            seen.check_runs(self, self._sample_model())
+            seen.check_runs(self, self.sample_model())
 
     @functools.cached_property
     def has_masked_attention(self) -> bool:
         """Whether attention is told which tokens are padding: kernels that take no mask are for models where not."""
         if self.is_masked is not None:
             return self.is_masked
-        return seen.is_masked(self, self._sample_model())
+        return seen.is_masked(self, self.sample_model())
 
     @functools.cached_property
     def split_refusal(self) -> str | None:
@@ -212,18 +212,18 @@ class Workload:
         batch: a Workload says itself what its loss is summed over."""
         if self.split is None:
             return _OTHER_STATISTICS if self.has_batch_norm else None
-        reason = same.split_refusal(self, self._sample_model())
+        reason = same.split_refusal(self, self.sample_model())
         return _OTHER_STATISTICS if reason is not None and self.has_batch_norm else reason
 
     @functools.cached_property
     def recompute_refusal(self) -> str | None:
         """Why blocks that are computed again would not train the same; None where they do."""
-        return None if self.split is None else same.recompute_refusal(self, self._sample_model())
+        return None if self.split is None else same.recompute_refusal(self, self.sample_model())
 
     @functools.cached_property
     def trim_refusal(self) -> str | None:
         """Why samples without their padding would not train the same; None where they do."""
-        return None if self.split is None else same.trim_refusal(self, self._sample_model())
+        return None if self.split is None else same.trim_refusal(self, self.sample_model())
 
     def collate_for(self, padding: Padding) -> Callable[[Any, Indices, int], MicroBatch]:
         """What makes micro batches under a padding. Raises AutotuneError where the model does not take them."""
@@ -254,7 +254,7 @@ class Workload:
         """What these are padded to under ``padding = max``."""
         return self.max_tokens if self.example is None else int(self.example.width)
 
-    def _sample_model(self) -> nn.Module:
+    def sample_model(self) -> nn.Module:
         """A model to look at; the random numbers that it draws are not missed."""
         with torch.random.fork_rng(devices=[]):
             return self.build_model()
@@ -266,12 +266,12 @@ class Workload:
             with torch.device("meta"):
                 return self.build_model()
         except (RuntimeError, TypeError, ValueError):  # what a constructor computes with its weights has no value yet
-            return self._sample_model()
+            return self.sample_model()
 
     @functools.cached_property
     def own_optimizer(self) -> torch.optim.Optimizer | None:
         """What ``optimizer_of`` makes for a model to look at; None where the recipe's AdamW trains."""
-        return None if self.optimizer_of is None else self.optimizer_of(self._sample_model())
+        return None if self.optimizer_of is None else self.optimizer_of(self.sample_model())
 
     @functools.cached_property
     def num_parameters(self) -> int:

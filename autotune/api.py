@@ -75,8 +75,9 @@ class Tuned:
         take a knob.
         """
         from autotune.apply import apply
+        from autotune.workloads.custom import ONE_BATCH
 
-        return apply(
+        run = apply(
             self.strategy,
             self.workload,
             self.backend,
@@ -89,6 +90,9 @@ class Tuned:
             total_steps=total_steps,
             seed=seed,
         )
+        if self.workload.loop == "own" and dataset is None:
+            run.loader.caveat = ONE_BATCH
+        return run
 
     def prepare(self, model: M, *, lengths: Sequence[int] | None = None) -> M:
         """The model, for a loop or a trainer of your own, as the strategy has it: attention, recomputation,

@@ -21,7 +21,7 @@ import pytest
 
 from autotune import backends
 from autotune.measurement import Outcome, Trial
-from autotune.search import study, surrogate, trials
+from autotune.search import study, surrogate, task, trials
 from autotune.search.result import Result
 from autotune.search.settings import Settings
 from autotune.search.study import search
@@ -123,7 +123,7 @@ def search_with(fault: str, folder: Path) -> Seen:
     with (
         quick(),
         mock.patch.object(study, "Pulse", pulse),
-        mock.patch.object(trials, "expert_guess", return_value=faulty),
+        mock.patch.object(task, "expert_guess", return_value=faulty),
     ):
         result = search(
             Task(

@@ -125,3 +125,21 @@ def test_accuracy_is_told_of_models_that_compute_their_loss() -> None:
     tokens = workload_of("of", own_trainers.tokens_without_trainer)  # a class for each token
     run = apply(Strategy(micro_batch=8, attention="sdpa"), tokens, CPU)
     assert math.isnan(run.evaluate()[1])
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ((net(), (torch.zeros(4, 8), torch.zeros(4))), r"gives \[4, 3\], and the targets are \[4\]: the mean squared"),
+        ((nn.Linear(8, 1), (torch.zeros(4, 8), torch.zeros(4))), r"gives \[4, 1\], and the targets are \[4\]"),
+        ((nn.Linear(8, 1), (torch.zeros(4, 8), torch.arange(4))), r"taken for classes, .* one score for each; give"),
+        ((net(), (torch.zeros(4, 8), torch.arange(4))), "Target 3 is out of bounds. The model scores 3 classes"),
+        (
+            (net(), classes(4), lambda output, targets: F.cross_entropy(output, targets, reduction="none")),
+            r"the loss gives \[4\] numbers; it should give one, a batch's mean",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_loss_is_said_in_a_line(made: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        workload_of("wrong", lambda: made).check_runs()

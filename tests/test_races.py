@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from autotune.search import races, trials, turns
+from autotune.search import races, task, turns
 from autotune.search.finals import Final
 from autotune.search.history import NUM_FINALISTS
 from autotune.search.turns import Entrant
@@ -114,7 +114,7 @@ def test_entrants_have_to_fit_together_only_where_they_are_alive_together(
 def test_what_is_raced_again_races_together_though_it_takes_longer_than_its_share(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch, raced: list[int]
 ) -> None:
-    scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
+    scripted_device.setattr(task, "expert_guess", lambda *_, **__: GUESS)
     scripted_device.setattr(races, "FINALS_SHARE", 0.02)
     scripted_device.setattr(races.Races, "shortest_s", lambda self, field, **_: 15.0 * len(field))
     result = searched(prepared, max_trials=2, budget_s=1000.0, explains=True)

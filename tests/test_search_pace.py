@@ -11,7 +11,7 @@ import pytest
 
 from autotune.measurement import Trial
 from autotune.pace import AROUND, WITHIN
-from autotune.search import study, trials
+from autotune.search import study, task, trials
 from autotune.search.history import NOISE_LAP, NOISE_WITHIN, History
 from autotune.search.objective import FASTEST
 from autotune.search.standings import Standings
@@ -195,7 +195,7 @@ def test_a_pulse_that_misleads_about_the_best_does_not_decide(
         return factories.trial(number, job.strategy, outcome="pruned", measurement=None, samples_per_s=rate)
 
     scripted_device.setattr(trials, "run_trial", given_up)
-    scripted_device.setattr(trials, "expert_guess", lambda *_: guess)
+    scripted_device.setattr(task, "expert_guess", lambda *_, **__: guess)
     scripted_device.setattr(study, "Pulse", DriftingPulse)
     observer = Silent()
     result = searched(prepared, observer)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,3 +101,49 @@ def test_losses_that_vanish_are_no_scale() -> None:
 def test_a_loss_that_is_no_number_is_infinitely_far() -> None:
     assert math.isinf(trace.deviation((0.7,), (math.nan,)))
     assert math.isinf(trace.deviation((0.7, 0.7), (0.7,)))
+
+
+def test_a_training_that_makes_much_of_roundings_is_judged_by_them() -> None:
+    """The losses are a little off: by as much as the baseline's with its weights nudged, or by more."""
+    fp32, asked = Strategy(micro_batch=32), list[bool]()
+
+    def rounding(share: float) -> Callable[[], float]:
+        def told() -> float:
+            asked.append(True)
+            return share
+
+        return told
+
+    reference = (1.0, 1.0)
+    assert trace.difference(fp32, reference, (1.0, 1.0 + 5e-5), rounding(0.0)) is None
+    assert not asked
+    assert trace.difference(fp32, reference, (1.0, 1.001), rounding(2e-3)) is None
+    assert asked
+    reason = trace.difference(fp32, reference, (1.0, 1.00014), rounding(3e-5))
+    assert reason is not None
+    assert "by 0.014% on the same batches, 0.01% is allowed in fp32" in reason
+    asked.clear()
+    assert trace.difference(fp32, reference, (1.0, 1.1), rounding(1.0)) is not None
+    assert (
+        trace.difference(Strategy(micro_batch=32, precision="bf16"), reference, (1.0, 1.1), rounding(1.0)) is not None
+    )
+    assert not asked
+
+
+def test_nudged_weights_show_what_a_training_makes_of_roundings(workload: Workload) -> None:
+    plain, nudged = (trace.losses(run(workload, Strategy(micro_batch=32)), nudge=share) for share in (0.0, trace.NUDGE))
+    assert 0 < trace.deviation(plain, nudged) < trace.TOLERANCE["fp32"]
+
+    class Chaos(EncoderClassifier):
+        """Its weights' last digits decide."""
+
+        def forward(self, *args: Any, **inputs: Any) -> torch.Tensor:
+            digits = 1e6 * torch.stack([parameter.detach().double().sum() for parameter in self.parameters()]).sum()
+            return super().forward(*args, **inputs) * (1 + 0.1 * torch.sin(digits).float())
+
+    chaotic = dataclasses.replace(
+        workload,
+        build_model=lambda: Chaos(width=32, num_heads=2, ffn_width=64, num_layers=2, max_tokens=64),
+    )
+    plain, nudged = (trace.losses(run(chaotic, Strategy(micro_batch=32)), nudge=share) for share in (0.0, trace.NUDGE))
+    assert trace.deviation(plain, nudged) > 10 * trace.TOLERANCE["fp32"]

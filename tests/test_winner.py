@@ -9,7 +9,7 @@ import pytest
 
 from autotune.errors import AutotuneError
 from autotune.measurement import Measurement, Trial
-from autotune.search import cold, races, study, trials
+from autotune.search import cold, races, study, task, trials
 from autotune.search.finals import Final
 from autotune.search.proof import Proof
 from autotune.search.result import profile_of
@@ -257,7 +257,7 @@ def test_what_was_given_up_against_a_setting_that_fails_is_tried_again(
 def test_each_knob_is_taken_back_and_what_brings_nothing_stays_back(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
-    scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
+    scripted_device.setattr(task, "expert_guess", lambda *_, **__: GUESS)
     observer = Silent()
     result = searched(prepared, observer, max_trials=2, budget_s=1000.0)
     by_knob = {share.knob: share for share in result.shares}
@@ -273,7 +273,7 @@ def test_each_knob_is_taken_back_and_what_brings_nothing_stays_back(
 def test_where_there_is_no_time_each_knobs_share_is_estimated(
     prepared: Prepared, scripted_device: pytest.MonkeyPatch
 ) -> None:
-    scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
+    scripted_device.setattr(task, "expert_guess", lambda *_, **__: GUESS)
     for explains, budget_s in ((False, None), (None, 10.0)):
         result = searched(prepared, max_trials=2, explains=explains, budget_s=budget_s)
         assert result.best.strategy == GUESS
@@ -292,7 +292,7 @@ def test_a_knob_without_which_it_does_not_run_is_kept(prepared: Prepared, script
                 if entrant.trial.number < 0 and entrant.job.strategy.workers == 0:
                     self.failures[entrant.trial.number] = TrialEndedError("oom", "its neighbours took it")
 
-    scripted_device.setattr(trials, "expert_guess", lambda *_: GUESS)
+    scripted_device.setattr(task, "expert_guess", lambda *_, **__: GUESS)
     scripted_device.setattr(races, "Race", NoneWithoutBuckets)
     result = searched(prepared, max_trials=2, budget_s=1000.0)
     assert result.shares[0].knob == "padding"

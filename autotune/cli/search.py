@@ -137,7 +137,8 @@ def command(
     with store.device_lock(device):
         ref, workload = prepare(name, data, limit, is_measured=True)
         hardware = probed(backend, refresh=refresh)
-        if busy := busy_words(hardware):
+        busy = busy_words(hardware)
+        if busy:
             click.echo(busy, err=True)
         settings = Settings(
             objective=cast("Objective", objective),
@@ -213,6 +214,8 @@ def command(
             elsewhere=None if profiles is None or profiles.resolve() == store.stores()[0].resolve() else profiles,
         )
         stdout().print(found, crop=False)
+    if busy:
+        click.echo(f"Of the probe before this search: {busy}", err=True)
     return 130 if result.was_interrupted else 0
 
 

@@ -124,6 +124,7 @@ def command(
     from autotune.strategy import Strategy
     from autotune.training import METRICS_FILE, Training, write_metrics
     from autotune.units import format_bytes, format_duration
+    from autotune.workloads.custom import ONE_BATCH
 
     wanted = workloads.wanted(name)
     label = wanted.label
@@ -157,6 +158,8 @@ def command(
     if knobs:
         for words in trained_otherwise(strategy, workload):
             click.echo(words, err=True)
+    if workload.loop == "own":
+        click.echo(f"{ONE_BATCH} A DataLoader of a dataset's own samples is trained on as it is.", err=True)
     strategy = msgspec.structs.replace(strategy, deterministic=strategy.deterministic or deterministic)
     num_epochs = epochs or (saved.epochs if saved is not None else recipe.epochs)
     identity = checkpoint.Identity(

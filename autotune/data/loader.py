@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ class Loader:
         self._rounding = rounding
         self.epoch = 0
         """The epoch that the next iteration gives."""
+        self.caveat = ""
+        """What to warn of when it is iterated over."""
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch."""
@@ -54,6 +57,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         """The next epoch's batches."""
+        if self.caveat:
+            warnings.warn(self.caveat, stacklevel=2)
         epoch = self.epoch
         self.epoch += 1
         return self.over(self.plan(epoch), epoch)

@@ -41,9 +41,10 @@ def needed_s(baseline_step_s: float, soak: Soak, *, has_reference: bool) -> floa
 
 
 def reference_losses(
-    job: Job, *, timeout_s: float, silence_s: float = math.inf, memory_limit_bytes: int
+    job: Job, *, timeout_s: float, silence_s: float = math.inf, memory_limit_bytes: int, nudge: float = 0.0
 ) -> tuple[float, ...]:
-    """The plain baseline's losses on the batches that settings are compared on. Raises TrialEndedError.
+    """The plain baseline's losses on the batches that settings are compared on, its weights nudged or as they are.
+    Raises TrialEndedError.
 
     A model that masks its padding gives the same losses where a batch is padded to its longest sample only, and sooner:
     that is done where the loss of a few samples bears it out.
@@ -63,7 +64,8 @@ def reference_losses(
             return False
 
     plain = job.strategy.padding
-    return losses("longest" if plain == "longest" or is_masked() else plain, Trace(num_steps=trace.NUM_STEPS))
+    padding = "longest" if plain == "longest" or is_masked() else plain
+    return losses(padding, Trace(num_steps=trace.NUM_STEPS, nudge=nudge))
 
 
 def prove(
@@ -74,9 +76,11 @@ def prove(
     timeout_s: float,
     silence_s: float = math.inf,
     memory_limit_bytes: int,
+    rounding: Callable[[], float] = lambda: 0.0,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Proof:
     """Compares a setting's losses with the reference's, then soaks it. Never raises for what the setting does.
+    ``rounding`` is ``trace.difference``'s.
 
     Where the reference does not train these batches there is nothing to compare with: the proof says so.
     """
@@ -88,7 +92,7 @@ def prove(
             else:
                 losses = session.trace(Trace(num_steps=trace.NUM_STEPS), timeout_s=timeout_s, on_progress=on_progress)
                 deviation = trace.deviation(reference, losses)
-                if (reason := trace.difference(job.strategy, reference, losses)) is not None:
+                if (reason := trace.difference(job.strategy, reference, losses, rounding)) is not None:
                     return Proof(outcome="diverged", reason=reason, loss_deviation=deviation)
             soaked = session.soak(soak, timeout_s=timeout_s + soak.enough_s, on_progress=on_progress)
     except TrialEndedError as end:

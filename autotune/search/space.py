@@ -261,7 +261,8 @@ def build_space(
         if padding == "max":
             return "the loader pads to the longest of a batch"
         if len(set(map(int, workload.train.lengths))) == 1:
-            return "all samples are of one length"
+            is_own = workload.split is not None
+            return "all samples are of one length" + (", as far as an attention_mask tells" if is_own else "")
         if padding == "buckets" and not getattr(workload.train, "is_shuffled", True):
             return "the loader gives its samples in their order (shuffle=True in it allows for this)"
         return None if padding == "packed" else workload.trim_refusal

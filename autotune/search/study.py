@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from autotune import trace
 from autotune.errors import AutotuneError, InterruptedSearchError
 from autotune.measurement import Trial
 from autotune.search import cold, explain
@@ -77,6 +78,8 @@ class _Search:
         self.winners: dict[Aim, tuple[Trial, Proof | None]] = {}
         self.reference_losses: tuple[float, ...] | TrialEndedError | None = None
         """The baseline's, or why it does not train these batches; None until they are needed."""
+        self.rounding: float | None = None
+        """How far the baseline's losses go where its weights are nudged; None until it is needed."""
         self.proofs: dict[int, Proof] = {}
         """Last tests by the trial's number."""
         self.shares: tuple[Share, ...] = ()
@@ -191,6 +194,7 @@ class _Search:
             timeout_s=max(MIN_LAST_TEST_S, self.trials.timeout_s(trial.strategy) + warm_up_s),
             silence_s=self.trials.silence_s(trial.strategy),
             memory_limit_bytes=self.task.memory_limit_bytes,
+            rounding=self._rounding,
             on_progress=self.observer.on_progress,
         )
         self.observer.on_proof_end(trial, found)
@@ -200,18 +204,32 @@ class _Search:
         """The baseline's losses, trained when they are first asked for."""
         if self.reference_losses is None:
             self.observer.on_reference()
-            timeout_s = MIN_LAST_TEST_S + 40 * (self.history.reference_step_s or 0.0)
-            try:
-                self.reference_losses = reference_losses(
-                    self.task.job(self.task.baseline),
-                    timeout_s=timeout_s,
-                    silence_s=self.trials.silence_s(self.task.baseline),
-                    memory_limit_bytes=self.task.machine_limit_bytes,
-                )
-            except TrialEndedError as end:
-                self.reference_losses = end
+            self.reference_losses = self._baseline_losses()
             self.races.has_reference = True
         return self.reference_losses
+
+    def _rounding(self) -> float:
+        """How far roundings take the baseline's losses, tried when it is first asked for."""
+        if self.rounding is None:
+            self.observer.on_reference()
+            reference, nudged = self._train_reference(), self._baseline_losses(trace.NUDGE)
+            if isinstance(reference, TrialEndedError) or isinstance(nudged, TrialEndedError):
+                self.rounding = 0.0
+            else:
+                self.rounding = trace.deviation(reference, nudged)
+        return self.rounding
+
+    def _baseline_losses(self, nudge: float = 0.0) -> tuple[float, ...] | TrialEndedError:
+        try:
+            return reference_losses(
+                self.task.job(self.task.baseline),
+                timeout_s=MIN_LAST_TEST_S + 40 * (self.history.reference_step_s or 0.0),
+                silence_s=self.trials.silence_s(self.task.baseline),
+                memory_limit_bytes=self.task.machine_limit_bytes,
+                nudge=nudge,
+            )
+        except TrialEndedError as end:
+            return end
 
     def _start_cold(self) -> None:
         """How long the best takes to compile, where that was done before its trial: by another trial, or else, where

@@ -79,6 +79,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     num_samples: int | None = None
     """Of each batch, where not all of them are wanted."""
+    nudge: float = 0.0
+    """Share of itself that every weight is changed by first."""
 
 
 class Train(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,7 +200,8 @@ def _serve(connection: Connection, job: Job) -> None:
         if isinstance(command, Trace):
             comparing = Progress(stage="comparing losses")
             on_step = functools.partial(connection.send, comparing)
-            return Traced(losses=trace.losses(run, command.num_steps, command.num_samples, on_step=on_step))
+            found = trace.losses(run, command.num_steps, command.num_samples, on_step=on_step, nudge=command.nudge)
+            return Traced(losses=found)
         if isinstance(command, Soak):
             num_steps = timer().soak(
                 enough_steps=command.enough_steps,

@@ -33,6 +33,10 @@ from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, tr
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many; so many are planned at least."""
 _OWN_NUMBERS = "its data draw from random numbers of their own, which trials could not draw again"
+ONE_BATCH = (
+    "Its loader gives one example batch again and again: there is nothing else to be had of what the function gives. "
+    "Train in a loop of your own: run.step(run.split(batch))."
+)
 _TAKE_TARGETS = (("targets",), ("target",), ("labels",), ("label",))
 """A forward's last argument, by which it is given what it takes the loss to."""
 RECIPE = Recipe(learning_rate=1e-4, weight_decay=0.01, warmup_steps=100, clip_norm=None, global_batch=1, epochs=1)

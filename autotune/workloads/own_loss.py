@@ -113,7 +113,11 @@ def summed(mean_loss: MeanLoss | None, output: Any, targets: Any) -> Tensor:
     """The batch's loss summed over its samples, from a mean: the user's, the model's own, or the targets' kind's."""
     num_samples = len(tree_leaves(targets)[0])
     if mean_loss is not None:
-        return mean_loss(output, targets) * num_samples
+        mean = mean_loss(output, targets)
+        if not isinstance(mean, Tensor) or mean.numel() != 1:
+            what = f"{list(mean.shape)} numbers" if isinstance(mean, Tensor) else kind_of(mean)
+            raise TypeError(f"the loss gives {what}; it should give one, a batch's mean, as torch's losses do")
+        return mean.reshape(()) * num_samples
     own = _own_loss(output)
     if own is not None:
         return _long(own) * num_samples
@@ -134,10 +138,24 @@ def summed(mean_loss: MeanLoss | None, output: Any, targets: Any) -> Tensor:
             "of a dict that forward does not name; or give (model, batch, loss)"
         )
     if targets.is_floating_point():
+        if output.shape != targets.shape:
+            raise TypeError(
+                f"the model gives {list(output.shape)}, and the targets are {list(targets.shape)}: the mean squared "
+                "error needs two of one shape; squeeze or reshape one of them, or give (model, batch, loss)"
+            )
         return F.mse_loss(_long(output), targets) * num_samples
     if output.dim() == targets.dim() + 1 and output.shape[:-1] == targets.shape:  # classes last, as for tokens
         output = output.movedim(-1, 1)
-    return F.cross_entropy(_long(output), targets) * num_samples
+    num_classes = output.shape[1] if output.dim() > 1 else 1
+    if num_classes == 1:
+        raise TypeError(
+            f"the targets are whole numbers, which are taken for classes, and the model gives {list(output.shape)}, "
+            "one score for each; give (model, batch, loss)"
+        )
+    try:
+        return F.cross_entropy(_long(output), targets) * num_samples
+    except IndexError as exc:
+        raise IndexError(f"{exc} The model scores {num_classes} classes, from 0 to {num_classes - 1}") from exc
 
 
 def _own_loss(output: Any) -> Tensor | None:

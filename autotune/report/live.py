@@ -220,6 +220,10 @@ class SearchDisplay(_Display, Observer):
         """The plain baseline trains the steps that the last test compares."""
         self._begin("the baseline's losses, with which the last test compares", "training")
 
+    def on_rounding(self) -> None:
+        """The plain baseline trains them again, its weights nudged."""
+        self._begin("a little off: how far do roundings take the baseline's own losses?", "training")
+
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""
         self._begin(

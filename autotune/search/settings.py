@@ -69,6 +69,9 @@ class Observer:
     def on_reference(self) -> None:
         """The plain baseline trains the steps that the last test compares."""
 
+    def on_rounding(self) -> None:
+        """The plain baseline trains them again, its weights nudged."""
+
     def on_proof(self, trial: Trial) -> None:
         """The last test of a setting starts."""
 

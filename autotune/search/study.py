@@ -211,8 +211,9 @@ class _Search:
     def _rounding(self) -> float:
         """How far roundings take the baseline's losses, tried when it is first asked for."""
         if self.rounding is None:
-            self.observer.on_reference()
-            reference, nudged = self._train_reference(), self._baseline_losses(trace.NUDGE)
+            reference = self._train_reference()
+            self.observer.on_rounding()
+            nudged = self._baseline_losses(trace.NUDGE)
             if isinstance(reference, TrialEndedError) or isinstance(nudged, TrialEndedError):
                 self.rounding = 0.0
             else:

@@ -73,7 +73,7 @@ class Evaluation:
     def _launched(self, batch: Sequence[MicroBatch]) -> Counted:
         output, micro = self._step.forward_only(*batch)
         counts = self._workload.num_correct
-        correct = torch.zeros((), device=self._step.device) if counts is None else counts(in_fp32(output), micro)
+        correct = torch.zeros((), device=self._step.device) if counts is None else counts(in_fp32(output, True), micro)
         return self._loss(output, micro.targets), correct
 
     def _find_weights(self) -> None:

@@ -13,11 +13,14 @@ import torch
 from autotune.step import Step
 from autotune.strategy import MemoryFormat, Precision, Strategy
 from autotune.workloads.base import Workload
+from autotune.workloads.own_data import unchanged_numbers
 from autotune.workloads.seen import micro_of, set_training, unchanged
 
 ENOUGH_S, NUM_ROUNDS = 0.25, 3
 """So long the samples of a step take in the plain way; so many steps each way has in turns, and one before in which its
 kernels are chosen."""
+MAX_S = 10.0
+"""So long all of it may take: a model that would take longer is not timed, and what is not done then is left."""
 HOPELESS = 2.0
 """A way that takes so many times the least has no more steps."""
 
@@ -27,8 +30,10 @@ _FORMAT = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 def seconds_of(workload: Workload, ways: Sequence[Way], sample_s: float) -> dict[Way, float]:
     """Of a step of a few samples that take ``sample_s`` each, the least in some rounds. Ways in which the model does
-    not train are not there."""
+    not train, or not soon, are not there; none is where all would take too long."""
     count = min(workload.recipe.global_batch, max(2, round(ENOUGH_S / sample_s)))  # some models take no single one
+    if count * sample_s * len(ways) * (1 + NUM_ROUNDS) > MAX_S:
+        return {}
     micro, model = micro_of(workload, np.arange(count)), workload.sample_model()
     still = torch.optim.SGD(model.parameters(), lr=0.0)
 
@@ -41,16 +46,27 @@ def seconds_of(workload: Workload, ways: Sequence[Way], sample_s: float) -> dict
         step([micro])
         return time.perf_counter() - start_s
 
+    def goes_on(number: int, way: Way) -> bool:
+        """A first step that took several times as long as another's may have chosen its kernels, up to a point."""
+        if number == 1:
+            return first[way] <= max(ENOUGH_S, 2 * HOPELESS * min(first.values()))
+        return number == 0 or (way in found and found[way] <= HOPELESS * min(found.values()))
+
     set_training(model)
-    found: dict[Way, float] = dict.fromkeys(ways, math.inf)
-    with torch.random.fork_rng(devices=[]), unchanged(model, parameters=True):
+    first, found = dict[Way, float](), dict[Way, float]()
+    end_s = time.perf_counter() + MAX_S
+    with unchanged_numbers(), unchanged(model, parameters=True):
         for number in range(1 + NUM_ROUNDS):
-            least_s = min(found.values(), default=math.inf)
-            for way in [way for way, taken_s in found.items() if taken_s < HOPELESS * least_s or number < 2]:
+            for way in [way for way in (first if number else ways) if goes_on(number, way)]:
+                if time.perf_counter() > end_s:
+                    break
                 try:
                     taken_s = step_s(way)
                 except Exception:  # noqa: BLE001 - whatever the user's code raises
-                    del found[way]
+                    found.pop(way, None)
+                    continue
+                if number:
+                    found[way] = min(found.get(way, math.inf), taken_s)
                 else:
-                    found[way] = min(found[way], taken_s) if number else math.inf
+                    first[way] = taken_s
     return found

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from autotune.data.batching import MicroBatch
 from autotune.graphs import StepGraphs
 from autotune.strategy import Strategy
 from autotune.workloads.base import CrossEntropy
+from autotune.workloads.own_loss import summed
 
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _WEIGHTS_DTYPE = {"bf16_weights": torch.bfloat16}
@@ -52,7 +53,9 @@ class Step:
         self.plain_loss = loss
         """Summed over samples, as it was given."""
         self._gives_fp32 = type(loss) is not CrossEntropy
-        self.loss = (compiled or _as_it_is)(functools.partial(_loss_in_fp32, loss) if self._gives_fp32 else loss)
+        self._is_models_own = isinstance(loss, functools.partial) and loss.func is summed and loss.args[:1] == (None,)
+        in_short = functools.partial(_loss_in_fp32, loss, self._is_models_own)
+        self.loss = (compiled or _as_it_is)(in_short if self._gives_fp32 else loss)
         """In fp32, and compiled where that is wanted; the built-in one sees to fp32 itself."""
         self._forward_context = forward_context or contextlib.nullcontext()
         self._clip_norm = clip_norm
@@ -124,7 +127,7 @@ class Step:
         micro = self._on_device(micro)
         with torch.no_grad(), self.context(), _own_attention():
             output = self.model.forward(**micro.inputs)
-        return in_fp32(output) if self._gives_fp32 else output, micro
+        return in_fp32(output, self._is_models_own) if self._gives_fp32 else output, micro
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -198,16 +201,15 @@ def _as_it_is(loss: Loss) -> Loss:
     return loss
 
 
-def _loss_in_fp32(loss: Loss, output: Any, targets: Any) -> Tensor:
-    return loss(in_fp32(output), targets)
+def _loss_in_fp32(loss: Loss, is_models_own: bool, output: Any, targets: Any) -> Tensor:
+    return loss(in_fp32(output, is_models_own), targets)
 
 
-def in_fp32(output: Any) -> Any:
-    """The loss is computed in fp32, whatever the model computes in; of several outputs too, unless the loss, a number,
-    is among them."""
+def in_fp32(output: Any, is_models_own: bool = False) -> Any:
+    """The loss is computed in fp32, whatever the model computes in; from several outputs too, unless it is the model's
+    own, which is among them."""
     if type(output) in (tuple, list, dict):
-        is_left = any(isinstance(leaf, Tensor) and not leaf.dim() for leaf in tree_leaves(output))
-        return output if is_left else tree_map(_in_fp32, output)
+        return output if is_models_own else tree_map(_in_fp32, output)
     return _in_fp32(output)
 
 

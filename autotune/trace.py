@@ -27,7 +27,7 @@ _MAX_SKIPPED = 20
 
 NUDGE = 1e-6
 """Share of a weight that some roundings of fp32 add up to, as in sums of hundreds of numbers in another order."""
-DOUBTFUL = 100
+DOUBTFUL = 10
 """So many times the tolerance may be rounding that a training makes much of."""
 TOLERANCE: dict[Precision, float] = {
     "fp32": 1e-4,
@@ -104,19 +104,24 @@ def deviation(reference: Sequence[float], found: Sequence[float]) -> float:
     return max(abs(b - a) for a, b in zip(reference, found, strict=True)) / max(scale, 1e-12)
 
 
+def is_doubtful(strategy: Strategy, reference: Sequence[float], found: Sequence[float]) -> bool:
+    """Whether a setting is so little off that it may be by roundings, as some trainings make much of them (batch
+    normalisation and a high rate): one in fp32, where they are all that may differ."""
+    tolerance = TOLERANCE["fp32"]
+    is_plain = strategy.precision == "fp32" and not strategy.is_approximate
+    return is_plain and tolerance < deviation(reference, found) < DOUBTFUL * tolerance
+
+
 def difference(
-    strategy: Strategy, reference: Sequence[float], found: Sequence[float], rounding: Callable[[], float] = lambda: 0.0
+    strategy: Strategy, reference: Sequence[float], found: Sequence[float], rounding: float = 0.0
 ) -> str | None:
     """Why a strategy does not train as the reference does; None where it does. One that the user has allowed to differ
-    has only to train.
-
-    ``rounding`` gives how far the reference's own losses go when its weights are nudged: it is asked of an fp32 setting
-    that is a little off, since some trainings make much of a rounding (batch normalisation and a high rate).
-    """
+    has only to train. ``rounding`` is how far the reference's own losses go when its weights are nudged: a doubtful
+    setting may be as far off."""
     allowed = math.inf if strategy.is_approximate else TOLERANCE[strategy.precision]
     distance = deviation(reference, found)
-    if strategy.precision == "fp32" and allowed < distance < DOUBTFUL * allowed:
-        allowed = max(allowed, rounding())
+    if is_doubtful(strategy, reference, found) and math.isfinite(rounding):
+        allowed = max(allowed, rounding)
     if distance <= allowed and math.isfinite(distance):
         return None
     return (

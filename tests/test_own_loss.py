@@ -112,6 +112,7 @@ def test_accuracy_is_told_where_a_model_scores_classes() -> None:
         assert accuracy((inputs, classes), loss) == pytest.approx(share)
     assert math.isnan(accuracy((inputs, classes), lambda output, targets: F.multi_margin_loss(output, targets)))
     assert math.isnan(accuracy((inputs, torch.randn(60, 4))))
+    assert math.isnan(accuracy((inputs, classes.clone().fill_(-100).where(classes == 0, classes))))
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -121,6 +122,9 @@ def test_accuracy_is_told_of_models_that_compute_their_loss() -> None:
     run = apply(Strategy(micro_batch=4, accumulation=2, attention="sdpa"), workload, CPU)
     with torch.no_grad():
         chosen = run.model.eval()(**reviews).logits.argmax(-1)
+    assert run.evaluate()[1] == pytest.approx(float((chosen == reviews["labels"]).float().mean()))
+    beside = workload_of("of", lambda: (own_trainers.classifier(), {**reviews, "idx": torch.arange(8)}))
+    run = apply(Strategy(micro_batch=8, attention="sdpa"), beside, CPU)
     assert run.evaluate()[1] == pytest.approx(float((chosen == reviews["labels"]).float().mean()))
     tokens = workload_of("of", own_trainers.tokens_without_trainer)  # a class for each token
     run = apply(Strategy(micro_batch=8, attention="sdpa"), tokens, CPU)

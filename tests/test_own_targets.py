@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,14 +116,23 @@ def test_several_targets_are_read_and_recorded(monkeypatch: pytest.MonkeyPatch) 
     assert recorded.step.graphs.num_recorded == 1
 
 
-def test_several_outputs_are_in_fp32_for_the_loss() -> None:
+class Penalized(Heads):
+    """With a number that its loss may take or leave."""
+
+    def forward(self, x: Tensor) -> Any:
+        kinds, sizes = super().forward(x)
+        return kinds, sizes, sizes.square().mean()
+
+
+@pytest.mark.parametrize("kind", [Heads, Penalized])
+def test_several_outputs_are_in_fp32_for_the_loss(kind: type[Heads]) -> None:
     seen = set[torch.dtype]()
 
     def noting(output: Any, targets: Any) -> Tensor:
         seen.update(part.dtype for part in output)
         return of_both(output, targets)
 
-    workload = workload_of("heads", lambda: (Heads(), data(), noting))
+    workload = workload_of("heads", lambda: (kind(), data(), noting))
     run = apply(Strategy(micro_batch=16, precision="bf16"), workload, CPU)
     run.step(next(iter(run.loader)))
     assert seen == {torch.float32}
@@ -182,3 +192,48 @@ def test_several_targets_without_a_loss_are_refused_with_their_names() -> None:
     workload = workload_of("heads", lambda: (Heads(), batches()["in a dict"]))
     with pytest.raises(UsageError, match=r"several targets \(kinds, sizes\).*\(model, batch, loss\)"):
         workload.check_runs()
+
+
+class Expert(nn.Module):
+    """Gives logits, and a number that is no loss by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.gate = nn.Linear(8, 3), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(x), self.gate(x).square().mean()
+
+
+def test_a_number_beside_logits_is_no_loss_where_there_are_targets() -> None:
+    workload = workload_of("expert", lambda: (Expert(), data()[:2]))
+    with pytest.raises(UsageError, match="without a loss"):
+        workload.check_runs()
+
+
+class Optional(nn.Module):
+    """Could be told its labels, and gives logits in any case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_labels_stay_the_targets_of_a_model_that_gives_no_loss() -> None:
+    workload = workload_of("optional", lambda: (Optional(), data()[:2]))
+    workload.check_runs()
+    assert workload.collate(workload.train, np.arange(4), 1).targets.tolist() == [0, 1, 2, 0]
+
+
+def test_what_else_a_dict_has_is_left_out_as_long_as_there_is_a_target() -> None:
+    x, kinds, _ = data(4)
+    ragged = [torch.zeros(count) for count in (1, 2, 3, 4)]
+    batch = {"x": x, "label": kinds, "size": [torch.full((4,), 224), torch.full((4,), 200)], "boxes": ragged}
+    workload = workload_of("more", lambda: (Optional(), batch))
+    workload.check_runs()
+    micro = workload.collate(workload.train, np.arange(4), 1)
+    assert list(micro.inputs) == ["x"]
+    assert micro.targets.tolist() == kinds.tolist()

@@ -73,6 +73,7 @@ def test_a_way_in_which_the_model_does_not_train_is_not_there_and_nothing_is_cha
     ways: list[Way] = [FP32, BF16, ("fp32", "channels_last"), ("bf16", "channels_last")]
     found = seconds_of(workload, ways, sample_s=1e-6)
     assert set(found) == {FP32, ("fp32", "channels_last")}
+    assert seconds_of(workload, ways, sample_s=2.0) == {}, "it would take half a minute"
     assert all(math.isfinite(seconds) for seconds in found.values())
     assert {size for _, size in made[-1].ran} == {16}
     for name, tensor in made[-1].state_dict().items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,30 +103,20 @@ def test_a_loss_that_is_no_number_is_infinitely_far() -> None:
 
 
 def test_a_training_that_makes_much_of_roundings_is_judged_by_them() -> None:
-    """The losses are a little off: by as much as the baseline's with its weights nudged, or by more."""
-    fp32, asked = Strategy(micro_batch=32), list[bool]()
-
-    def rounding(share: float) -> Callable[[], float]:
-        def told() -> float:
-            asked.append(True)
-            return share
-
-        return told
-
-    reference = (1.0, 1.0)
-    assert trace.difference(fp32, reference, (1.0, 1.0 + 5e-5), rounding(0.0)) is None
-    assert not asked
-    assert trace.difference(fp32, reference, (1.0, 1.001), rounding(2e-3)) is None
-    assert asked
-    reason = trace.difference(fp32, reference, (1.0, 1.00014), rounding(3e-5))
+    """Losses that are a little off: by as much as the baseline's with its weights nudged, or by more."""
+    fp32, bf16 = Strategy(micro_batch=32), Strategy(micro_batch=32, precision="bf16")
+    reference, little, much = (1.0, 1.0), (1.0, 1.0005), (1.0, 1.1)
+    assert trace.difference(fp32, reference, little, 5e-4) is None
+    for rounding in (2e-4, math.inf, math.nan):
+        assert trace.difference(fp32, reference, little, rounding) is not None
+    assert trace.difference(fp32, reference, much, 1.0) is not None
+    assert trace.difference(bf16, reference, much, 1.0) is not None
+    doubtful = [trace.is_doubtful(*case) for case in ((fp32, reference, little), (fp32, reference, much))]
+    assert doubtful == [True, False]
+    assert not trace.is_doubtful(bf16, reference, little)
+    reason = trace.difference(fp32, reference, (1.0, 1.00014))
     assert reason is not None
     assert "by 0.014% on the same batches, 0.01% is allowed in fp32" in reason
-    asked.clear()
-    assert trace.difference(fp32, reference, (1.0, 1.1), rounding(1.0)) is not None
-    assert (
-        trace.difference(Strategy(micro_batch=32, precision="bf16"), reference, (1.0, 1.1), rounding(1.0)) is not None
-    )
-    assert not asked
 
 
 def test_nudged_weights_show_what_a_training_makes_of_roundings(workload: Workload) -> None:

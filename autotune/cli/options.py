@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -154,4 +154,6 @@ def prepare(
     if ref.notice:
         display.console.print(ref.notice, style="yellow", markup=False)
     # whatever a workload of the user's calls itself: profiles are looked for by what is typed
-    return ref, dataclasses.replace(module.open_workload(ref), name=workloads.label(name))
+    workload = copy.copy(module.open_workload(ref))
+    object.__setattr__(workload, "name", workloads.label(name))
+    return ref, workload

@@ -183,7 +183,7 @@ class Task:
 
     def guess(self, baseline: Measurement) -> Strategy:
         """The expert's, who has seen the plain baseline, and what is timed before."""
-        sample_s = 1 / baseline.samples_per_s
+        sample_s = (1 - min(baseline.loader_wait, 0.99)) / baseline.samples_per_s  # computed, not waited for
         guess = expert_guess(
             self.space,
             self.hardware,

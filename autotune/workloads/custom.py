@@ -8,6 +8,7 @@ batch again and again. Every process calls the function anew, so that it must gi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -27,8 +28,9 @@ from autotune.strategy import Attention
 from autotune.workloads.base import Recipe, Workload, WorkloadRef
 from autotune.workloads.own_batch import Batch, Repeated, Takes, Trimmed
 from autotune.workloads.own_data import Data, Samples, Source, loaders_of
-from autotune.workloads.own_loss import MeanLoss, OwnLoss, num_classified, scores_classes, summed
+from autotune.workloads.own_loss import MeanLoss, OwnLoss, gives_loss, num_classified, scores_classes, summed
 from autotune.workloads.own_trainer import OwnTraining, first_batch, on_host, training_of_trainer
+from autotune.workloads.seen import evaluating, unchanged
 
 EPOCH_BATCHES, TEST_BATCHES = 1000, 50
 """An example batch stands for an epoch of so many, and for a test set of so many; so many are planned at least."""
@@ -222,8 +224,9 @@ def _training_of_model(given: Any, label: str, make: Callable[[], Any]) -> OwnTr
         return made
 
     batch, takes = first_batch(batches, data), Takes.of(model)
-    if loss is None and isinstance(batch, list | tuple) and takes.names[len(batch) - 1 :] in _TAKE_TARGETS:
-        takes = takes._replace(has_targets=False)  # forward(ids, targets) gives the loss
+    is_taken = loss is None and isinstance(batch, list | tuple) and takes.names[len(batch) - 1 :] in _TAKE_TARGETS
+    if is_taken and _gives_loss(model, batch):  # as forward(ids, targets) may
+        takes = takes._replace(has_targets=False)
     return OwnTraining(
         batch=batch,
         data=data,
@@ -233,6 +236,13 @@ def _training_of_model(given: Any, label: str, make: Callable[[], Any]) -> OwnTr
         loss=loss,
         loss_of=own_loss.of,
     )
+
+
+def _gives_loss(model: nn.Module, batch: Sequence[Any]) -> bool:
+    """Whether a model that is given all of a batch gives its loss, by two samples."""
+    with contextlib.suppress(Exception), torch.no_grad(), evaluating(model), unchanged(model):
+        return gives_loss(model(*(part[:2] for part in batch)))
+    return False
 
 
 def _parts(given: Any, label: str) -> tuple[nn.Module, Any, MeanLoss | None, Any]:

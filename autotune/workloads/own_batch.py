@@ -68,7 +68,9 @@ class Batch:
         self._raw = raw
         if isinstance(raw, Mapping):
             named = {str(name): value for name, value in raw.items()}
-            unknown = [name for name in named if name not in takes.names and _tensors(named[name])]
+            others = {name: value for name, value in named.items() if name not in takes.names}
+            unknown = [name for name, value in others.items() if isinstance(value, Tensor)]
+            unknown = unknown or [name for name, value in others.items() if _has_rows_of(value, named)]
             if unknown and not takes.anything:
                 several = {name: named.pop(name) for name in unknown}
                 named[TARGETS] = several if len(several) > 1 else several[unknown[0]]
@@ -184,6 +186,12 @@ def _tensors(value: Any) -> list[Any]:
     """Of a tensor, or a tuple, list or dict of some; nothing where something else is among them."""
     leaves = tree_leaves(value)
     return leaves if all(isinstance(leaf, Tensor) for leaf in leaves) else []
+
+
+def _has_rows_of(value: Any, named: Mapping[str, Any]) -> bool:
+    """Whether these are tensors, with a row for each sample of a batch."""
+    sizes = {len(other) for other in named.values() if isinstance(other, Tensor) and other.dim()}
+    return bool(found := _tensors(value)) and {len(one) if one.dim() else None for one in found} == sizes
 
 
 def _lengths_of(tokens: Tensor) -> Indices:

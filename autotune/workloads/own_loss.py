@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -118,7 +119,7 @@ def summed(mean_loss: MeanLoss | None, output: Any, targets: Any) -> Tensor:
             what = f"{list(mean.shape)} numbers" if isinstance(mean, Tensor) else kind_of(mean)
             raise TypeError(f"the loss gives {what}; it should give one, a batch's mean, as torch's losses do")
         return mean.reshape(()) * num_samples
-    own = _own_loss(output)
+    own = _own_loss(output, has_targets=any(target.numel() for target in tree_leaves(targets)))
     if own is not None:
         return _long(own) * num_samples
     if not isinstance(targets, Tensor):
@@ -158,13 +159,19 @@ def summed(mean_loss: MeanLoss | None, output: Any, targets: Any) -> Tensor:
         raise IndexError(f"{exc} The model scores {num_classes} classes, from 0 to {num_classes - 1}") from exc
 
 
-def _own_loss(output: Any) -> Tensor | None:
-    """The loss that a model gives by itself: ``output.loss``, or the only number that it gives."""
+def gives_loss(output: Any) -> bool:
+    """Whether a model that was given its targets gives the loss."""
+    return _own_loss(output, has_targets=False) is not None
+
+
+def _own_loss(output: Any, has_targets: bool) -> Tensor | None:
+    """The loss that a model gives by itself: ``output.loss``, or a number that is all of its output; or the only one of
+    several, unless there are targets that it was not given, which make it a part of the loss at most."""
     found: Tensor | None = None if isinstance(output, Tensor) else _attribute(output, "loss")
     if found is not None:
         return found
-    parts = output if isinstance(output, tuple | list) else [output]
-    numbers = [part for part in parts if isinstance(part, Tensor) and part.dim() == 0]
+    several = output if isinstance(output, tuple | list) and not has_targets else []
+    numbers = [part for part in (output, *several) if isinstance(part, Tensor) and part.dim() == 0]
     return numbers[0] if len(numbers) == 1 else None
 
 
@@ -175,14 +182,15 @@ def scores_classes(mean_loss: MeanLoss | None) -> bool:
 
 def num_classified(output: Any, micro: MicroBatch) -> Tensor:
     """Samples whose class has the largest score, where a model scores classes: its output, or ``output.logits``, is
-    [B, C], and the targets, or its argument ``labels``, are whole numbers [B]. Elsewhere no number."""
+    [B, C], and its argument ``labels``, or else the targets, are whole numbers [B], none below 0, which means none.
+    Elsewhere no number."""
     logits = output if isinstance(output, Tensor) else _attribute(output, "logits")
-    targets = tree_leaves(micro.targets)
-    classes = micro.targets if len(targets) == 1 and targets[0].numel() else micro.inputs.get("labels")
+    classes, nothing = micro.inputs.get("labels", micro.targets), math.nan
     is_scored = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1
     if not is_scored or not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
-        return torch.full((), torch.nan, device=targets[0].device)
-    return (logits.argmax(-1) == classes).sum()
+        return torch.full((), nothing, device=tree_leaves(micro.targets)[0].device)
+    correct: Tensor = (logits.argmax(-1) == classes).sum()
+    return torch.where((classes < 0).any(), nothing, correct)
 
 
 def _attribute(output: Any, name: str) -> Any:

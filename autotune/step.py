@@ -54,8 +54,8 @@ class Step:
         """Summed over samples, as it was given."""
         self._gives_fp32 = type(loss) is not CrossEntropy
         self._is_models_own = isinstance(loss, functools.partial) and loss.func is summed and loss.args[:1] == (None,)
-        in_short = functools.partial(_loss_in_fp32, loss, self._is_models_own)
-        self.loss = (compiled or _as_it_is)(in_short if self._gives_fp32 else loss)
+        in_fp32_first = functools.partial(_loss_in_fp32, loss, self._is_models_own)
+        self.loss = (compiled or _as_it_is)(in_fp32_first if self._gives_fp32 else loss)
         """In fp32, and compiled where that is wanted; the built-in one sees to fp32 itself."""
         self._forward_context = forward_context or contextlib.nullcontext()
         self._clip_norm = clip_norm

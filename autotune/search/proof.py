@@ -11,7 +11,7 @@ from autotune import trace
 from autotune.measurement import Outcome
 from autotune.strategy import Padding
 from autotune.trial.runner import Session, TrialEndedError
-from autotune.trial.worker import Job, Progress, Soak, Soaked, Trace
+from autotune.trial.worker import Job, Progress, Soak, Trace
 
 LONGEST_SOAK = Soak(enough_steps=50, enough_s=30.0)
 NUM_PADDED = 4
@@ -84,39 +84,36 @@ def prove(
 
     Where the reference does not train these batches there is nothing to compare with: the proof says so.
     """
-    deviation, not_compared, soaked = None, "", None
+    deviation, not_compared = None, ""
 
     def session() -> Session:
         return Session(job, memory_limit_bytes=memory_limit_bytes, silence_s=silence_s)
 
-    def soak_in(session: Session) -> Soaked:
-        return session.soak(soak, timeout_s=timeout_s + soak.enough_s, on_progress=on_progress)
+    def lasted(own: Session) -> Proof:
+        soaked = own.soak(soak, timeout_s=timeout_s + soak.enough_s, on_progress=on_progress)
+        return Proof(
+            outcome="ok",
+            loss_deviation=deviation,
+            not_compared=not_compared,
+            soak_steps=soaked.num_steps,
+            peak_memory_bytes=soaked.peak_memory_bytes,
+        )
 
     try:
         with session() as own:
             if isinstance(reference, TrialEndedError):
-                not_compared, is_doubtful = f"{reference.outcome}: {reference.reason}", False
-                soaked = soak_in(own)
-            else:
-                losses = own.trace(Trace(num_steps=trace.NUM_STEPS), timeout_s=timeout_s, on_progress=on_progress)
-                deviation = trace.deviation(reference, losses)
-                reason = trace.difference(job.strategy, reference, losses)
-                is_doubtful = trace.is_doubtful(job.strategy, reference, losses)
-                if reason is None:
-                    soaked = soak_in(own)
-        if is_doubtful and not isinstance(reference, TrialEndedError):  # the device is the baseline's alone
+                not_compared = f"{reference.outcome}: {reference.reason}"
+                return lasted(own)
+            losses = own.trace(Trace(num_steps=trace.NUM_STEPS), timeout_s=timeout_s, on_progress=on_progress)
+            deviation = trace.deviation(reference, losses)
+            reason = trace.difference(job.strategy, reference, losses)
+            if reason is None:
+                return lasted(own)
+        if trace.is_doubtful(job.strategy, reference, losses):  # its process has ended: the device is the baseline's
             reason = trace.difference(job.strategy, reference, losses, rounding())
-        if soaked is None:
-            if reason is not None:
-                return Proof(outcome="diverged", reason=reason, loss_deviation=deviation)
+        if reason is None:
             with session() as own:
-                soaked = soak_in(own)
+                return lasted(own)
+        return Proof(outcome="diverged", reason=reason, loss_deviation=deviation)
     except TrialEndedError as end:
         return Proof(outcome=end.outcome, reason=end.reason, loss_deviation=deviation)
-    return Proof(
-        outcome="ok",
-        loss_deviation=deviation,
-        not_compared=not_compared,
-        soak_steps=soaked.num_steps,
-        peak_memory_bytes=soaked.peak_memory_bytes,
-    )

@@ -185,12 +185,12 @@ def num_classified(output: Any, micro: MicroBatch) -> Tensor:
     [B, C], and its argument ``labels``, or else the targets, are whole numbers [B], none below 0, which means none.
     Elsewhere no number."""
     logits = output if isinstance(output, Tensor) else _attribute(output, "logits")
-    classes, nothing = micro.inputs.get("labels", micro.targets), math.nan
+    classes = micro.inputs.get("labels", micro.targets)
     is_scored = isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1
     if not is_scored or not isinstance(classes, Tensor) or classes.dim() != 1 or classes.is_floating_point():
-        return torch.full((), nothing, device=tree_leaves(micro.targets)[0].device)
+        return torch.full((), math.nan, device=tree_leaves(micro.targets)[0].device)
     correct: Tensor = (logits.argmax(-1) == classes).sum()
-    return torch.where((classes < 0).any(), nothing, correct)
+    return torch.where((classes < 0).any(), math.nan, correct)
 
 
 def _attribute(output: Any, name: str) -> Any:

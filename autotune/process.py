@@ -7,6 +7,7 @@ tail explains a crash. Nothing here knows what the child does; what happens in i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -294,7 +295,8 @@ def _started(target: Callable[..., None], stderr_path: str, args: tuple[Any, ...
 
 def warm_up() -> None:
     """Has the server that children are forked from import what they need, while this process goes on; where there is no
-    such server, nothing."""
+    such server, nothing. It ends with this process, even in the middle of an import: it holds the same pipes.
+    """
     if sys.platform != "linux":
         return
     from multiprocessing import forkserver
@@ -303,6 +305,13 @@ def warm_up() -> None:
     _quiet_resource_tracker()
     with _without_main_module(), _interrupts_deferred():
         forkserver.ensure_running()
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # it has no name in public
+    atexit.register(_terminate, psutil.Process(pid))
+
+
+def _terminate(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):  # psutil tells it from another with its number
+        process.terminate()
 
 
 def _context() -> Any:

@@ -15,8 +15,7 @@ import optuna
 
 from autotune import backends
 from autotune.flops import Flops
-from autotune.measurement import Trial
-from autotune.passes import Way
+from autotune.measurement import Measurement, Trial
 from autotune.search.guess import expert_guess
 from autotune.search.journal import Journal
 from autotune.search.objective import FASTEST, PlannedRun, hopeless, loss_of
@@ -50,10 +49,8 @@ class Replayed(Task):
         """Not needed: what was recorded is of whole epochs."""
         return Flops(None, "nothing is trained in a replay")
 
-    @property
-    def timed_ways(self) -> list[Way]:
+    def timed_ways(self, baseline: Measurement) -> None:
         """None: a grid's model is autotune's own."""
-        return []
 
     @functools.cached_property
     def planned(self) -> PlannedRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -16,7 +16,7 @@ from autotune.backends.base import Backend
 from autotune.checks.compute import THREADS_SPEED
 from autotune.flops import Flops, flops_of, matmul_capability
 from autotune.measurement import Measurement, Trial
-from autotune.passes import Way, seconds_of
+from autotune.passes import Way, num_samples
 from autotune.probe import Hardware
 from autotune.search.guess import attention_ms, expert_guess
 from autotune.search.objective import AIMS, FASTEST, Aim, PlannedRun
@@ -26,7 +26,7 @@ from autotune.search.surrogate import Prior, prior_of
 from autotune.search.work import loaded, tokens_of, work_of
 from autotune.strategy import SPARSE, Attention, Padding, Precision, Strategy
 from autotune.trial import pulse
-from autotune.trial.worker import Job
+from autotune.trial.worker import Job, TimeWays
 from autotune.workloads.base import Workload, WorkloadRef
 
 LONG_RUN_SHARE = 0.9
@@ -171,26 +171,21 @@ class Task:
         is_crowded = self.backend.is_host_memory and num_busy > num_cores
         return loaded(computed, read, strategy.workers, reading_busy if is_crowded else 0.0)
 
-    @property
-    def timed_ways(self) -> list[Way]:
+    def timed_ways(self, baseline: Measurement) -> TimeWays | None:
         """Precisions and memory formats that a few steps of a user's own model are timed in before the first guess: on
-        a CPU, where this process may train."""
+        a CPU, where the probe's products say less."""
         if not self.backend.is_host_memory or self.workload.split is None:
-            return []
+            return None
         precisions = [p for p in self.space.values["precision"] if p in ("fp32", "bf16", "fp16")]
-        found = list(itertools.product(precisions, self.space.values["memory_format"]))
-        return found if len(found) > 1 else []
+        ways = tuple(itertools.product(precisions, self.space.values["memory_format"]))
+        count = num_samples(_computed_s(baseline), len(ways), self.workload.recipe.global_batch)
+        return TimeWays(ways=ways, num_samples=count) if len(ways) > 1 and count else None
 
-    def guess(self, baseline: Measurement) -> Strategy:
-        """The expert's, who has seen the plain baseline, and what is timed before."""
-        sample_s = (1 - min(baseline.loader_wait, 0.99)) / baseline.samples_per_s  # computed, not waited for
-        guess = expert_guess(
-            self.space,
-            self.hardware,
-            self.backend,
-            sample_s=sample_s if FASTEST in self.aims and self.fits(baseline) else math.inf,  # small ones save memory
-            seconds=seconds_of(self.workload, self.timed_ways, sample_s) if self.timed_ways else {},
-        )
+    def guess(self, baseline: Measurement, seconds: Mapping[Way, float] | None = None) -> Strategy:
+        """The expert's, who has seen the plain baseline, and the ``seconds`` of what was timed before."""
+        is_small = FASTEST not in self.aims or not self.fits(baseline)  # small micro batches save memory
+        sample_s = math.inf if is_small else _computed_s(baseline)
+        guess = expert_guess(self.space, self.hardware, self.backend, sample_s=sample_s, seconds=seconds)
         return self.read_ahead(guess, baseline)
 
     def read_ahead(self, guess: Strategy, baseline: Measurement) -> Strategy:
@@ -257,3 +252,8 @@ class Task:
             "memory_budget_bytes": self.settings.memory_budget_bytes,
             "seed": self.settings.seed,
         }
+
+
+def _computed_s(measurement: Measurement) -> float:
+    """Of a sample, without the wait for data."""
+    return (1 - min(measurement.loader_wait, 0.99)) / measurement.samples_per_s

@@ -12,6 +12,7 @@ import msgspec
 
 from autotune.measurement import Trial
 from autotune.pace import drift_doubt, slowdown, with_beats_around
+from autotune.passes import Way
 from autotune.search.guess import compiled_guess
 from autotune.search.history import History
 from autotune.search.journal import MAX_STARTS, Journal
@@ -22,8 +23,8 @@ from autotune.search.settings import Observer
 from autotune.search.task import Task
 from autotune.strategy import Strategy
 from autotune.trial.pulse import Pulse
-from autotune.trial.runner import ONCE, ORDINARY, once, ordinary, run_trial
-from autotune.trial.worker import Progress
+from autotune.trial.runner import ONCE, ORDINARY, Session, TrialEndedError, once, ordinary, run_trial
+from autotune.trial.worker import Progress, TimeWays
 
 MIN_TIMEOUT_S = 20.0
 """However little is left of the budget, a trial gets so long."""
@@ -115,10 +116,10 @@ class Trials:
     def _beginnings(self) -> dict[Strategy, str]:
         """What is tried behind the baseline, and whose idea it is."""
         task = self._task
-        assert self.history.reference.measurement is not None
-        if task.timed_ways:
-            self._observer.on_guess()
-        guess = task.guess(self.history.reference.measurement)
+        baseline = self.history.reference.measurement
+        assert baseline is not None
+        ways = task.timed_ways(baseline)
+        guess = task.guess(baseline, self._seconds_of(ways) if ways else None)
         found = {guess: "expert's guess"}
         compiled = compiled_guess(task.space, task.backend, guess)
         if compiled is not None:
@@ -126,6 +127,18 @@ class Trials:
         if task.known_good is not None:
             found.setdefault(task.space.nearest(task.known_good, guess), "as in the nearest profile")
         return {s: origin for s, origin in found.items() if s != task.baseline and task.space.refusal(s) is None}
+
+    def _seconds_of(self, ways: TimeWays) -> dict[Way, float]:
+        """Of a step in each way; none where its process does not end well: what is wrong will show in a trial."""
+        self._observer.on_guess()
+        baseline, limit_bytes = self._task.baseline, self._task.machine_limit_bytes
+        try:
+            with Session(
+                self._task.job(baseline), memory_limit_bytes=limit_bytes, silence_s=self.silence_s(baseline)
+            ) as session:
+                return session.time_ways(ways, timeout_s=self.timeout_s(baseline))
+        except TrialEndedError:
+            return {}
 
     def try_now(self, strategy: Strategy, origin: str) -> None:
         """Tries this one next, even where it was tried before."""

@@ -14,12 +14,27 @@ from autotune import backends
 from autotune.backends.cpu import usable_cores
 from autotune.contention import QUIET_SHARE, Load
 from autotune.measurement import Measurement, Outcome, Trial
+from autotune.passes import Way
 from autotune.phases import Trained
 from autotune.process import Child, ChildDied
 from autotune.timing import NARROW
 from autotune.trial import worker
 from autotune.trial.pulse import Pulse
-from autotune.trial.worker import AnyCommand, Command, Done, Failed, Job, Progress, Soak, Soaked, Trace, Traced, Train
+from autotune.trial.worker import (
+    AnyCommand,
+    Command,
+    Done,
+    Failed,
+    Job,
+    Progress,
+    Soak,
+    Soaked,
+    TimedWays,
+    TimeWays,
+    Trace,
+    Traced,
+    Train,
+)
 from autotune.units import format_bytes
 
 OnProgress = Callable[[Progress], None]
@@ -123,6 +138,11 @@ class Session:
         if peak_bytes > self._memory_limit_bytes:
             raise TrialEndedError("oom", over_budget(peak_bytes, self._memory_limit_bytes))
         return msgspec.structs.replace(trained, peak_memory_bytes=peak_bytes)
+
+    def time_ways(self, command: TimeWays, *, timeout_s: float) -> dict[Way, float]:
+        """Seconds of a step in each way; the session is over then."""
+        timed: TimedWays = self._ask(command, timeout_s, lambda _: None)
+        return timed.seconds
 
     def _ask(self, command: AnyCommand, timeout_s: float, on_progress: OnProgress) -> Any:
         deadline = time.monotonic() + timeout_s

@@ -22,6 +22,7 @@ from autotune.workloads.base import Recipe, WorkloadRef
 
 if TYPE_CHECKING:
     from autotune.laps import Epoch
+    from autotune.passes import Way
     from autotune.phases import Trained
 
 EVAL_ENOUGH_S = 1.0
@@ -91,10 +92,17 @@ class Train(msgspec.Struct, frozen=True, kw_only=True):
     """Test samples, at most."""
 
 
+class TimeWays(msgspec.Struct, frozen=True, kw_only=True):
+    """Time a few steps of so many samples in each of these precisions and memory formats. Nothing can follow it."""
+
+    ways: tuple[Way, ...]
+    num_samples: int
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """A lap or a step is done, or a stage is reached (``lap`` is None)."""
 
-    stage: Literal["building", "first step", "timing", "evaluating", "soaking", "comparing losses", "training"]
+    stage: Literal["building", "first step", "timing", "evaluating", "soaking", "comparing losses", "training", "ways"]
     lap: Lap | None = None
     step: int = 0
     """Steps that are trained."""
@@ -126,6 +134,12 @@ class Traced(msgspec.Struct, frozen=True, kw_only=True):
     losses: tuple[float, ...]
 
 
+class TimedWays(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of a step, in the ways in which the model trains."""
+
+    seconds: dict[Way, float]
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True):
     """The trial is over, and why."""
 
@@ -133,7 +147,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-AnyCommand = Command | Soak | Trace | Train
+AnyCommand = Command | Soak | Trace | Train | TimeWays
 
 
 def main(connection: Connection, job: Job) -> None:
@@ -151,7 +165,7 @@ def main(connection: Connection, job: Job) -> None:
 
 
 def _serve(connection: Connection, job: Job) -> None:
-    from autotune import backends, trace, workloads
+    from autotune import backends, passes, trace, workloads
     from autotune.apply import apply
     from autotune.compiler import check_compiled
     from autotune.pace import Beats
@@ -187,7 +201,7 @@ def _serve(connection: Connection, job: Job) -> None:
             is_first=len(timer().laps) <= 1,
         )
 
-    def serve(command: AnyCommand) -> Done | Soaked | Traced | Trained:
+    def serve(command: AnyCommand) -> Done | Soaked | Traced | Trained | TimedWays:
         if isinstance(command, Train):
             trained = train_some(
                 run,
@@ -202,6 +216,9 @@ def _serve(connection: Connection, job: Job) -> None:
             on_step = functools.partial(connection.send, comparing)
             found = trace.losses(run, command.num_steps, command.num_samples, on_step=on_step, nudge=command.nudge)
             return Traced(losses=found)
+        if isinstance(command, TimeWays):
+            timing = functools.partial(connection.send, Progress(stage="ways"))
+            return TimedWays(seconds=passes.seconds_of(run, command.ways, command.num_samples, on_step=timing))
         if isinstance(command, Soak):
             num_steps = timer().soak(
                 enough_steps=command.enough_steps,

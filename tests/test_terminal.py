@@ -261,3 +261,21 @@ def test_a_capability_shows_its_figures_with_units_or_its_reason() -> None:
     assert terminal.capability_row(works)[2] == "1,459 GFLOP/s, side 1,024"
     slow = Capability(name="matmul.fp16", value=False, reason="too slow: 1 GFLOP/s against 200 in fp32")
     assert terminal.capability_row(slow)[2] == "too slow: 1 GFLOP/s against 200 in fp32"
+
+
+def test_profiles_are_listed_by_device_this_one_s_first_with_what_is_doubtful() -> None:
+    tuned = factories.profile()
+    once = Interval(ratio=2.0, low=0.0, high=float("inf"))
+    measured_once = msgspec.structs.replace(tuned, evidence=msgspec.structs.replace(tuned.evidence, speedup=once))
+    plain = msgspec.structs.replace(tuned, strategy=tuned.evidence.baseline_strategy)
+    card = msgspec.structs.replace(tuned.device, fingerprint="0123456789ab", name="A card")
+    others = msgspec.structs.replace(tuned, device=card)
+    rows = [(others, False), (tuned, True), (measured_once, True), (plain, True)]
+    lines = terminal.profile_lines([(Path(f"{n}.toml"), profile, is_own) for n, (profile, is_own) in enumerate(rows)])
+    assert max(map(len, lines)) <= 80
+    assert [line.strip() for line in lines if line.endswith(".toml")] == ["1.toml", "2.toml", "3.toml", "0.toml"]
+    assert lines[1].endswith(", this device")
+    assert lines[8].startswith("A card (")
+    shown = [line for line in lines if "imdb" in line]
+    for words, line in zip(("7.80 to 8.20", "measured once", "plain is best", "7.80 to 8.20"), shown, strict=True):
+        assert words in line

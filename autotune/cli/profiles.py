@@ -22,7 +22,7 @@ def command() -> None:
 @profiles_option
 @device_option
 def list_(profiles: Path | None, device_name: str | None) -> None:
-    """Every profile there is; * marks this device's."""
+    """Every profile there is, this device's first."""
     from autotune import store
     from autotune.profile import read_profile
     from autotune.report.terminal import profile_lines

@@ -303,12 +303,29 @@ def epoch_row(epoch: Epoch) -> tuple[str, ...]:
 
 
 def profile_lines(rows: list[tuple[Path, Profile, bool]]) -> list[str]:
-    """Profiles, two lines each, the second its file, to be copied whole; ``is_own`` marks this device's."""
-    width = max(map(len, ["workload", *(profile.workload.name for _, profile, _ in rows)]))
-    lines = [f"  {'workload':{width}}  speed-up  samples/s  device"]
-    for path, profile, is_own in rows:
-        ratio, rate = f"{profile.evidence.speedup.ratio:.2f}x", format_rate(profile.evidence.best.samples_per_s)
-        own = "*" if is_own else " "
-        lines.append(f"{own} {profile.workload.name:{width}}  {ratio:>8}  {rate:>9}  {profile.device.name}")
-        lines.append(f"  {path}")
+    """Profiles by device, two lines each, the second its file, to be copied whole; those of ``is_own``, of this device,
+    are the first."""
+    name_width = max(map(len, ["workload", *(profile.workload.name for _, profile, _ in rows)]))
+    by_device: dict[str, list[tuple[Path, Profile, bool]]] = {}
+    for row in sorted(rows, key=lambda row: not row[2]):
+        by_device.setdefault(row[1].device.fingerprint, []).append(row)
+    lines = [f"  {'workload':{name_width}}  speed-up  95 % interval   samples/s       memory"]
+    for of_device in by_device.values():
+        _, first, is_own = of_device[0]
+        lines.append(f"{first.device.name} ({first.device.architecture}){', this device' if is_own else ''}")
+        for path, profile, _ in of_device:
+            evidence = profile.evidence
+            memory = format_bytes(evidence.best.peak_memory_bytes)
+            lines.append(
+                f"  {profile.workload.name:{name_width}}  {evidence.speedup.ratio:>7.2f}x  {_doubt(profile):14} "
+                f"{format_rate(evidence.best.samples_per_s):>10}  {memory:>11}"
+            )
+            lines.append(f"  {path}")
     return lines
+
+
+def _doubt(profile: Profile) -> str:
+    speedup = profile.evidence.speedup
+    if profile.strategy == profile.evidence.baseline_strategy:
+        return "plain is best"
+    return "measured once" if math.isinf(speedup.high) else f"{speedup.low:.2f} to {speedup.high:.2f}"

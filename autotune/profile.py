@@ -68,6 +68,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Rounds that baseline and best were timed in, in turns."""
     in_turns: tuple[float, float] | None = None
     """The speeds that baseline and best had in turns, as shares of their trials', one after the other."""
+    others_cores: float = 0.0
+    """CPU cores that other work had on average while the search's trials were timed."""
     warm_up_cached_s: float | None = None
     """Seconds of the best's warm-up where the compiler's cache has its work; ``best.warm_up_s`` is without, or the same
     where an earlier search had compiled it and no time was left to do it again."""

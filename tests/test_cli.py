@@ -157,8 +157,10 @@ Found = tuple[dict[str, Any], str, Path]
 
 
 def test_a_search_prints_one_object_with_all_that_was_found(found: Found) -> None:
-    report, _, _ = found
+    report, progress, _ = found
     assert set(report) >= {"device", "workload", "baseline", "best", "speedup", "trials", "search_s", "profile_path"}
+    is_shared = report["others_cores"] > 0.25 * report["device"]["num_cores"]
+    assert ("cores while trials were timed" in progress) == is_shared
     for side in ("baseline", "best"):
         assert set(report[side]) >= {"strategy", "samples_per_s", "step_ms", "peak_memory_bytes", "projected_s"}
     assert set(report["speedup"]) == {"ratio", "low", "high"}

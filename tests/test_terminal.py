@@ -279,3 +279,12 @@ def test_profiles_are_listed_by_device_this_one_s_first_with_what_is_doubtful() 
     shown = [line for line in lines if "imdb" in line]
     for words, line in zip(("7.80 to 8.20", "measured once", "plain is best", "7.80 to 8.20"), shown, strict=True):
         assert words in line
+
+
+def test_a_machine_that_others_used_meanwhile_is_told_of() -> None:
+    assert terminal.shared_words(0.5, num_cores=2) == ""
+    assert "had 1.6 of the 2 cores while trials were timed" in terminal.shared_words(1.6, num_cores=2)
+    found = result()
+    assert found.others_cores == 0.0, "not known"
+    long, brief = (msgspec.structs.replace(found.best, wall_s=s, others_cores=c) for s, c in ((9.0, 2.0), (1.0, 0.0)))
+    assert msgspec.structs.replace(found, trials=(*found.trials, long, brief)).others_cores == pytest.approx(1.8)

@@ -49,7 +49,7 @@ def list_(profiles: Path | None, device_name: str | None) -> None:
 def show(what: str, profiles: Path | None, device_name: str | None) -> None:
     """What a profile sets, and the evidence for it."""
     from autotune.report.summary import changed_knobs
-    from autotune.report.terminal import describe, interval_words, stdout
+    from autotune.report.terminal import describe, interval_words, shared_words, stdout
     from autotune.units import format_bytes, format_duration, format_rate
 
     profile, _ = named_profile(what, device_name, profiles)
@@ -67,6 +67,8 @@ def show(what: str, profiles: Path | None, device_name: str | None) -> None:
             f"{format_bytes(choice.figures.peak_memory_bytes)}, {describe(choice.strategy)}"
         )
     console.print(f"Speed-up {interval_words(evidence.speedup)}; {evidence.num_trials} trials, {profile.created}")
+    if shared := shared_words(evidence.others_cores, profile.device.num_cores):
+        console.print(shared, style="yellow")
 
 
 @command.command("verify")

@@ -122,7 +122,7 @@ def command(
     from autotune.profile import write_profile
     from autotune.report.live import SearchDisplay
     from autotune.report.summary import planned_words, search_summary
-    from autotune.report.terminal import busy_words, space_table, stdout
+    from autotune.report.terminal import busy_words, shared_words, space_table, stdout
     from autotune.search.result import profile_of
     from autotune.search.settings import Settings
     from autotune.search.study import search
@@ -216,6 +216,8 @@ def command(
         stdout().print(found, crop=False)
     if busy:
         click.echo(f"Of the probe before this search: {busy}", err=True)
+    if shared := shared_words(result.others_cores, device.num_cores):
+        click.echo(shared, err=True)
     return 130 if result.was_interrupted else 0
 
 
@@ -256,6 +258,7 @@ def _report(result: Result, device: Device, workload: Workload, path: Path, path
             for trial in result.trials
         ],
         "search_s": result.search_s,
+        "others_cores": result.others_cores,
         "profile_path": str(path),
         "faster_before": None if path_before is None else str(path_before),
     }

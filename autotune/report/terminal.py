@@ -189,6 +189,16 @@ def busy_words(hardware: Hardware) -> str:
     )
 
 
+def shared_words(others_cores: float, num_cores: int) -> str:
+    """A warning where other work had so many of the cores while trials were timed; else nothing."""
+    if others_cores <= MAX_BUSY_PART * num_cores:
+        return ""
+    return (
+        f"Other work had {others_cores:.1f} of the {num_cores} cores while trials were timed: what was found, and how "
+        "much faster it is, may be otherwise on an idle machine. Search again there: --fresh."
+    )
+
+
 def trial_row(trial: Trial) -> tuple[str, Text, str, str, Text]:
     """Number, outcome, samples/s, memory and the setting with the reason below it."""
     setting = Text(describe(trial.strategy), no_wrap=True, overflow="ellipsis")

@@ -70,6 +70,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return trial.measurement.samples_per_s * self.flops.per_sample / rate
 
+    @property
+    def others_cores(self) -> float:
+        """CPU cores that other work had on average while trials were timed."""
+        timed = [(trial.others_cores, trial.wall_s) for trial in self.trials if trial.others_cores is not None]
+        total_s = sum(wall_s for _, wall_s in timed)
+        return sum(cores * wall_s for cores, wall_s in timed) / total_s if total_s else 0.0
+
     def in_turns(self) -> tuple[float, float] | None:
         """The speeds that baseline and best had in turns, as shares of their trials', had the device been as fast then.
         None where they were not timed in turns, or one was never tried alone."""
@@ -133,6 +140,7 @@ def profile_of(result: Result, device: Device, workload: Workload) -> Profile:
             speedup=result.speedup,
             num_rounds=result.num_rounds,
             in_turns=result.in_turns(),
+            others_cores=round(result.others_cores, 2),
             warm_up_cached_s=result.warm_up_cached_s,
             soak_steps=result.proof.soak_steps if result.proof else 0,
             loss_deviation=result.proof.loss_deviation if result.proof else None,

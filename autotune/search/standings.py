@@ -52,8 +52,8 @@ class Standings:
             return best  # the race has no say where one of those that it is about was not in it
         rivals = self._fast_enough(rivals, aim)
         if rivals and (best is reference or any(final.trial is not reference for final in rivals)):
-            if aim == FASTEST:  # whatever trials say of their knobs, some were surely slower than the plain baseline
-                rivals = [final for final in rivals if self.speedup(final.trial).high >= 1] or rivals
+            if aim == FASTEST:
+                rivals = [final for final in rivals if self._may_be_faster(final.trial)] or rivals
             return self.in_order(rivals, aim)[0].trial
         return best
 
@@ -106,6 +106,14 @@ class Standings:
     def _beside_the_baseline(self, trial: Trial) -> Measurement:
         assert trial.measurement is not None
         return sped_up(trial.measurement, slowdown(trial, self._history.reference.pulse_s))
+
+    def _may_be_faster(self, trial: Trial) -> bool:
+        """Than the plain baseline, whatever is expected of its knobs: it was not surely slower in turns, and by its own
+        trial or in turns it was as fast."""
+        in_turns, alone = self.speedup(trial), self._beside_the_baseline(trial)
+        reference = self._history.reference.measurement
+        assert reference is not None
+        return in_turns.high >= 1 and (in_turns.ratio >= 1 or alone.samples_per_s >= reference.samples_per_s)
 
     def _fast_enough(self, rivals: list[Final], aim: Aim) -> list[Final]:
         min_speed = self._task.settings.min_speed

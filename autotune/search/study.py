@@ -114,7 +114,11 @@ class _Search:
         needed_s = explain.needed_s(best.measurement.step_ms / 1000, warm_up_s, shares, self.task.backend.name)
         if not shares or (explains is None and needed_s > self.races.left_s()):
             return None
-        return max(needed_s, EXPLAIN_S if explains else min(EXPLAIN_S, self.races.left_s()))
+        return max(needed_s, EXPLAIN_S if explains else min(EXPLAIN_S, self.races.left_s() - self._again_s(best)))
+
+    def _again_s(self, best: Trial) -> float:
+        """Seconds for the best without what brings nothing: a trial, and a race against it."""
+        return best.wall_s + self.races.shortest_s([best, best])
 
     def _take_knobs_back(self) -> None:
         """Times the winner in turns with what it is without each of its knobs. Where some bring nothing, the winner
@@ -141,8 +145,7 @@ class _Search:
         needless = [share.knob for share in self.shares if share.brings_nothing]
         simpler = explain.set_back(best.strategy, task.baseline, needless)
         self.explained = {best.strategy, simpler}
-        needed_s = best.wall_s + self.races.shortest_s([best, best])
-        if not task.settings.explains and needed_s > self.races.left_s():
+        if not task.settings.explains and self._again_s(best) > self.races.left_s():
             return
         is_refused = task.space.refusal(simpler) is not None or self.history.has_failed(simpler)
         if simpler in (best.strategy, task.baseline) or is_refused:

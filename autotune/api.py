@@ -126,21 +126,23 @@ class Tuned:
 
     def loader(
         self,
-        dataset: Any,
+        data: Any,
         *,
         lengths: Sequence[int] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         seed: int = 0,
     ) -> DataLoader[Any]:
-        """A DataLoader of a map-style dataset's micro batches, shuffled, with the strategy's workers and padding.
+        """Your DataLoader's batches as the strategy's micro batches, with its workers and padding; sampler,
+        ``collate_fn`` and ``drop_last`` stay yours. Of a map-style dataset alone these are as in the loader that was
+        searched with, and the order is by ``seed``.
 
         ``lengths`` are the tokens in each sample: needed where the strategy's padding is ``buckets``.
-        Raises UsageError for a built-in workload, which has a loader of its own.
+        Raises UsageError for a built-in workload, which has a loader of its own, and for a batch sampler of yours.
         """
         from autotune.integrations.batches import loader
 
         return loader(
-            dataset, self.strategy, self.workload, self.backend, lengths=lengths, collate_fn=collate_fn, seed=seed
+            data, self.strategy, self.workload, self.backend, lengths=lengths, collate_fn=collate_fn, seed=seed
         )
 
     def trim(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import warnings
 from typing import Any
@@ -152,7 +153,12 @@ def test_what_cannot_be_prepared_is_told() -> None:
     with pytest.raises(UsageError, match="model_init makes another model"):
         ours.prepare(trainer)
     with pytest.raises(UsageError, match="no dataset with a length"):
-        ours.loader(DataLoader(own_trainers.Reviews()))
+        ours.loader(own_trainers.Stream())
+    own_way = "makes batches in a way of its own; tuned.trim"
+    with pytest.raises(UsageError, match=own_way):
+        ours.loader(DataLoader(own_trainers.Stream(), batch_size=8))
+    with pytest.raises(UsageError, match=own_way):
+        ours.loader(DataLoader(own_trainers.Reviews(), batch_sampler=[[0, 1], [2, 3]]))
 
 
 def test_a_decoder_is_computed_again_in_a_loop_of_ones_own() -> None:
@@ -283,6 +289,49 @@ def test_a_loader_gives_micro_batches_of_similar_length(workers: int) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a.shape == b.shape)
     seen = sorted(row.tolist()[:4] for ids in first for row in ids)
     assert seen == sorted(ids[:4].tolist() for ids in data.ids)
+
+
+def test_a_loader_of_ones_own_keeps_its_order_sampler_and_collate() -> None:
+    data = torch.utils.data.TensorDataset(torch.arange(43))
+
+    def samples(loader: DataLoader[Any]) -> list[list[int]]:
+        return [batch.tolist() for batch in loader]
+
+    def flat(batches: list[list[int]]) -> list[int]:
+        return list(itertools.chain(*batches))
+
+    def doubled(rows: list[Any]) -> torch.Tensor:
+        return 2 * torch.stack([row for (row,) in rows])
+
+    def plain(**options: Any) -> DataLoader[Any]:
+        return DataLoader(data, batch_size=8, collate_fn=doubled, **options)
+
+    whole, parts = tuned("module"), tuned("module", micro_batch=2, accumulation=4)
+    in_order = samples(whole.loader(plain()))
+    assert in_order == samples(plain()), "as it is"
+    assert flat(samples(parts.loader(plain()))) == flat(in_order[:5]), "but for what is no whole batch"
+    assert samples(whole.loader(plain(drop_last=True))) == in_order[:5]
+    chosen = torch.utils.data.WeightedRandomSampler([1.0] * 5 + [0.0] * 38, num_samples=40)
+    drawn = flat(samples(parts.loader(plain(sampler=chosen))))
+    assert len(drawn) == 40
+    assert set(drawn) <= {0, 2, 4, 6, 8}
+    orders = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        orders.append(samples(parts.loader(plain(shuffle=True))))
+    assert orders[0] == orders[1] != orders[2], "by torch's own random numbers"
+    by_length = tuned("module", micro_batch=2, accumulation=4, padding="buckets").loader(
+        plain(), lengths=range(43, 0, -1)
+    )
+    assert flat(samples(by_length))[:8] == [14, 12, 10, 8, 6, 4, 2, 0], "within each batch of its own order"
+    with pytest.warns(UserWarning, match="batches of 4, and the strategy of 8"):
+        assert len(whole.loader(DataLoader(data, batch_size=4))) == 6
+
+
+def test_a_dataset_alone_is_read_as_the_loader_that_was_searched_with() -> None:
+    data = own_trainers.Reviews(40)
+    rows = [batch["input_ids"].shape for batch in tuned("reviews", micro_batch=8).loader(data)]
+    assert rows == [(8, own_trainers.TOKENS)] * 5, "by the Trainer's collator"
 
 
 def test_an_epoch_s_rest_is_left_out_where_it_would_weigh_less() -> None:

@@ -83,6 +83,14 @@ def test_a_batch_is_cut_up_only_where_its_parts_train_the_same(name: str) -> Non
     assert found is None if words is None else words in (found or ""), found
 
 
+@pytest.mark.parametrize("name", SPLITS)
+def test_which_samples_are_together_counts_where_they_are_told_from_each_other(name: str) -> None:
+    """Not where they only weigh differently; and who draws numbers of its own cannot be asked."""
+    made, _ = SPLITS[name]
+    told_apart = {"contrast", "batch norm"}
+    assert (workload_of("own", lambda: made).mixing_refusal is not None) == (name in told_apart)
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

@@ -28,6 +28,11 @@ def arguments(part: Part, strategy: Strategy, backend: Backend) -> dict[str, Any
     }
     if part not in makers:
         raise UsageError(f"no arguments are known for {part!r}; there are those of {', '.join(makers)}")
+    if part == "lightning" and strategy.accumulation > 1:
+        warn(
+            f"Lightning counts micro batches, {strategy.accumulation} of which are one of your batches: for "
+            "on_train_batch_end, and for limit_train_batches and val_check_interval where they are whole numbers"
+        )
     return makers[part](strategy, backend)
 
 
@@ -39,7 +44,6 @@ def warn(words: str) -> None:
 def _transformers(strategy: Strategy, backend: Backend) -> dict[str, Any]:
     found = {
         "per_device_train_batch_size": strategy.micro_batch,
-        "per_device_eval_batch_size": strategy.micro_batch,
         "gradient_accumulation_steps": strategy.accumulation,
         "bf16": _MIXED.get(strategy.precision) == "bf16",
         "fp16": _MIXED.get(strategy.precision) == "fp16",

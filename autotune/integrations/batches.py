@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Sampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from autotune.backends.base import Backend
 from autotune.data.batching import PlannedBatch, plan_epoch, rounding_of
@@ -16,6 +24,7 @@ from autotune.errors import UsageError, kind_of
 from autotune.integrations.arguments import warn
 from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
+from autotune.workloads.own_data import Samples, Source, is_shuffled
 
 Collate = Callable[[list[Any]], Any]
 
@@ -33,7 +42,7 @@ def trimmed(collate: Collate, strategy: Strategy, workload: Workload, backend: B
 
 
 def loader(
-    dataset: Any,
+    data: Any,
     strategy: Strategy,
     workload: Workload,
     backend: Backend,
@@ -42,32 +51,60 @@ def loader(
     collate_fn: Collate | None,
     seed: int,
 ) -> DataLoader[Any]:
-    """A map-style dataset's micro batches, reshuffled each epoch, ``strategy.accumulation`` of them to a step.
+    """Micro batches of a DataLoader's batches, ``strategy.accumulation`` of them to a step: sampler, ``collate_fn``,
+    ``drop_last`` and ``worker_init_fn`` stay. Of a map-style dataset alone, as the loader that was searched with has
+    them, shuffled by ``seed`` where that is.
 
     With accumulation an epoch's last samples that are no whole batch are left out: trainers would divide their loss by
-    all that is accumulated. ``lengths``, tokens in each sample, are what samples are grouped by; without them
-    ``buckets`` is left out, with a warning. Raises UsageError for lengths of other samples, or where the workload makes
-    its batches itself.
+    all that is accumulated. ``lengths``, tokens in each of the dataset's samples, are what samples are grouped by;
+    without them ``buckets`` is left out, with a warning, and a sampler of one's own is kept: its batches are sorted.
+    Raises UsageError for lengths of other samples, for other loaders, or where the workload makes its batches itself.
     """
-    if isinstance(dataset, DataLoader) or not hasattr(dataset, "__len__"):
-        raise UsageError(f"{kind_of(dataset)} is no dataset with a length; tuned.trim(collate_fn) is for other loaders")
-    drops = strategy.accumulation > 1 and len(dataset) >= strategy.global_batch
+    own = data if isinstance(data, DataLoader) else _plain_loader(data, strategy, workload, seed)
+    if (
+        type(own).__iter__ is not DataLoader.__iter__
+        or type(own.batch_sampler) is not BatchSampler
+        or isinstance(own.dataset, IterableDataset)
+    ):
+        raise UsageError("the loader makes batches in a way of its own; tuned.trim(collate_fn) is for such")
+    if own.batch_size != strategy.global_batch:
+        warn(f"the loader has batches of {own.batch_size}, and the strategy of {strategy.global_batch}")
+    drops = own.drop_last or (strategy.accumulation > 1 and len(own.sampler) >= strategy.global_batch)  # type: ignore[arg-type]
     if lengths is None and strategy.padding == "buckets":
         warn("padding=buckets needs the samples' lengths: give lengths=[...]")
-    if lengths is None:
-        num_samples = len(dataset) // strategy.global_batch * strategy.global_batch if drops else len(dataset)
-        shuffled = RandomSampler(dataset, num_samples=num_samples, generator=torch.Generator().manual_seed(seed))
-        order: dict[str, Any] = {"batch_size": strategy.micro_batch, "sampler": shuffled}
+    if lengths is not None:
+        checked(lengths, own.dataset)
+    order: Sampler[list[int]]
+    if lengths is not None and strategy.padding == "buckets" and is_shuffled(own):
+        order = Buckets(lengths, strategy, seed, drops)
     else:
-        order = {"batch_sampler": Buckets(checked(lengths, dataset), strategy, seed, drops)}
+        micro_batches = BatchSampler(own.sampler, strategy.micro_batch, drops)
+        order = Sorted(micro_batches, lengths, strategy.accumulation, drops)
     return DataLoader(
-        dataset,
-        **order,
-        collate_fn=trimmed(collate_fn or default_collate, strategy, workload, backend),
+        own.dataset,
+        batch_sampler=order,
+        collate_fn=trimmed(collate_fn or own.collate_fn, strategy, workload, backend),
         num_workers=strategy.workers,
         prefetch_factor=strategy.prefetch if strategy.workers else None,
         persistent_workers=strategy.workers > 0,
         pin_memory=backend.pins_memory,
+        worker_init_fn=own.worker_init_fn,
+        generator=own.generator,
+    )
+
+
+def _plain_loader(dataset: Any, strategy: Strategy, workload: Workload, seed: int) -> DataLoader[Any]:
+    """A map-style dataset's, like the one that the workload's samples come from."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UsageError(f"{kind_of(dataset)} is no dataset with a length; tuned.trim(collate_fn) is for other loaders")
+    like = workload.train.source if isinstance(workload.train, Samples) else Source(dataset, default_collate)
+    shuffled = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(
+        dataset,
+        batch_size=strategy.global_batch,
+        sampler=shuffled if like.is_shuffled else SequentialSampler(dataset),
+        collate_fn=like.collate,
+        drop_last=like.drops_last,
     )
 
 
@@ -115,9 +152,10 @@ class Buckets(Sampler[list[int]]):
 
 
 class Sorted(Sampler[list[int]]):
-    """Another sampler's micro batches, sorted by length within each that are accumulated together."""
+    """Another sampler's micro batches, where ``lengths`` are known sorted by them within each that are accumulated
+    together."""
 
-    def __init__(self, batches: Any, lengths: Sequence[int], accumulation: int, drops_last: bool) -> None:
+    def __init__(self, batches: Any, lengths: Sequence[int] | None, accumulation: int, drops_last: bool) -> None:
         self._batches, self._lengths, self._accumulation = batches, lengths, accumulation
         self._drops_last = drops_last
 
@@ -136,5 +174,6 @@ class Sorted(Sampler[list[int]]):
         while whole := list(itertools.islice(batches, self._accumulation)):
             if self._drops_last and len(whole) < self._accumulation:
                 return
-            ordered = iter(sorted(itertools.chain(*whole), key=self._lengths.__getitem__))
+            samples: Iterable[int] = itertools.chain(*whole)
+            ordered = iter(samples if self._lengths is None else sorted(samples, key=self._lengths.__getitem__))
             yield from ([*itertools.islice(ordered, len(batch))] for batch in whole)

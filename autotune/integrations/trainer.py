@@ -62,7 +62,7 @@ def _check_told(args: Any, strategy: Strategy, backend: Backend) -> None:
     others = [
         f"{name} is {value}, and {getattr(args, name)} with the Trainer"
         for name, value in arguments("transformers", strategy, backend).items()
-        if name != "per_device_eval_batch_size" and getattr(args, name) != value
+        if getattr(args, name) != value
     ]
     if args.n_gpu > 1 or args.world_size > 1:
         others.append("it is of one device, and the Trainer has several")
@@ -144,7 +144,7 @@ def _set_batches(
         if strategy.padding == "buckets" and not chooses:
             order = Buckets(lengths, strategy, args.seed, args.dataloader_drop_last)
         else:
-            order = Sorted(base.batch_sampler, lengths, strategy.accumulation, args.dataloader_drop_last)
+            order = Sorted(base.batch_sampler, lengths, args.gradient_accumulation_steps, args.dataloader_drop_last)
         copied = ("collate_fn", "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "worker_init_fn")
         options = {name: getattr(base, name) for name in (*copied, "multiprocessing_context")}
         return trainer.accelerator.prepare(DataLoader(base.dataset, batch_sampler=order, **options))

@@ -149,7 +149,7 @@ def _uses(name: str, loop: Loop, elsewhere: Path | None) -> tuple[str, ...]:
             "import autotune",
             f"tuned = {load}",
             'trainer = lightning.Trainer(..., **tuned.arguments("lightning"))',
-            "trainer.fit(tuned.prepare(module), tuned.loader(dataset))",
+            "trainer.fit(tuned.prepare(module), tuned.loader(loader))",
         )
     return (
         f"autotune train --model {name}" + (f" --profiles {shlex.quote(str(elsewhere))}" if elsewhere else ""),

@@ -265,6 +265,8 @@ def build_space(
             return "all samples are of one length" + (", as far as an attention_mask tells" if is_own else "")
         if padding == "buckets" and not getattr(workload.train, "is_shuffled", True):
             return "the loader gives its samples in their order (shuffle=True in it allows for this)"
+        if padding == "buckets" and workload.mixing_refusal is not None:
+            return workload.mixing_refusal
         return None if padding == "packed" else workload.trim_refusal
 
     def no_workers(count: int) -> str | None:

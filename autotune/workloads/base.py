@@ -216,6 +216,12 @@ class Workload:
         return _OTHER_STATISTICS if reason is not None and self.has_batch_norm else reason
 
     @functools.cached_property
+    def mixing_refusal(self) -> str | None:
+        """Why batches of other samples than a plain shuffle's would train something else; None where they do not."""
+        is_asked = self.split is not None and self.split_refusal is not None
+        return same.mixing_refusal(self, self.sample_model()) if is_asked else None
+
+    @functools.cached_property
     def recompute_refusal(self) -> str | None:
         """Why blocks that are computed again would not train the same; None where they do."""
         return None if self.split is None else same.recompute_refusal(self, self.sample_model())

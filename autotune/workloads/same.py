@@ -117,6 +117,40 @@ def split_refusal(workload: Workload, model: nn.Module) -> str | None:
     return None
 
 
+def mixing_refusal(workload: Workload, model: nn.Module) -> str | None:
+    """Why it counts which samples are in a batch together, as where each is told from the others; None where a batch's
+    gradient is made of its halves', as where some samples weigh more, or where that cannot be told."""
+    try:
+        samples = _spread(workload, _FEWEST)
+        halves = _splits(samples, _keys(workload))[0]
+        with without_dropout(model), draws.Draws() as noted:
+            whole, again, *parts = (_trained(workload, model, [part]) for part in (samples, samples, *halves))
+    except Exception:  # noqa: BLE001 - whatever the user's code raises
+        return None
+    if noted.shapes or len(samples) < 2 or _differ(whole, again) or _is_made_of(parts, whole):
+        return None
+    return "which samples are in a batch together counts: its gradient is not made of its samples'"
+
+
+def _is_made_of(parts: Sequence[Outcome], whole: Outcome) -> bool:
+    """Whether the gradient is a sum of the parts', each weighed by no less than nothing: least squares, by their
+    products alone, as gradients may be large."""
+
+    def product(one: Outcome, other: Outcome) -> float:
+        return sum(
+            float(gradient.flatten().double() @ other.gradients[name].flatten().double())
+            for name, gradient in one.gradients.items()
+            if name in other.gradients
+        )
+
+    products = np.array([[product(one, other) for other in parts] for one in parts])
+    with_whole = np.array([product(part, whole) for part in parts])
+    weights = np.linalg.lstsq(products, with_whole, rcond=None)[0].clip(min=0)
+    square = product(whole, whole)
+    left = square - 2 * weights @ with_whole + weights @ products @ weights
+    return bool(left <= (10 * whole.tolerance) ** 2 * square)
+
+
 def recompute_refusal(workload: Workload, model: nn.Module) -> str | None:
     """Why blocks that are computed again would train something else; None where they do not, or nothing can be told."""
     try:

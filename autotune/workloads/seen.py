@@ -123,6 +123,13 @@ def attentions(workload: Workload, model: nn.Module) -> tuple[Attention, ...]:
     return settable(model, forward)
 
 
+_HINTS = {
+    "not attached to a `Trainer`": "; it is looked at without one: ask for what needs one under `if self._trainer:`",
+    "argument": "; a batch that is a dict names the arguments",
+}
+"""What may help, by words of an error."""
+
+
 def check_runs(workload: Workload, model: nn.Module) -> None:
     """Raises UsageError, with the user's own error, where a workload of a model and a batch does not get to a loss and
     its gradient: of two samples, or else, as some models take no fewer, of the whole batch."""
@@ -155,7 +162,7 @@ def check_runs(workload: Workload, model: nn.Module) -> None:
     except UsageError:
         raise
     except Exception as exc:
-        hint = "; a batch that is a dict names the arguments" if "argument" in str(exc) else ""
+        hint = next((hint for words, hint in _HINTS.items() if words in str(exc)), "")
         raise UsageError(f"{workload.name} fails on {doing}: {words_of(exc)}{hint}") from exc
 
 

@@ -24,8 +24,13 @@ class InterruptedSearchError(AutotuneError):
 
 def words_of(error: Exception) -> str:
     """An error of the user's code in a line: its kind, the first line of its text, and where it was raised."""
-    first_line = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first_line}{_place_of(error)}"
+    return f"{type(error).__name__}: {line_of(error)}{_place_of(error)}"
+
+
+def line_of(error: Exception) -> str:
+    """The first line of an error's text; the last of what a loader process has sent, a traceback."""
+    lines = str(error).splitlines() or [""]
+    return lines[-1] if "in DataLoader worker" in lines[0] else lines[0]
 
 
 def _place_of(error: BaseException) -> str:

@@ -8,9 +8,11 @@ which what is timed is paused, or else one before and one after.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 import struct
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,9 @@ import msgspec
 
 from autotune.measurement import Lap, Measurement, Trial
 
+AWAY_S = 3.0
+"""Nothing beats for so long, but on a machine where a step's time says nothing any more."""
+_NEXT_BEAT_S = 1.0
 WINDOW_S = 2.0
 """A single beat is known to a tenth: the speed in a shorter lap is told from the beats of so many seconds."""
 
@@ -67,12 +72,33 @@ class Beats:
 
     def during(self, start_s: float, end_s: float) -> tuple[float, float | None]:
         """Seconds paused from one time to another, the present, and the beats' mean then, or in ``WINDOW_S`` until
-        then; None without any. Times must not go back from call to call."""
+        then; None without any. Times must not go back from call to call.
+        """
         since_s = min(start_s, end_s - WINDOW_S)
-        self._beats = [beat for beat in (*self._beats, *self._new()) if beat.end_s > since_s]
-        until = [beat for beat in self._beats if beat.start_s < end_s]
+        self._read()
+        waits_until_s = time.perf_counter() + _NEXT_BEAT_S
+        while (
+            self._beats and end_s - max(start_s, self._beats[-1].end_s) > AWAY_S and time.perf_counter() < waits_until_s
+        ):
+            time.sleep(_NEXT_BEAT_S / 10)  # the next is on its way
+            self._read()
+        before = [beat for beat in self._beats if beat.end_s <= since_s]
+        self._beats = before[-1:] + self._beats[len(before) :]
+        until = [beat for beat in self._beats if beat.start_s < end_s and beat.end_s > since_s]
         paused_s = sum(max(0.0, min(beat.end_s, end_s) - max(beat.start_s, start_s)) for beat in until)
-        return paused_s, statistics.geometric_mean(beat.seconds for beat in until) if until else None
+        told = [beat.seconds for beat in until if beat.seconds < AWAY_S]
+        return paused_s, statistics.geometric_mean(told) if told else None
+
+    def stopped(self, start_s: float, end_s: float) -> bool:
+        """Whether all was stopped from one time to another, of which ``during`` has told: a container was paused, a
+        machine slept. There were no beats then, and are again."""
+        return any(
+            min(following.start_s, end_s) - max(one.end_s, start_s) > AWAY_S
+            for one, following in itertools.pairwise(self._beats)
+        )
+
+    def _read(self) -> None:
+        self._beats += self._new()
 
     def _new(self) -> Iterator[Beat]:
         found = b""

@@ -153,7 +153,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def read_profile(path: Path) -> Profile:
     """The profile in a file. Raises AutotuneError that names the file and the key at fault."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise AutotuneError(f"there is no profile {path}; `autotune profiles list` shows those there are") from None
     except (OSError, UnicodeDecodeError) as exc:

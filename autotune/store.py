@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +90,7 @@ def all_profiles(profiles: Path | None = None) -> list[Path]:
 def read_for(path: Path, device: Device, wanted: Wanted) -> Profile:
     """A profile for this device and what is wanted. Raises AutotuneError when it is for others."""
     profile = read_profile(path)
-    again = f"autotune search --model {wanted.name}"
+    again = f"autotune search --model {shlex.quote(wanted.name)}"
     if profile.device.fingerprint != device.fingerprint:
         raise AutotuneError(
             f"profile {path} is for another device ({profile.device.name}, {profile.device.fingerprint}; this is "
@@ -157,6 +158,18 @@ def tested_profile(path: Path, device: Device, wanted: Wanted) -> Profile | None
     except AutotuneError:
         return None
     return found if found.evidence.soak_steps > 0 else None
+
+
+def profile_of_another(path: Path, device: Device, wanted: Wanted) -> Profile | None:
+    """The profile that is there, where it is for another workload of that name, as of a script in another folder."""
+    try:
+        found = read_profile(path)
+    except AutotuneError:
+        return None
+    with contextlib.suppress(AutotuneError):
+        read_for(path, device, wanted)
+        return None
+    return found
 
 
 def check_writable(path: Path, option: str = "--profiles") -> None:

@@ -41,6 +41,10 @@ PREFETCH = 2
 """Batches that a loader process has ready, torch's default."""
 
 
+MAX_PROCESSES = 1024
+"""Loader processes or threads: more are a slip of the pen, and would take the machine down."""
+
+
 class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One setting of every knob; the defaults are the plain baseline.
 
@@ -99,8 +103,8 @@ class Strategy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if getattr(self, knob) < 1:
                 raise ValueError(f"{knob} must be >= 1, got {getattr(self, knob)}")
         for knob in ("workers", "threads"):
-            if getattr(self, knob) < 0:
-                raise ValueError(f"{knob} must be >= 0, got {getattr(self, knob)}")
+            if not 0 <= getattr(self, knob) <= MAX_PROCESSES:
+                raise ValueError(f"{knob} must be from 0 to {MAX_PROCESSES}, got {getattr(self, knob)}")
 
     @property
     def is_approximate(self) -> bool:

@@ -83,7 +83,8 @@ class Timer:
         self.laps: list[Lap] = []
 
     def lap(self) -> Lap:
-        """Times the next steps. Raises whatever the run raises, FloatingPointError where it diverges."""
+        """Times the next steps, and others where all was stopped meanwhile. Raises whatever the run raises,
+        FloatingPointError where it diverges."""
         run, synchronize = self._run, self._run.backend.synchronize
         losses: list[torch.Tensor] = []
         norms: list[torch.Tensor] = []
@@ -136,6 +137,8 @@ class Timer:
         if not run.backend.is_host_memory:
             step_s = (end - start) / len(losses) if self.laps else last_s
             self._enough_steps = math.ceil(LAP_S / step_s)
+        if self._beats.stopped(start, end):
+            return self.lap()
         self.laps.append(lap)
         return lap
 
@@ -197,6 +200,8 @@ class Timer:
             synchronize()
             end = time.perf_counter()
             paused_s, pulse_s = self._beats.during(start, end)
+            if self._beats.stopped(start, end):
+                continue
             self._eval_laps.append(
                 Lap(
                     seconds=end - start - paused_s,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator
 from unittest import mock
 
@@ -28,7 +27,7 @@ def short_timings() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    from autotune.cli import run
+    from autotune.cli import main
 
     with short_timings():
-        sys.exit(run(sys.argv[1:]))
+        main()

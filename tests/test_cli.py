@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from autotune import backends, store
+from autotune.errors import line_of
 from autotune.profile import write_profile
 from tests import factories
 from tests.commands import autotune, heard, refused
@@ -340,3 +342,32 @@ def test_a_broken_profile_does_not_stop_a_training_without_one(tmp_path: Path) -
     )
     assert "schema 9" in autotune(*common).stderr
     assert "schema 9" not in autotune(*common, "--profile", "none").stderr
+
+
+def test_a_terminal_that_lacks_characters_and_a_full_disk_end_nothing_in_a_traceback(tmp_path: Path) -> None:
+    plain = factories.profile()
+    named = msgspec.structs.replace(plain, workload=msgspec.structs.replace(plain.workload, name="modèle"))
+    write_profile(named, tmp_path / "device" / "named.toml")
+    shown = autotune("profiles", "show", tmp_path / "device" / "named.toml", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("mod?le on ")
+    if not Path("/dev/full").exists():
+        return
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "autotune", "profiles", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.endswith("No space left on device\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_loader_process_has_sent_is_told_by_its_last_line() -> None:
+    sent = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\nRuntimeError: no room")
+    assert line_of(sent) == "RuntimeError: no room"
+    assert line_of(ValueError("first\nsecond")) == "first"
+    assert line_of(ValueError()) == ""

@@ -329,3 +329,17 @@ def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no such luck" in done.stderr
     assert not (tmp_path / "runs" / "failing").exists()
+
+
+def test_a_script_that_leaves_the_working_folder_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "leaving.py").write_text(
+        "import os, torch\nos.chdir(os.path.dirname(os.path.abspath(__file__)))\n"
+        "def workload():\n    return torch.nn.Linear(4, 2), (torch.ones(8, 4), torch.zeros(8, dtype=torch.long))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    module = workloads.get("sub/leaving.py:workload")
+    assert Path.cwd() == tmp_path / "sub"
+    assert workloads.get("sub/leaving.py:workload") is module

@@ -177,10 +177,11 @@ def test_two_writers_never_tear_a_profile(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1, "no temporary file is left"
 
 
-def test_an_interrupt_is_not_lost_in_a_search_without_a_terminal(tmp_path: Path) -> None:
+def test_a_job_that_is_told_to_end_is_an_interrupted_search(tmp_path: Path) -> None:
+    """By SIGTERM, as Slurm and containers do; in a terminal Ctrl-C is (tests/test_cli.py)."""
     with searching("trial  2", tmp_path) as process:
         family = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert_gone(family)

@@ -19,6 +19,7 @@ from autotune.backends.base import Device
 from autotune.errors import AutotuneError, UsageError
 from autotune.measurement import Interval
 from autotune.profile import ProfiledChoice, format_profile, parse_profile, read_profile, write_profile
+from autotune.report import summary
 from autotune.strategy import Attention, Checkpoint, Compile, Padding, Precision, Strategy
 from tests import factories
 
@@ -253,6 +254,17 @@ def test_only_a_profile_of_this_device_that_lasted_is_a_tested_one(tmp_path: Pat
         assert (store.tested_profile(path, factories.device(), WANTED) is not None) == bool(steps)
     assert store.tested_profile(path, factories.device(), WANTED._replace(global_batch=64)) is None
     assert store.tested_profile(tmp_path / "none.toml", factories.device(), WANTED) is None
+
+
+def test_a_profile_of_another_model_of_that_name_is_told_from_one_s_own(tmp_path: Path) -> None:
+    path, plain = tmp_path / "my.py-workload.toml", factories.profile()
+    sized = msgspec.structs.replace(plain.workload, num_parameters=1000)
+    write_profile(found := msgspec.structs.replace(plain, workload=sized), path)
+    assert store.profile_of_another(path, factories.device(), WANTED._replace(num_parameters=1000)) is None
+    assert store.profile_of_another(path, factories.device(), WANTED._replace(num_parameters=2000)) == found
+    path.write_text("torn")
+    assert store.profile_of_another(path, factories.device(), WANTED) is None
+    assert "another model of 1,000 parameters" in summary.replaced_words(found, path, is_of_another=True).plain
 
 
 def test_the_latest_profile_is_this_devices_last(tmp_path: Path) -> None:

@@ -263,3 +263,20 @@ def test_beats_within_a_trial_are_believed_more_than_those_around_it() -> None:
     assert drift_doubt(around, 0.01) > drift_doubt(within, 0.01) > 0
     assert slowdown(within, None) == 1.0
     assert drift_doubt(within, None) == 0.0
+
+
+def test_what_was_stopped_altogether_is_known_by_the_beats_that_lack(tmp_path: Path) -> None:
+    path = tmp_path / "beats"
+    beats = Beats(str(path))
+
+    def stopped(beat: Beat, start_s: float, end_s: float) -> bool:
+        with path.open("ab") as file:
+            file.write(pace.written(beat))
+        beats.during(start_s, end_s)
+        return beats.stopped(start_s, end_s)
+
+    assert not stopped(Beat(10.0, 10.1, 0.01), 10.0, 10.5)
+    assert stopped(Beat(20.6, 20.7, 0.01), 10.4, 20.5), "the next beat may come a little later"
+    assert not stopped(Beat(21.0, 31.0, 10.0), 20.5, 31.0), "in the middle of a beat: a pause"
+    assert beats.during(20.5, 31.0) == pytest.approx((0.1 + 10.0, 0.01)), "which says nothing of the device's speed"
+    assert not stopped(Beat(40.4, 40.5, 0.01), 40.0, 41.0), "between two turns nothing is timed"

@@ -38,8 +38,18 @@ def test_changed_gives_own_and_other_value_of_the_knobs_that_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"micro_batch": 0}, {"micro_batch": 8, "accumulation": 0}, {"micro_batch": 1, "workers": -1}]
+    "bad", [{"micro_batch": 0}, {"micro_batch": 8, "accumulation": 0}, {"micro_batch": 1, "prefetch": 0}]
 )
 def test_counts_below_their_least_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be >="):
         Strategy(**bad)
+
+
+@pytest.mark.parametrize("knob", ["workers", "threads"])
+def test_a_slip_of_the_pen_is_refused_before_it_takes_the_machine_down(knob: str) -> None:
+    most: dict[str, Any] = {"micro_batch": 1, knob: 1024}
+    assert getattr(Strategy(**most), knob) == 1024
+    for count in (-1, 1025):
+        slip: dict[str, Any] = {"micro_batch": 1, knob: count}
+        with pytest.raises(ValueError, match=f"{knob} must be from 0 to 1024"):
+            Strategy(**slip)

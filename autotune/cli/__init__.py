@@ -5,9 +5,12 @@ Exit status: 0 ok, 1 expected failure, 2 usage, 3 bug, 130 interrupted. Results 
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
+import io
 import os
+import signal
 import sys
 
 import click
@@ -24,6 +27,14 @@ _VERBS = {
     "compare": ("autotune.cli.compare", "Two training runs, profiles or studies side by side."),
     "profiles": ("autotune.cli.profiles", "List, show, verify and export profiles."),
 }
+
+
+_OF_THE_SYSTEM = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "EIO", "ENOMEM", "EAGAIN")
+    if hasattr(errno, name)
+}
+"""Errors of a machine that has no more of something: no bug of ours."""
 
 
 class _Verbs(click.Group):
@@ -51,7 +62,15 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line and exits with its status."""
+    """Runs the command line and exits with its status. What ends jobs and terminals, SIGTERM and SIGHUP, is Ctrl-C to
+    it; characters that the terminal lacks are question marks."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     status = run(sys.argv[1:])
     gc.freeze()  # Python would look through all that torch has made on its way out, for half a second
     sys.exit(status)
@@ -73,15 +92,24 @@ def run(arguments: list[str]) -> int:
         return _say(exc.format_message(), 2)
     except AutotuneError as exc:
         return _say(str(exc), exc.exit_code)
-    except BrokenPipeError:
-        # The reader (head, less) has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has gone
+        _give_output_up()
         return 1
-    except Exception:  # noqa: BLE001 - the one place where a bug is told from what the user can mend
+    except Exception as exc:  # noqa: BLE001 - the one place where a bug is told from what the user can mend
+        if (isinstance(exc, OSError) and exc.errno in _OF_THE_SYSTEM) or str(exc) == "can't start new thread":
+            _give_output_up()
+            return _say(f"the system refuses what it is asked for: {exc}", 1)
+
         import traceback
 
         traceback.print_exc()
         return _say("this is a bug in autotune; please report it with the lines above", 3)
+
+
+def _give_output_up() -> None:
+    """Python would complain once more when it flushes at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str, status: int) -> int:

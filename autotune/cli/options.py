@@ -59,6 +59,7 @@ def profiles_option(function: F) -> F:
     return click.option(
         "--profiles",
         type=click.Path(path_type=Path),
+        callback=lambda _, __, folder: folder and folder.absolute(),  # a user's script may leave the working folder
         help="Folder of profiles. Default: $AUTOTUNE_PROFILES, ./profiles if it exists, the user data folder.",
     )(function)
 

@@ -119,9 +119,9 @@ def command(
 
     from autotune import store, workloads
     from autotune.probe import describe_device
-    from autotune.profile import write_profile
+    from autotune.profile import read_profile, write_profile
     from autotune.report.live import SearchDisplay
-    from autotune.report.summary import planned_words, search_summary
+    from autotune.report.summary import planned_words, replaced_words, search_summary
     from autotune.report.terminal import busy_words, shared_words, space_table, stdout
     from autotune.search.result import profile_of
     from autotune.search.settings import Settings
@@ -171,7 +171,7 @@ def command(
             stdout().print(space_table(task.space))
             stdout().print(f"{task.space.size:,} combinations; the probe has the figures: autotune probe")
             return 0
-        is_saved, replaced = True, None
+        is_saved, replaced = True, None  # words of a profile whose place the new one takes
         path_before = path.with_suffix(".toml.old")
 
         def save(found: Result) -> None:
@@ -180,9 +180,13 @@ def command(
             if before is not None and found.was_interrupted and found.proof is None:
                 is_saved = False
                 return
-            if before is not None and before.evidence.speedup.ratio > found.speedup.high:
-                write_profile(before, path_before)
-                replaced = before
+            another = store.profile_of_another(path, device, workloads.wanted(name))
+            if another is not None:
+                replaced = replaced_words(another, path_before, is_of_another=True)
+            elif before is not None and before.evidence.speedup.ratio > found.speedup.high:
+                replaced = replaced_words(before, path_before)
+            if replaced is not None:
+                write_profile(read_profile(path), path_before)
             write_profile(profile_of(found, device, workload), path)
 
         title = f"autotune search · {label} · {device.name}, {device.num_cores} cores"
@@ -209,7 +213,7 @@ def command(
             name,
             path,
             is_saved=is_saved,
-            replaced=None if replaced is None else (replaced, path_before),
+            replaced=replaced,
             loop=workload.loop,
             elsewhere=None if profiles is None or profiles.resolve() == store.stores()[0].resolve() else profiles,
         )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import click
 
 from autotune.cli.changes import changed_recipe, changed_strategy, refuse_idle, trained_otherwise
 from autotune.cli.options import data_options, device_option, find_backend, model_option, prepare, profiles_option
-from autotune.errors import AutotuneError, UsageError, words_of
+from autotune.errors import AutotuneError, UsageError, line_of, words_of
 
 if TYPE_CHECKING:
     from autotune.backends.base import Device
@@ -251,7 +252,7 @@ def command(
         console.print(f"weights of epoch {best} in {folder / checkpoint.BEST_FILE}", markup=False, soft_wrap=True)
     if not is_done:
         click.echo(f"interrupted in epoch {len(training.epochs) + 1} of {num_epochs}; to go on: ", err=True, nl=False)
-        click.echo(f"autotune train --model {name} --resume {folder}", err=True)
+        click.echo(shlex.join(["autotune", "train", "--model", name, "--resume", str(folder)]), err=True)
         return 130
     if len(training.epochs) < num_epochs:
         click.echo(f"ended: no lower test loss for {patience} epochs", err=True)
@@ -318,11 +319,11 @@ def _told_of(knobs: tuple[str, ...], has_begun: Callable[[], object] = bool) -> 
     Raises AutotuneError that names them."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError) as exc:
+    except (RuntimeError, TypeError, ValueError, OSError) as exc:
         if not knobs or has_begun():
             raise
-        reason = next(iter(str(exc).splitlines()), "")
-        raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {type(exc).__name__}: {reason}") from exc
+        words = f"{type(exc).__name__}: {line_of(exc)}"
+        raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {words}") from exc
 
 
 @contextlib.contextmanager
@@ -349,23 +350,26 @@ def _swept(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stopped_by_ctrl_c(training: Training, say: Callable[[str], None]) -> Iterator[None]:
-    """Ctrl-C ends the training after its step; a second one at once. Loader processes, which the terminal tells as
-    well, are ended by this one."""
+    """Ctrl-C ends the training after its step, as SIGTERM does; a second one at once. Loader processes, which the
+    terminal tells as well, are ended by this one."""
     owner = os.getpid()
 
     def on_signal(number: int, frame: Any) -> None:
         if os.getpid() != owner:
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
             return
         if training.is_stopped:
             raise KeyboardInterrupt
         training.stop()
         say("stopping after this step; Ctrl-C again stops at once")
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _projected_s(

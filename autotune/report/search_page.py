@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -234,4 +235,5 @@ def _provenance(profile: Profile, path: Path) -> Iterator[str]:
             ("profile", str(path)),
         ],
     )
-    yield page.code(f"autotune search --model {workload.name}\nautotune train --model {workload.name}")
+    name = shlex.quote(workload.name)
+    yield page.code(f"autotune search --model {name}\nautotune train --model {name}")

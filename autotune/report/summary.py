@@ -41,12 +41,12 @@ def search_summary(
     path: Path,
     *,
     is_saved: bool = True,
-    replaced: tuple[Profile, Path] | None = None,
+    replaced: Text | None = None,
     loop: Loop = "autotune",
     elsewhere: Path | None = None,
 ) -> RenderableType:
     """Baseline beside best, what changed, and what to do with it: in whosever ``loop`` trains the workload.
-    ``replaced`` is a faster profile whose place this one takes, and where it is kept; ``elsewhere`` the folder of
+    ``replaced`` says whose place this one takes; ``elsewhere`` the folder of
     profiles that has to be named, where it is not the one that is looked in first."""
     base, best = result.baseline.measurement, result.best.measurement
     assert base is not None
@@ -108,18 +108,25 @@ def search_summary(
         *found,
         knobs,
         "",
-        *(() if replaced is None else (_replaced_words(*replaced), "")),
+        *(() if replaced is None else (replaced, "")),
         _unbroken("Saved ", (str(path), "bold"), ". To use it:"),
         "",
         *(_unbroken((f"    {line}", "cyan")) for line in _uses(name, loop, elsewhere)),
     )
 
 
-def _replaced_words(before: Profile, kept: Path) -> Text:
-    faster = faster_words(before.evidence.speedup.ratio)
-    words = (
-        f"This takes the place of a profile of {before.created[:10]}, {faster} than the baseline then; it is kept as "
-    )
+def replaced_words(before: Profile, kept: Path, *, is_of_another: bool = False) -> Text:
+    """Of a profile whose place a new one takes, and where it is kept: a faster one, or one ``is_of_another`` workload
+    that is called the same."""
+    if is_of_another:
+        size = before.workload.num_parameters
+        whose = f"{before.workload.name}, another model" + (f" of {size:,} parameters" if size else "")
+        words = f"This takes the place of the profile of {whose}: two scripts of one name need folders of profiles of "
+        words += "their own (--profiles, or ./profiles). It is kept as "
+    else:
+        faster = faster_words(before.evidence.speedup.ratio)
+        words = f"This takes the place of a profile of {before.created[:10]}, {faster} than the baseline then; it is "
+        words += "kept as "
     return Text.assemble((words, "yellow"), (str(kept), "bold"), (".", "yellow"))
 
 
@@ -151,8 +158,9 @@ def _uses(name: str, loop: Loop, elsewhere: Path | None) -> tuple[str, ...]:
             'trainer = lightning.Trainer(..., **tuned.arguments("lightning"))',
             "trainer.fit(tuned.prepare(module), tuned.loader(loader))",
         )
+    folder = ["--profiles", str(elsewhere)] if elsewhere else []
     return (
-        f"autotune train --model {name}" + (f" --profiles {shlex.quote(str(elsewhere))}" if elsewhere else ""),
+        shlex.join(["autotune", "train", "--model", name, *folder]),
         "",
         "import autotune",
         f"run = {load}.apply()",

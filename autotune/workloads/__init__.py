@@ -63,7 +63,7 @@ def get(name: str) -> WorkloadModule:
         return REGISTRY[name]
     is_file = place.endswith(".py")
     try:
-        module = _module_of(Path(place).resolve()) if is_file else _imported(place)
+        module = _module_of(_path_of(place)) if is_file else _imported(place)
         found = getattr(module, attribute)
     except AttributeError as exc:
         own = [known for known, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
@@ -78,7 +78,7 @@ def get(name: str) -> WorkloadModule:
         raise UsageError(f"no workload can be imported as {name!r}: {words_of(exc)}") from exc
     if hasattr(found, "open_workload"):
         return cast("WorkloadModule", found)
-    spec = f"{Path(place).resolve()}:{attribute}" if is_file else name
+    spec = f"{_path_of(place)}:{attribute}" if is_file else name
     return _of_function(spec, label(name), found) if inspect.isfunction(found) else Custom(spec, label(name), found)
 
 
@@ -118,6 +118,17 @@ def wanted(name: str) -> Wanted:
     """What a profile for the workload has to be for. Raises UsageError as ``get`` does."""
     module = get(name)
     return Wanted(name, label(name), module.RECIPE.global_batch, getattr(module, "num_parameters", None))
+
+
+_paths: dict[str, Path] = {}
+
+
+def _path_of(place: str) -> Path:
+    """Where a script lies, or lay when it was imported: some change the working folder then."""
+    path = Path(place).resolve()
+    if path.is_file():
+        _paths[place] = path
+    return _paths.get(place, path)
 
 
 def _imported(name: str) -> ModuleType:

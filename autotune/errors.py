@@ -67,7 +67,8 @@ def at_fault(error: Exception) -> tuple[str, str]:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for an error's line: ``(Tensor, dict)``, ``str``."""
+    """What a value is, for an error's line: ``(Tensor, dict)``, ``(dict, dict, … 16 in all)``, ``str``."""
     if isinstance(value, list | tuple):
-        return f"({', '.join(type(part).__name__ for part in value)})"
+        names = [type(part).__name__ for part in value]
+        return f"({', '.join(names if len(names) <= 4 else [*names[:2], f'… {len(names)} in all'])})"
     return type(value).__name__

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from autotune import backends, store
-from autotune.errors import line_of
+from autotune.errors import kind_of, line_of
 from autotune.profile import write_profile
 from tests import factories
 from tests.commands import autotune, heard, refused
@@ -371,3 +371,8 @@ def test_what_a_loader_process_has_sent_is_told_by_its_last_line() -> None:
     assert line_of(sent) == "RuntimeError: no room"
     assert line_of(ValueError("first\nsecond")) == "first"
     assert line_of(ValueError()) == ""
+
+
+def test_what_many_parts_are_is_said_of_a_few() -> None:
+    assert kind_of((1, "two")) == "(int, str)"
+    assert kind_of([{}] * 16) == "(dict, dict, … 16 in all)"

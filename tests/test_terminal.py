@@ -288,3 +288,12 @@ def test_a_machine_that_others_used_meanwhile_is_told_of() -> None:
     assert found.others_cores == 0.0, "not known"
     long, brief = (msgspec.structs.replace(found.best, wall_s=s, others_cores=c) for s, c in ((9.0, 2.0), (1.0, 0.0)))
     assert msgspec.structs.replace(found, trials=(*found.trials, long, brief)).others_cores == pytest.approx(1.8)
+
+
+def test_only_a_sure_speed_up_pays_for_its_search() -> None:
+    sure = result()
+    unsure = msgspec.structs.replace(sure, speedup=Interval(ratio=3.5, low=0.1, high=114.0))
+    shown = [
+        " ".join(rendered(summary.search_summary(found, "imdb", Path("imdb.toml")), 120)) for found in (sure, unsure)
+    ]
+    assert ["pays for itself" in " ".join(text.split()) for text in shown] == [True, False]

@@ -252,7 +252,7 @@ def _confidence(result: Result) -> str:
     gained_s = result.planned.projected_s(base) - result.planned.projected_s(best)
     epochs_to_pay = result.search_s / (gained_s / result.planned.epochs) if gained_s > 0 else math.inf
     pays = ""
-    if epochs_to_pay < result.planned.epochs:
+    if epochs_to_pay < result.planned.epochs and result.speedup.low > 1:
         when = "within the first epoch" if epochs_to_pay < 1 else f"after {epochs_to_pay:.1f} epochs"
         pays = f"; pays for itself {when}"
     is_baseline = result.best.strategy == result.baseline.strategy

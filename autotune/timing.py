@@ -32,6 +32,8 @@ NARROW = 0.03
 """Half a 95 % interval, relative: the mean of a trial's laps is known well enough to compare it with others."""
 MIN_LOSS_SCALE = 1.0
 """An fp16 run whose loss scale has fallen below this from 65536 has overflowed at sixteen steps more than it should."""
+MOST_STOPPED = 5
+"""So often is what was stopped in its middle timed again: a machine where that goes on is as slow as that."""
 MIN_EVAL_BATCHES = 2
 """However long they take, where so many may be timed."""
 SOAK_EVAL_BATCHES = 4
@@ -77,7 +79,7 @@ class Timer:
         self._eval_laps: list[Lap] = []
         """Of a batch each."""
         self._fitted: tuple[int, Cost] = (0, usual_cost)
-        self._num_steps = 0
+        self._num_steps = self._num_stopped = 0
         self._enough_steps: float = math.inf
         """Of a lap, on an accelerator: it takes far longer to train steps that are recorded than to ask for them."""
         self.laps: list[Lap] = []
@@ -137,10 +139,17 @@ class Timer:
         if not run.backend.is_host_memory:
             step_s = (end - start) / len(losses) if self.laps else last_s
             self._enough_steps = math.ceil(LAP_S / step_s)
-        if self._beats.stopped(start, end):
+        if self._was_stopped(start, end):
             return self.lap()
         self.laps.append(lap)
         return lap
+
+    def _was_stopped(self, start_s: float, end_s: float) -> bool:
+        """Whether what was timed then should be timed again."""
+        if self._num_stopped == MOST_STOPPED or not self._beats.stopped(start_s, end_s):
+            return False
+        self._num_stopped += 1
+        return True
 
     def resume(self) -> None:
         """Trains a step untimed where a lap has several: the first one after another process's turn takes up to half as
@@ -200,7 +209,7 @@ class Timer:
             synchronize()
             end = time.perf_counter()
             paused_s, pulse_s = self._beats.during(start, end)
-            if self._beats.stopped(start, end):
+            if self._was_stopped(start, end):
                 continue
             self._eval_laps.append(
                 Lap(

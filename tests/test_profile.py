@@ -264,7 +264,10 @@ def test_a_profile_of_another_model_of_that_name_is_told_from_one_s_own(tmp_path
     assert store.profile_of_another(path, factories.device(), WANTED._replace(num_parameters=2000)) == found
     path.write_text("torn")
     assert store.profile_of_another(path, factories.device(), WANTED) is None
-    assert "another model of 1,000 parameters" in summary.replaced_words(found, path, is_of_another=True).plain
+    assert (
+        "another model or batch (1,000 parameters, batches of 32)"
+        in summary.replaced_words(found, path, is_of_another=True).plain
+    )
 
 
 def test_the_latest_profile_is_this_devices_last(tmp_path: Path) -> None:

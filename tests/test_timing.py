@@ -25,7 +25,7 @@ from autotune.pace import LAP_POWER, Beats, usual_pulse_s
 from autotune.stats import relative_margin
 from autotune.step import Step
 from autotune.strategy import Padding, Strategy
-from autotune.timing import Timer, _low_discrepancy, time_until
+from autotune.timing import MOST_STOPPED, Timer, _low_discrepancy, time_until
 from autotune.trial.runner import ONCE, ONCE_WITH_BEATS, ORDINARY, WITH_BEATS
 from autotune.trial.worker import Command
 from tests.applied import reviews, run_of
@@ -128,6 +128,35 @@ class HalfPaused(Beats):
 
     def during(self, start_s: float, end_s: float) -> tuple[float, float | None]:
         return (end_s - start_s) / 2, 0.01
+
+
+class StoppedAtFirst(Beats):
+    """All was stopped in some of the first times."""
+
+    def __init__(self, count: float) -> None:
+        super().__init__()
+        self.left = count
+
+    def stopped(self, start_s: float, end_s: float) -> bool:
+        self.left -= 1
+        return self.left >= 0
+
+
+@pytest.mark.parametrize(("count", "num_more"), [(0, 0), (2, 2), (math.inf, MOST_STOPPED)])
+def test_what_was_stopped_in_its_middle_is_timed_again_up_to_a_point(
+    count: float, num_more: int, tiny_reviews: Path
+) -> None:
+    module = workloads.get("imdb")
+    workload = module.open_workload(module.prepare(tiny_reviews, limit=None, on_progress=lambda _: None))
+    model = EncoderClassifier(width=16, num_heads=2, ffn_width=16, num_layers=1)
+    run = apply(Strategy(micro_batch=32), workload, backends.get("cpu"), model=model)
+    beats = StoppedAtFirst(count)
+    timer = Timer(run, beats=beats)
+    asked = [timer.lap(), timer.lap()]
+    assert timer.laps == asked
+    timer.evaluate(1, math.inf)
+    assert timer.measurement().samples_per_s > 0
+    assert timer._num_stopped == num_more
 
 
 def test_pauses_for_the_devices_pulse_are_no_part_of_a_lap(tiny_reviews: Path) -> None:

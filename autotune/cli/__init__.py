@@ -5,6 +5,7 @@ Exit status: 0 ok, 1 expected failure, 2 usage, 3 bug, 130 interrupted. Results 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
@@ -107,9 +108,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _give_output_up() -> None:
-    """Python would complain once more when it flushes at exit."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Where it cannot be written, Python would complain once more when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or no file
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(message: str, status: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,8 @@ def loader(
         raise UsageError("the loader makes batches in a way of its own; tuned.trim(collate_fn) is for such")
     if own.batch_size != strategy.global_batch:
         warn(f"the loader has batches of {own.batch_size}, and the strategy of {strategy.global_batch}")
-    drops = own.drop_last or (strategy.accumulation > 1 and len(own.sampler) >= strategy.global_batch)  # type: ignore[arg-type]
+    has_a_batch = not isinstance(own.sampler, Sized) or len(own.sampler) >= strategy.global_batch
+    drops = own.drop_last or (strategy.accumulation > 1 and has_a_batch)
     if lengths is None and strategy.padding == "buckets":
         warn("padding=buckets needs the samples' lengths: give lengths=[...]")
     if lengths is not None:

@@ -119,10 +119,11 @@ def replaced_words(before: Profile, kept: Path, *, is_of_another: bool = False) 
     """Of a profile whose place a new one takes, and where it is kept: a faster one, or one ``is_of_another`` workload
     that is called the same."""
     if is_of_another:
-        size = before.workload.num_parameters
-        whose = f"{before.workload.name}, another model" + (f" of {size:,} parameters" if size else "")
-        words = f"This takes the place of the profile of {whose}: two scripts of one name need folders of profiles of "
-        words += "their own (--profiles, or ./profiles). It is kept as "
+        of = before.workload
+        size = f"{of.num_parameters:,} parameters, " if of.num_parameters else ""
+        words = f"This takes the place of {of.name}'s profile for another model or batch ({size}batches of "
+        words += f"{of.global_batch}): two scripts of one name need folders of profiles of their own (--profiles, or "
+        words += "./profiles). It is kept as "
     else:
         faster = faster_words(before.evidence.speedup.ratio)
         words = f"This takes the place of a profile of {before.created[:10]}, {faster} than the baseline then; it is "

@@ -110,10 +110,10 @@ class Standings:
     def _may_be_faster(self, trial: Trial) -> bool:
         """Than the plain baseline, whatever is expected of its knobs: it was not surely slower in turns, and by its own
         trial or in turns it was as fast."""
-        in_turns, alone = self.speedup(trial), self._beside_the_baseline(trial)
-        reference = self._history.reference.measurement
-        assert reference is not None
-        return in_turns.high >= 1 and (in_turns.ratio >= 1 or alone.samples_per_s >= reference.samples_per_s)
+        in_turns, reference = self.speedup(trial), self._history.reference.measurement
+        if in_turns.ratio >= 1 or trial.measurement is None or reference is None:
+            return in_turns.ratio >= 1
+        return in_turns.high >= 1 and self._beside_the_baseline(trial).samples_per_s >= reference.samples_per_s
 
     def _fast_enough(self, rivals: list[Final], aim: Aim) -> list[Final]:
         min_speed = self._task.settings.min_speed

@@ -24,13 +24,13 @@ class InterruptedSearchError(AutotuneError):
 
 def words_of(error: Exception) -> str:
     """An error of the user's code in a line: its kind, the first line of its text, and where it was raised."""
-    return f"{type(error).__name__}: {line_of(error)}{_place_of(error)}"
+    return f"{line_of(error)}{_place_of(error)}"
 
 
 def line_of(error: Exception) -> str:
-    """The first line of an error's text; the last of what a loader process has sent, a traceback."""
-    lines = str(error).splitlines() or [""]
-    return lines[-1] if "in DataLoader worker" in lines[0] else lines[0]
+    """An error's kind and the first line of its text; of what a loader process has sent, a traceback, the last."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if "in DataLoader worker" in lines[0] else f"{type(error).__name__}: {lines[0]}"
 
 
 def _place_of(error: BaseException) -> str:

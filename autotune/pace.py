@@ -69,6 +69,8 @@ class Beats:
         self._path = Path(path) if path else None
         self._num_read = 0
         self._beats: list[Beat] = []
+        self._has_ended = False
+        """Whether the next beat was once waited for in vain."""
 
     def during(self, start_s: float, end_s: float) -> tuple[float, float | None]:
         """Seconds paused from one time to another, the present, and the beats' mean then, or in ``WINDOW_S`` until
@@ -77,9 +79,10 @@ class Beats:
         since_s = min(start_s, end_s - WINDOW_S)
         self._read()
         waits_until_s = time.perf_counter() + _NEXT_BEAT_S
-        while (
-            self._beats and end_s - max(start_s, self._beats[-1].end_s) > AWAY_S and time.perf_counter() < waits_until_s
-        ):
+        while self._lacks_beats(start_s, end_s) and not self._has_ended:
+            if time.perf_counter() > waits_until_s:
+                self._has_ended = True
+                break
             time.sleep(_NEXT_BEAT_S / 10)  # the next is on its way
             self._read()
         before = [beat for beat in self._beats if beat.end_s <= since_s]
@@ -97,8 +100,13 @@ class Beats:
             for one, following in itertools.pairwise(self._beats)
         )
 
+    def _lacks_beats(self, start_s: float, end_s: float) -> bool:
+        return bool(self._beats) and end_s - max(start_s, self._beats[-1].end_s) > AWAY_S
+
     def _read(self) -> None:
-        self._beats += self._new()
+        found = list(self._new())
+        self._beats += found
+        self._has_ended = self._has_ended and not found
 
     def _new(self) -> Iterator[Beat]:
         found = b""

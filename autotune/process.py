@@ -305,13 +305,18 @@ def warm_up() -> None:
     _quiet_resource_tracker()
     with _without_main_module(), _interrupts_deferred():
         forkserver.ensure_running()
+    atexit.register(_end_server, os.getpid())
+
+
+def _end_server(owner: int) -> None:
+    from multiprocessing import forkserver
+
     pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # it has no name in public
-    atexit.register(_terminate, psutil.Process(pid))
-
-
-def _terminate(process: psutil.Process) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):  # psutil tells it from another with its number
-        process.terminate()
+    if os.getpid() == owner and pid is not None:
+        with contextlib.suppress(psutil.Error):
+            server = psutil.Process(pid)
+            if server.ppid() == owner:
+                server.terminate()
 
 
 def _context() -> Any:

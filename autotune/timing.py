@@ -145,8 +145,8 @@ class Timer:
         return lap
 
     def _was_stopped(self, start_s: float, end_s: float) -> bool:
-        """Whether what was timed then should be timed again."""
-        if self._num_stopped == MOST_STOPPED or not self._beats.stopped(start_s, end_s):
+        """Whether what was timed then should be timed again: not a first lap, which has the warm-up."""
+        if not self.laps or self._num_stopped == MOST_STOPPED or not self._beats.stopped(start_s, end_s):
             return False
         self._num_stopped += 1
         return True

@@ -369,8 +369,8 @@ def test_a_terminal_that_lacks_characters_and_a_full_disk_end_nothing_in_a_trace
 def test_what_a_loader_process_has_sent_is_told_by_its_last_line() -> None:
     sent = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\nRuntimeError: no room")
     assert line_of(sent) == "RuntimeError: no room"
-    assert line_of(ValueError("first\nsecond")) == "first"
-    assert line_of(ValueError()) == ""
+    assert line_of(ValueError("first\nsecond")) == "ValueError: first"
+    assert line_of(ValueError()) == "ValueError: "
 
 
 def test_what_many_parts_are_is_said_of_a_few() -> None:

@@ -339,6 +339,8 @@ def test_a_script_that_leaves_the_working_folder_is_found_again(
         "import os, torch\nos.chdir(os.path.dirname(os.path.abspath(__file__)))\n"
         "def workload():\n    return torch.nn.Linear(4, 2), (torch.ones(8, 4), torch.zeros(8, dtype=torch.long))\n"
     )
+    (tmp_path / "sub" / "sub").mkdir()
+    (tmp_path / "sub" / "sub" / "leaving.py").write_text("another")
     monkeypatch.chdir(tmp_path)
     module = workloads.get("sub/leaving.py:workload")
     assert Path.cwd() == tmp_path / "sub"

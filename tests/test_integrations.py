@@ -311,6 +311,12 @@ def test_a_loader_of_ones_own_keeps_its_order_sampler_and_collate() -> None:
     assert in_order == samples(plain()), "as it is"
     assert flat(samples(parts.loader(plain()))) == flat(in_order[:5]), "but for what is no whole batch"
     assert samples(whole.loader(plain(drop_last=True))) == in_order[:5]
+    backwards = torch.utils.data.BatchSampler(range(42, -1, -1), 8, drop_last=True)
+    own = DataLoader(data, batch_sampler=backwards, collate_fn=doubled)
+    assert samples(whole.loader(own)) == samples(own)
+    assert flat(samples(parts.loader(own))) == flat(samples(own))
+    shuffled = accelerate.Accelerator(cpu=True).prepare(parts.loader(plain(shuffle=True)))
+    assert [len(batch) for batch in shuffled] == [2] * 20
     chosen = torch.utils.data.WeightedRandomSampler([1.0] * 5 + [0.0] * 38, num_samples=40)
     drawn = flat(samples(parts.loader(plain(sampler=chosen))))
     assert len(drawn) == 40

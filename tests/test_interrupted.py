@@ -177,11 +177,12 @@ def test_two_writers_never_tear_a_profile(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1, "no temporary file is left"
 
 
-def test_a_job_that_is_told_to_end_is_an_interrupted_search(tmp_path: Path) -> None:
-    """By SIGTERM, as Slurm and containers do; in a terminal Ctrl-C is (tests/test_cli.py)."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_without_a_terminal_that_is_told_to_end_loses_nothing(number: int, tmp_path: Path) -> None:
+    """By SIGTERM, as Slurm and containers do."""
     with searching("trial  2", tmp_path) as process:
         family = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert_gone(family)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import importlib
 import io
@@ -68,13 +69,20 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            signal.signal(number, functools.partial(_as_ctrl_c, os.getpid()))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     status = run(sys.argv[1:])
     gc.freeze()  # Python would look through all that torch has made on its way out, for half a second
     sys.exit(status)
+
+
+def _as_ctrl_c(owner: int, number: int, _: object) -> None:
+    """Once: who ends a job often says so again, while what was found is saved."""
+    if os.getpid() != owner:
+        os._exit(128 + number)
+    signal.signal(number, signal.SIG_IGN)
+    os.kill(owner, signal.SIGINT)  # which is deferred where an interrupt would be
 
 
 def run(arguments: list[str]) -> int:
@@ -117,5 +125,6 @@ def _give_output_up() -> None:
 
 
 def _say(message: str, status: int) -> int:
-    click.echo(f"autotune: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        click.echo(f"autotune: {' '.join(message.split())}", err=True)
     return status

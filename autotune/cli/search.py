@@ -172,19 +172,21 @@ def command(
             stdout().print(f"{task.space.size:,} combinations; the probe has the figures: autotune probe")
             return 0
         is_saved, replaced = True, None  # words of a profile whose place the new one takes
+        was_faster = False
         path_before = path.with_suffix(".toml.old")
 
         def save(found: Result) -> None:
-            nonlocal is_saved, replaced
+            nonlocal is_saved, replaced, was_faster
             before = store.tested_profile(path, device, workloads.wanted(name))
-            if before is not None and found.was_interrupted and found.proof is None:
+            another = store.profile_of_another(path, device, workloads.wanted(name))
+            has_lasted = before is not None or (another is not None and another.evidence.soak_steps > 0)
+            if has_lasted and found.was_interrupted and found.proof is None:
                 is_saved = False
                 return
-            another = store.profile_of_another(path, device, workloads.wanted(name))
             if another is not None:
                 replaced = replaced_words(another, path_before, is_of_another=True)
             elif before is not None and before.evidence.speedup.ratio > found.speedup.high:
-                replaced = replaced_words(before, path_before)
+                replaced, was_faster = replaced_words(before, path_before), True
             if replaced is not None:
                 write_profile(read_profile(path), path_before)
             write_profile(profile_of(found, device, workload), path)
@@ -203,7 +205,7 @@ def command(
     if as_json:
         click.echo(
             msgspec.json.format(
-                msgspec.json.encode(_report(result, device, workload, path, path_before if replaced else None)),
+                msgspec.json.encode(_report(result, device, workload, path, path_before if was_faster else None)),
                 indent=2,
             ).decode()
         )

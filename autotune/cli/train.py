@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import os
 import shlex
 import signal
@@ -313,6 +314,10 @@ def _strategy(name: str, profile_name: str | None, profile: Profile | None, base
     return safe_defaults(name) if profile is None else profile.strategy
 
 
+_OF_LOADERS = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.EROFS, errno.ENOSPC)
+"""What loader processes lack."""
+
+
 @contextlib.contextmanager
 def _told_of(knobs: tuple[str, ...], has_begun: Callable[[], object] = bool) -> Iterator[None]:
     """What torch refuses before training has begun is taken to be the doing of the knobs that the user has set.
@@ -320,10 +325,9 @@ def _told_of(knobs: tuple[str, ...], has_begun: Callable[[], object] = bool) -> 
     try:
         yield
     except (RuntimeError, TypeError, ValueError, OSError) as exc:
-        if not knobs or has_begun():
+        if not knobs or has_begun() or (isinstance(exc, OSError) and exc.errno not in _OF_LOADERS):
             raise
-        words = f"{type(exc).__name__}: {line_of(exc)}"
-        raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {words}") from exc
+        raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {line_of(exc)}") from exc
 
 
 @contextlib.contextmanager
@@ -350,26 +354,23 @@ def _swept(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stopped_by_ctrl_c(training: Training, say: Callable[[str], None]) -> Iterator[None]:
-    """Ctrl-C ends the training after its step, as SIGTERM does; a second one at once. Loader processes, which the
-    terminal tells as well, are ended by this one."""
+    """Ctrl-C ends the training after its step; a second one at once. Loader processes, which the terminal tells as
+    well, are ended by this one."""
     owner = os.getpid()
 
     def on_signal(number: int, frame: Any) -> None:
         if os.getpid() != owner:
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
             return
         if training.is_stopped:
             raise KeyboardInterrupt
         training.stop()
         say("stopping after this step; Ctrl-C again stops at once")
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGINT, on_signal)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def _projected_s(

@@ -67,10 +67,11 @@ def loader(
         or isinstance(own.dataset, IterableDataset)
     ):
         raise UsageError("the loader makes batches in a way of its own; tuned.trim(collate_fn) is for such")
-    if own.batch_size != strategy.global_batch:
-        warn(f"the loader has batches of {own.batch_size}, and the strategy of {strategy.global_batch}")
-    has_a_batch = not isinstance(own.sampler, Sized) or len(own.sampler) >= strategy.global_batch
-    drops = own.drop_last or (strategy.accumulation > 1 and has_a_batch)
+    batches: Any = own.batch_sampler
+    if batches.batch_size != strategy.global_batch:
+        warn(f"the loader has batches of {batches.batch_size}, and the strategy of {strategy.global_batch}")
+    has_a_batch = not isinstance(batches.sampler, Sized) or len(batches.sampler) >= strategy.global_batch
+    drops = batches.drop_last or (strategy.accumulation > 1 and has_a_batch)
     if lengths is None and strategy.padding == "buckets":
         warn("padding=buckets needs the samples' lengths: give lengths=[...]")
     if lengths is not None:
@@ -79,8 +80,8 @@ def loader(
     if lengths is not None and strategy.padding == "buckets" and is_shuffled(own):
         order = Buckets(lengths, strategy, seed, drops)
     else:
-        micro_batches = BatchSampler(own.sampler, strategy.micro_batch, drops)
-        order = Sorted(micro_batches, lengths, strategy.accumulation, drops)
+        micro_batches = BatchSampler(batches.sampler, strategy.micro_batch, drops)
+        order = SortedOfLoader(micro_batches, lengths, strategy.accumulation, drops)
     return DataLoader(
         own.dataset,
         batch_sampler=order,
@@ -91,6 +92,8 @@ def loader(
         pin_memory=backend.pins_memory,
         worker_init_fn=own.worker_init_fn,
         generator=own.generator,
+        timeout=own.timeout if strategy.workers else 0,
+        multiprocessing_context=own.multiprocessing_context if strategy.workers else None,
     )
 
 
@@ -178,3 +181,16 @@ class Sorted(Sampler[list[int]]):
             samples: Iterable[int] = itertools.chain(*whole)
             ordered = iter(samples if self._lengths is None else sorted(samples, key=self._lengths.__getitem__))
             yield from ([*itertools.islice(ordered, len(batch))] for batch in whole)
+
+
+class SortedOfLoader(Sorted):
+    """Of a loader of the user's: trainers set the epoch of its sampler, or put one of theirs in its place."""
+
+    @property
+    def sampler(self) -> Any:
+        """Which samples are next."""
+        return self._batches.sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Any) -> None:
+        self._batches.sampler = sampler

@@ -62,8 +62,9 @@ def get(name: str) -> WorkloadModule:
             raise UsageError(f"no workload is called {name!r}{nearest(name, list(REGISTRY))}{others}")
         return REGISTRY[name]
     is_file = place.endswith(".py")
+    path = _path_of(place)
     try:
-        module = _module_of(_path_of(place)) if is_file else _imported(place)
+        module = _module_of(path) if is_file else _imported(place)
         found = getattr(module, attribute)
     except AttributeError as exc:
         own = [known for known, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
@@ -78,7 +79,7 @@ def get(name: str) -> WorkloadModule:
         raise UsageError(f"no workload can be imported as {name!r}: {words_of(exc)}") from exc
     if hasattr(found, "open_workload"):
         return cast("WorkloadModule", found)
-    spec = f"{_path_of(place)}:{attribute}" if is_file else name
+    spec = f"{path}:{attribute}" if is_file else name
     return _of_function(spec, label(name), found) if inspect.isfunction(found) else Custom(spec, label(name), found)
 
 
@@ -120,15 +121,14 @@ def wanted(name: str) -> Wanted:
     return Wanted(name, label(name), module.RECIPE.global_batch, getattr(module, "num_parameters", None))
 
 
-_paths: dict[str, Path] = {}
+_left: dict[Path, Path] = {}
+"""Working folders that scripts went to when they were imported, and those that they left."""
 
 
 def _path_of(place: str) -> Path:
-    """Where a script lies, or lay when it was imported: some change the working folder then."""
-    path = Path(place).resolve()
-    if path.is_file():
-        _paths[place] = path
-    return _paths.get(place, path)
+    """Where a script lies, as seen from the working folder that the command was given in."""
+    folder = Path.cwd()
+    return (_left.get(folder, folder) / place).resolve()
 
 
 def _imported(name: str) -> ModuleType:
@@ -158,6 +158,7 @@ def _module_of(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     sys.modules[path.stem] = module
     arguments, sys.argv = sys.argv, [str(path)]  # ours are not its
+    folder = Path.cwd()
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -165,6 +166,8 @@ def _module_of(path: Path) -> ModuleType:
         raise
     finally:
         sys.argv = arguments
+        if Path.cwd() != folder:
+            _left[Path.cwd()] = _left.get(folder, folder)
         sys.path.remove(str(path.parent))
         _put_last(path.parent)
     return module

@@ -134,10 +134,10 @@ class Tuned:
     ) -> DataLoader[Any]:
         """Your DataLoader's batches as the strategy's micro batches, with its workers and padding; sampler,
         ``collate_fn`` and ``drop_last`` stay yours. Of a map-style dataset alone these are as in the loader that was
-        searched with, and the order is by ``seed``.
+        searched with, and the order is by ``seed``, as it is where samples of similar length are put together.
 
         ``lengths`` are the tokens in each sample: needed where the strategy's padding is ``buckets``.
-        Raises UsageError for a built-in workload, which has a loader of its own, and for a batch sampler of yours.
+        Raises UsageError for a built-in workload, which has a loader of its own, and for batches of your own making.
         """
         from autotune.integrations.batches import loader
 

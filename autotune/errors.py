@@ -3,6 +3,10 @@
 An error's text states the parameter, the rule, the value and the next step, on one line.
 """
 
+import errno
+
+_OF_THE_SYSTEM = ("ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "EIO", "ENOMEM", "EAGAIN")
+
 
 class AutotuneError(Exception):
     """An expected failure: one clear line for the user, exit status 1."""
@@ -25,6 +29,12 @@ class InterruptedSearchError(AutotuneError):
 def words_of(error: Exception) -> str:
     """An error of the user's code in a line: its kind, the first line of its text, and where it was raised."""
     return f"{line_of(error)}{_place_of(error)}"
+
+
+def is_of_the_system(error: Exception) -> bool:
+    """Whether the machine has no more of something, space, memory, files or processes: no bug of ours."""
+    is_known = isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _OF_THE_SYSTEM
+    return is_known or str(error) == "can't start new thread"
 
 
 def line_of(error: Exception) -> str:

@@ -309,14 +309,11 @@ def warm_up() -> None:
 
 
 def _end_server(owner: int) -> None:
-    from multiprocessing import forkserver
-
-    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # it has no name in public
-    if os.getpid() == owner and pid is not None:
-        with contextlib.suppress(psutil.Error):
-            server = psutil.Process(pid)
-            if server.ppid() == owner:
-                server.terminate()
+    if os.getpid() == owner:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if "multiprocessing.forkserver" in " ".join(child.cmdline()):
+                    child.terminate()
 
 
 def _context() -> Any:

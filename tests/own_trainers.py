@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,13 @@ from autotune.strategy import Strategy
 from autotune.workloads.base import Workload
 
 TOKENS = 24
+
+
+UNHEARD = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+]
+"""What the trainers and their parts say of each other and of this machine."""
 
 
 class Reviews(Dataset[dict[str, Tensor]]):

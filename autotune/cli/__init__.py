@@ -6,7 +6,6 @@ Exit status: 0 ok, 1 expected failure, 2 usage, 3 bug, 130 interrupted. Results 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gc
 import importlib
@@ -18,7 +17,7 @@ import sys
 import click
 
 from autotune import __version__
-from autotune.errors import AutotuneError, nearest
+from autotune.errors import AutotuneError, is_of_the_system, nearest
 
 _VERBS = {
     "probe": ("autotune.cli.probe", "What this device can do, each line verified by running it."),
@@ -29,14 +28,6 @@ _VERBS = {
     "compare": ("autotune.cli.compare", "Two training runs, profiles or studies side by side."),
     "profiles": ("autotune.cli.profiles", "List, show, verify and export profiles."),
 }
-
-
-_OF_THE_SYSTEM = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "EIO", "ENOMEM", "EAGAIN")
-    if hasattr(errno, name)
-}
-"""Errors of a machine that has no more of something: no bug of ours."""
 
 
 class _Verbs(click.Group):
@@ -105,7 +96,7 @@ def run(arguments: list[str]) -> int:
         _give_output_up()
         return 1
     except Exception as exc:  # noqa: BLE001 - the one place where a bug is told from what the user can mend
-        if (isinstance(exc, OSError) and exc.errno in _OF_THE_SYSTEM) or str(exc) == "can't start new thread":
+        if is_of_the_system(exc):
             _give_output_up()
             return _say(f"the system refuses what it is asked for: {exc}", 1)
 

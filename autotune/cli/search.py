@@ -119,7 +119,7 @@ def command(
 
     from autotune import store, workloads
     from autotune.probe import describe_device
-    from autotune.profile import read_profile, write_profile
+    from autotune.profile import write_profile
     from autotune.report.live import SearchDisplay
     from autotune.report.summary import planned_words, replaced_words, search_summary
     from autotune.report.terminal import busy_words, shared_words, space_table, stdout
@@ -183,12 +183,11 @@ def command(
             if has_lasted and found.was_interrupted and found.proof is None:
                 is_saved = False
                 return
-            if another is not None:
-                replaced = replaced_words(another, path_before, is_of_another=True)
-            elif before is not None and before.evidence.speedup.ratio > found.speedup.high:
-                replaced, was_faster = replaced_words(before, path_before), True
-            if replaced is not None:
-                write_profile(read_profile(path), path_before)
+            was_faster = before is not None and before.evidence.speedup.ratio > found.speedup.high
+            kept = before if was_faster else another
+            if kept is not None:
+                write_profile(kept, path_before)
+                replaced = replaced_words(kept, path_before, is_of_another=kept is another)
             write_profile(profile_of(found, device, workload), path)
 
         title = f"autotune search · {label} · {device.name}, {device.num_cores} cores"

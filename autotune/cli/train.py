@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import errno
 import os
 import shlex
 import signal
@@ -18,7 +17,7 @@ import click
 
 from autotune.cli.changes import changed_recipe, changed_strategy, refuse_idle, trained_otherwise
 from autotune.cli.options import data_options, device_option, find_backend, model_option, prepare, profiles_option
-from autotune.errors import AutotuneError, UsageError, line_of, words_of
+from autotune.errors import AutotuneError, UsageError, is_of_the_system, line_of, words_of
 
 if TYPE_CHECKING:
     from autotune.backends.base import Device
@@ -314,10 +313,6 @@ def _strategy(name: str, profile_name: str | None, profile: Profile | None, base
     return safe_defaults(name) if profile is None else profile.strategy
 
 
-_OF_LOADERS = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.EROFS, errno.ENOSPC)
-"""What loader processes lack."""
-
-
 @contextlib.contextmanager
 def _told_of(knobs: tuple[str, ...], has_begun: Callable[[], object] = bool) -> Iterator[None]:
     """What torch refuses before training has begun is taken to be the doing of the knobs that the user has set.
@@ -325,7 +320,7 @@ def _told_of(knobs: tuple[str, ...], has_begun: Callable[[], object] = bool) -> 
     try:
         yield
     except (RuntimeError, TypeError, ValueError, OSError) as exc:
-        if not knobs or has_begun() or (isinstance(exc, OSError) and exc.errno not in _OF_LOADERS):
+        if not knobs or has_begun() or (isinstance(exc, OSError) and not is_of_the_system(exc)):
             raise
         raise AutotuneError(f"--knob {' '.join(knobs)} does not run here: {line_of(exc)}") from exc
 

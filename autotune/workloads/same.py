@@ -125,16 +125,16 @@ def mixing_refusal(workload: Workload, model: nn.Module) -> str | None:
         halves = _splits(samples, _keys(workload))[0]
         with without_dropout(model), draws.Draws() as noted:
             whole, again, *parts = (_trained(workload, model, [part]) for part in (samples, samples, *halves))
-        if noted.shapes or len(samples) < 2 or _differ(whole, again) or _is_made_of(parts, whole):
-            return None
-    except Exception:  # noqa: BLE001 - whatever the user's code raises, or a half whose gradient is no number
+    except Exception:  # noqa: BLE001 - whatever the user's code raises
+        return None
+    if noted.shapes or len(samples) < 2 or _differ(whole, again) or _is_made_of(parts, whole):
         return None
     return "which samples are in a batch together counts: its gradient is not made of its samples'"
 
 
 def _is_made_of(parts: Sequence[Outcome], whole: Outcome) -> bool:
-    """Whether the gradient is a sum of the parts', each weighed by no less than nothing: least squares, by their
-    products alone, as gradients may be large."""
+    """Whether the gradient is a sum of the parts', each weighed by no less than nothing, or that cannot be told, as
+    where a part's is no number: least squares, by their products alone, as gradients may be large."""
 
     def product(one: Outcome, other: Outcome) -> float:
         return sum(
@@ -145,8 +145,8 @@ def _is_made_of(parts: Sequence[Outcome], whole: Outcome) -> bool:
 
     products = np.array([[product(one, other) for other in parts] for one in parts])
     with_whole = np.array([product(part, whole) for part in parts])
-    if not (np.isfinite(products).all() and np.isfinite(with_whole).all()):
-        raise FloatingPointError("a gradient that is no number")
+    if not np.isfinite(products).all():
+        return True
     weights = np.linalg.lstsq(products, with_whole, rcond=None)[0].clip(min=0)
     square = product(whole, whole)
     left = square - 2 * weights @ with_whole + weights @ products @ weights
